@@ -1,0 +1,1 @@
+"""Settings: plain values, their checks, and how they are read. Imports no torch, numpy, megatron."""

@@ -1,0 +1,248 @@
+"""Reads a run: YAML file, overrides from the command line, all checks, and the saved copy."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from equilibrium_mcore.config import rules
+from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.layout import launched_world_size
+from equilibrium_mcore.config.problems import parse
+from equilibrium_mcore.config.references import FOLDERS, resolve
+from equilibrium_mcore.config.rule_kit import Host
+from equilibrium_mcore.config.schema import ModelConfig, RunConfig
+from equilibrium_mcore.config.yaml_io import parse_yaml, read_mapping, to_yaml, write_text
+
+USAGE = """\
+usage: python -m equilibrium_mcore.pretrain RUN.yaml [key=value ...] [--check]
+
+Trains the model that RUN.yaml names on the data that it names.
+
+  RUN.yaml         a run, e.g. configs/runs/quickstart.yaml
+  key=value        overrides a setting; the value is YAML, and keys reach inside the model and
+                   the data:  training.steps=100  model.moe.top_k=4  data.sources.0.weight=0.5
+                   model=llama_1b  optimizer.adamw.learning_rates='{embedding: 1e-3}'
+  --check          prints the effective config, if it is good, and starts nothing
+  --help           prints this
+
+sections of a run:
+{sections}
+
+Every setting, its default and its meaning: docs/configuration.md
+example: python -m equilibrium_mcore.pretrain configs/runs/quickstart.yaml training.steps=20
+"""
+
+
+def usage() -> str:
+    """What `--help` prints."""
+    lines = []
+    for name, field in RunConfig.model_fields.items():
+        section = field.annotation
+        text = field.description or (getattr(section, "__doc__", "") or "").splitlines()[0]
+        lines.append(f"  {name:<17}{text}")
+    return USAGE.replace("{sections}", "\n".join(lines))
+
+
+def load_run_config(arguments: Sequence[str]) -> RunConfig:
+    """The run that the command line `RUN.yaml [key=value ...]` asks for.
+
+    Under a launcher (torchrun, srun) its number of ranks is checked too. Raises ConfigError with
+    every problem; `--help` and `--check` print and raise SystemExit(0).
+    """
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(usage())
+        raise SystemExit(0)
+    check_only = "--check" in arguments
+    words = [argument for argument in arguments if argument != "--check"]
+    paths = [word for word in words if "=" not in word and not word.startswith("-")]
+    problems = [
+        f"{word}: unknown option; settings are given as key=value, e.g. training.steps=100"
+        for word in words
+        if word.startswith("-")
+    ]
+    if len(paths) != 1:
+        found = f"{len(paths)}: {', '.join(paths)}" if paths else "none"
+        problems.append(
+            f"one run file is needed, e.g. configs/runs/quickstart.yaml; found {found} (an "
+            "override needs a =, as in training.steps=100)"
+        )
+    if problems:
+        raise ConfigError(problems, source="the command line")
+    overrides = [word for word in words if "=" in word]
+    world_size = launched_world_size(os.environ)
+    config = load_run(paths[0], overrides, world_size=world_size)
+    if check_only:
+        sys.stdout.write(to_yaml(config.model_dump(mode="json")))
+        raise SystemExit(0)
+    return config
+
+
+def load_run(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    world_size: int | None = None,
+    host: Host | None = None,
+) -> RunConfig:
+    """The run in the YAML file `path`, with `key.subkey=value` overrides, all checked.
+
+    `world_size` is what a launcher started, if one did; `host` holds what this machine has, if
+    that is known. Raises ConfigError with every problem found.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"run file {path}: no such file; see configs/runs for examples")
+    values = read_mapping(path)
+    problems: list[str] = []
+    for override in overrides:
+        _collect(problems, lambda o=override: _apply_override(values, o, folder=path.parent))
+    return _finish(values, problems, path.parent, path, world_size, host)
+
+
+def run_from_mapping(
+    values: Mapping[str, Any],
+    *,
+    folder: str | Path = ".",
+    world_size: int | None = None,
+    host: Host | None = None,
+) -> RunConfig:
+    """The run that `values` describe, as `load_run` would read it from a file in `folder`."""
+    return _finish(dict(values), [], Path(folder), None, world_size, host)
+
+
+def load_model(path_or_name: str | Path) -> ModelConfig:
+    """The model of a YAML file, or of a bare name in `configs/models`, checked by its own rules."""
+    values = resolve(str(path_or_name), kind="model", folder=Path.cwd())
+    model = parse(ModelConfig, values, key="model")
+    problems = model if isinstance(model, list) else rules.check_model(model)
+    if problems:
+        raise ConfigError(problems, source=path_or_name)
+    return model
+
+
+def save_config(config: RunConfig, path: str | Path) -> None:
+    """Write the effective config as YAML; `load_run` reads it back to an equal value."""
+    write_text(to_yaml(config.model_dump(mode="json")), Path(path))
+
+
+# --------------------------------------------------------------------------------- the inside
+
+
+def _collect(problems: list[str], action) -> Any:
+    """Run `action`; its ConfigError joins `problems`."""
+    try:
+        return action()
+    except ConfigError as error:
+        where = f"{error.source}: " if error.source else ""
+        problems.extend(where + problem for problem in error.problems)
+        return None
+
+
+def _finish(
+    values: dict[str, Any],
+    problems: list[str],
+    folder: Path,
+    source: Path | None,
+    world_size: int | None,
+    host: Host | None,
+) -> RunConfig:
+    """Resolve references, check every section and every rule, and raise all problems at once."""
+    values = dict(values)
+    unread = set()
+    for kind in FOLDERS:
+        before = len(problems)
+        values[kind] = _collect(
+            problems, lambda k=kind: resolve(values.get(k), kind=k, folder=folder)
+        )
+        if len(problems) > before:
+            unread.add(kind)
+        if values[kind] is None:
+            del values[kind]
+    sections = _parse_sections(values, unread, problems)
+    problems += rules.check_sections(sections, world_size=world_size, host=host)
+    if problems:
+        raise ConfigError(problems, source=source)
+    return RunConfig.model_construct(**sections)
+
+
+def _parse_sections(
+    values: dict[str, Any], unread: set[str], problems: list[str]
+) -> dict[str, Any]:
+    """The sections that are right; what is wrong with the others joins `problems`.
+
+    A section whose file could not be read (`unread`) has its problem already.
+    """
+    parsed = parse(RunConfig, values)
+    if isinstance(parsed, RunConfig):
+        return {name: getattr(parsed, name) for name in RunConfig.model_fields}
+    bad = set(unread)
+    for problem in parsed:
+        name = problem.replace("=", ".", 1).replace(":", ".", 1).split(".")[0]
+        if name in unread:
+            continue
+        problems.append(problem)
+        bad.add(name)
+    # What is left parses: the wrong parts are replaced by nothing, so that rules which tie the
+    # other sections together can still speak.
+    sections: dict[str, Any] = {}
+    for name, field in RunConfig.model_fields.items():
+        if name in bad:
+            continue
+        if name not in values:
+            sections[name] = field.get_default()
+        elif isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
+            sections[name] = parse(field.annotation, values[name], key=name)
+        else:
+            sections[name] = values[name]
+    return sections
+
+
+def _apply_override(values: dict[str, Any], override: str, *, folder: Path) -> None:
+    """Set one `key.subkey=value` in `values`, reading a referenced model or data file first."""
+    key, _, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not all(parts):
+        raise ConfigError(f"{override}: write key.subkey=value, e.g. training.steps=100")
+    value = parse_yaml(text, source=f"the value of {key}")
+    head = parts[0]
+    if len(parts) == 1:
+        values[head] = resolve(value, kind=head, folder=Path.cwd()) if head in FOLDERS else value
+        return
+    if head in FOLDERS:
+        values[head] = resolve(values.get(head), kind=head, folder=folder)
+    place: Any = values
+    for depth, part in enumerate(parts[:-1]):
+        place = _step_into(place, part, override, ".".join(parts[:depth]))
+    if isinstance(place, list):
+        place[_index(place, parts[-1], override, ".".join(parts[:-1]))] = value
+    else:
+        place[parts[-1]] = value
+
+
+def _step_into(place: Any, part: str, override: str, where: str) -> Any:
+    """The mapping or list at `part` of `place`, made (or copied) so that it can be changed."""
+    index: Any = _index(place, part, override, where) if isinstance(place, list) else part
+    inside = place[index] if isinstance(place, list) else place.get(part)
+    if inside is None:
+        inside = {}
+    elif isinstance(inside, (dict, list)):
+        inside = inside.copy()
+    else:
+        reached = f"{where}.{part}" if where else part
+        raise ConfigError(
+            f"{override}: {reached} is {inside!r}, which has no keys inside; set it as a whole: "
+            f"{reached}=..."
+        )
+    place[index] = inside
+    return inside
+
+
+def _index(place: list, part: str, override: str, where: str) -> int:
+    legal = ", ".join(str(i) for i in range(len(place))) or "none, the list is empty"
+    if not part.isdecimal() or int(part) >= len(place):
+        raise ConfigError(f"{override}: {where} is a list; {part!r} is not one of its indices: {legal}")
+    return int(part)

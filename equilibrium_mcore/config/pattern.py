@@ -1,0 +1,69 @@
+"""The layer pattern: one letter per layer, `|` where the pipeline may be cut.
+
+The letters are megatron-core's (`megatron.core.models.hybrid.hybrid_layer_allocation.Symbols`).
+This module reads them without importing megatron, so that a config can be checked on any machine.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+LAYER_KINDS: dict[str, str] = {
+    "M": "mamba",
+    "+": "mla",
+    "*": "attention",
+    "-": "mlp",
+    "E": "moe",
+}
+CUT = "|"
+
+
+def layers_of(pattern: str) -> str:
+    """The pattern without its cuts: one letter per layer."""
+    return pattern.replace(CUT, "")
+
+
+def count_kinds(pattern: str) -> dict[str, int]:
+    """How many layers of each kind the pattern has, e.g. `{"mamba": 21, "mla": 3, "moe": 24}`."""
+    letters = Counter(layers_of(pattern))
+    return {kind: letters[letter] for letter, kind in LAYER_KINDS.items() if letters[letter]}
+
+
+def cut_into(pattern: str, stages: int) -> str:
+    """The pattern with exactly `stages` segments, made by dropping cuts that are not needed.
+
+    A pattern of 4 segments serves 1, 2 or 4 stages, so one model file fits several layouts.
+    Raises ValueError when the number of segments is not a multiple of `stages`.
+    """
+    segments = pattern.split(CUT)
+    if len(segments) % stages:
+        raise ValueError(
+            f"layer_pattern has {len(segments)} segments, which do not divide among {stages} stages"
+        )
+    per_stage = len(segments) // stages
+    return CUT.join(
+        "".join(segments[i : i + per_stage]) for i in range(0, len(segments), per_stage)
+    )
+
+
+def balanced_cuts(pattern: str, stages: int) -> str:
+    """The pattern cut into `stages` segments of nearly equal length, never before an `E` or `-`.
+
+    A mixer and the channel mixer behind it stay together where that is possible. It is a
+    suggestion for error messages and for people; nothing uses it silently.
+    """
+    layers = layers_of(pattern)
+    starts = [i for i in range(1, len(layers)) if layers[i] not in "E-"]
+    if len(starts) < stages - 1:
+        starts = list(range(1, len(layers)))
+    if len(starts) < stages - 1:
+        return pattern
+    cuts: list[int] = []
+    for stage in range(1, stages):
+        target = len(layers) * stage / stages
+        left = stages - 1 - stage
+        free = [c for c in starts if not cuts or c > cuts[-1]]
+        free = free[: len(free) - left] if left else free
+        cuts.append(min(free, key=lambda c: abs(c - target)))
+    bounds = [0, *cuts, len(layers)]
+    return CUT.join(layers[a:b] for a, b in zip(bounds, bounds[1:], strict=False))

@@ -1,0 +1,186 @@
+"""Checks values against the schema and says in plain words what is wrong with which key."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+SectionType = TypeVar("SectionType", bound=BaseModel)
+
+_WANTED = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text",
+    "path_type": "a path",
+    "list_type": "a list",
+    "dict_type": "a mapping of `key: value` lines",
+    "model_type": "a mapping of `key: value` lines",
+    "model_attributes_type": "a mapping of `key: value` lines",
+}
+_LIMITS = {
+    "greater_than": ("gt", "must be greater than"),
+    "greater_than_equal": ("ge", "must be at least"),
+    "less_than": ("lt", "must be less than"),
+    "less_than_equal": ("le", "must be at most"),
+}
+
+
+def parse(kind: type[SectionType], values: Any, *, key: str = "") -> SectionType | list[str]:
+    """`values` as a `kind`, or the list of everything that is wrong with them.
+
+    Validation goes through JSON: there pydantic's strict mode takes text for a path and a whole
+    number for a float, but still refuses `true` for a number and text for either.
+    """
+    problems: list[str] = []
+    plain = _plain(values, key, problems)
+    try:
+        section = kind.model_validate_json(json.dumps(plain))
+    except ValidationError as error:
+        problems += [_explain(item, kind, plain, key) for item in error.errors(include_url=False)]
+        return problems
+    return problems or section
+
+
+def _plain(value: Any, key: str, problems: list[str]) -> Any:
+    """`value` with text keys only; what JSON cannot say becomes a problem."""
+    if isinstance(value, dict):
+        for name in value:
+            if not isinstance(name, str):
+                problems.append(f"{_join(key, name)}: keys must be text; quote it: \"{name}\"")
+        return {
+            name: _plain(item, _join(key, name), problems)
+            for name, item in value.items()
+            if isinstance(name, str)
+        }
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, _join(key, i), problems) for i, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        problems.append(f"{key}={value}: must be a finite number")
+        return 1.0
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    problems.append(f"{key}={value!r}: {type(value).__name__} is not a plain value; write it as text")
+    return str(value)
+
+
+def _explain(error: dict, kind: type[BaseModel], values: Any, prefix: str) -> str:
+    """One problem in plain words."""
+    location = [part for part in error["loc"] if part != "[key]"]
+    key = ".".join(str(part) for part in ([prefix] if prefix else []) + location)
+    code, context = error["type"], error.get("ctx", {})
+    if code == "extra_forbidden":
+        return _unknown_key(key, str(location[-1]), _legal_keys(kind, location[:-1]))
+    if code == "missing":
+        return _missing_key(key, kind, location)
+    value = error["input"]
+    if code == "literal_error":
+        choices = context["expected"]
+        hint = _nearest(value, choices.replace("'", "").replace(" or ", ", ").split(", "))
+        return f"{key}={_show(value)}: must be one of {choices}{hint}"
+    if code in _LIMITS:
+        name, rule = _LIMITS[code]
+        return f"{key}={_show(value)}: {rule} {context[name]}{_meaning(kind, location)}"
+    if code == "too_short":
+        return f"{key}: needs at least {context['min_length']} item(s); it has {_length(value)}"
+    wanted = _WANTED.get(code)
+    if wanted is None:
+        return f"{key}={_show(value)}: {error['msg']}{_meaning(kind, location)}"
+    hint = _type_hint(wanted, value)
+    return f"{key}={_show(value)}: must be {wanted}, not {_name(value)}{hint}"
+
+
+def _type_hint(wanted: str, value: Any) -> str:
+    if wanted in ("text", "a path"):
+        return f'; quote it in YAML: "{_show(value)}"' if isinstance(value, (int, float)) else ""
+    if isinstance(value, str) and wanted in ("a number", "a whole number"):
+        return "; write it without quotes and without units"
+    if isinstance(value, float) and wanted == "a whole number":
+        return f"; write {int(value)}" if value.is_integer() else "; round it"
+    return ""
+
+
+def _unknown_key(key: str, name: str, legal: list[str]) -> str:
+    nearest = _nearest(name, legal)
+    return f"{key}: unknown key{nearest}; legal keys here: {', '.join(legal) or 'none'}"
+
+
+def _missing_key(key: str, kind: type[BaseModel], location: list) -> str:
+    owner = _section_at(kind, location[:-1])
+    field = owner.model_fields.get(location[-1]) if owner else None
+    if field is None:
+        return f"{key}: missing, and it has no default"
+    section = section_of(field.annotation)
+    if section is not None:
+        needs = [n for n, f in section.model_fields.items() if f.is_required()]
+        return f"{key}: missing section; it needs at least {', '.join(needs)}"
+    meaning = f" ({field.description})" if field.description else ""
+    return f"{key}: missing, and it has no default{meaning}"
+
+
+def _nearest(name: Any, known: list[str]) -> str:
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _meaning(kind: type[BaseModel], location: list) -> str:
+    owner = _section_at(kind, location[:-1])
+    field = owner.model_fields.get(location[-1]) if owner and location else None
+    return f" ({field.description})" if field is not None and field.description else ""
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section class inside `annotation` (`X`, `X | None` or `list[X]`), if there is one."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (UnionType, Union, list):
+        for part in get_args(annotation):
+            found = section_of(part)
+            if found is not None:
+                return found
+    return None
+
+
+def _section_at(kind: type[BaseModel], location: list) -> type[BaseModel] | None:
+    section: type[BaseModel] | None = kind
+    for part in location:
+        if isinstance(part, int):
+            continue
+        if section is None or part not in section.model_fields:
+            return None
+        section = section_of(section.model_fields[part].annotation)
+    return section
+
+
+def _legal_keys(kind: type[BaseModel], location: list) -> list[str]:
+    section = _section_at(kind, location)
+    return list(section.model_fields) if section else []
+
+
+def _join(key: str, part: object) -> str:
+    return f"{key}.{part}" if key else str(part)
+
+
+def _show(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return repr(text) if isinstance(value, str) else text if len(text) < 80 else f"{text[:77]}..."
+
+
+def _name(value: Any) -> str:
+    names = {type(None): "null", bool: "a boolean", int: "a whole number", float: "a fraction"}
+    names |= {str: "text", list: "a list", dict: "a mapping"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _length(value: Any) -> object:
+    return len(value) if isinstance(value, (list, dict)) else value

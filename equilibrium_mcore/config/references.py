@@ -1,0 +1,70 @@
+"""Where a run finds its model and its data: a file, a bare name, or values in place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.yaml_io import read_mapping
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+FOLDERS = {"model": "models", "data": "data"}
+
+
+def find_file(reference: str, *, kind: str, folder: Path) -> Path:
+    """The YAML file that `reference` names.
+
+    Tried in order: relative to `folder`, relative to the current directory, and as a bare name
+    in the repository's `configs/models` (kind `model`) or `configs/data` (kind `data`).
+    Raises ConfigError with the places and the known names when there is none.
+    """
+    shelf = CONFIGS / FOLDERS[kind]
+    path = Path(reference).expanduser()
+    candidates = [folder / path, Path.cwd() / path]
+    if path.suffix not in (".yaml", ".yml"):
+        candidates = [c.with_name(c.name + ".yaml") for c in candidates] + candidates
+        if len(path.parts) == 1:
+            candidates.append(shelf / f"{reference}.yaml")
+    elif len(path.parts) == 1:
+        candidates.append(shelf / path)
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    tried = ", ".join(dict.fromkeys(str(c) for c in candidates))
+    known = ", ".join(sorted(f.stem for f in shelf.glob("*.yaml"))) or "none"
+    raise ConfigError(
+        f"{kind}={reference!r}: no such file (tried {tried}); give a path to a YAML file, or one "
+        f"of the names in {shelf}: {known}"
+    )
+
+
+def resolve(value: Any, *, kind: str, folder: Path, seen: tuple[Path, ...] = ()) -> Any:
+    """`value` as plain values: a reference is read, and `from: FILE` is merged under its keys.
+
+    Anything that is neither text nor a mapping is returned as it is, for the schema to refuse.
+    """
+    if isinstance(value, str):
+        reference, own_keys = value, {}
+    elif isinstance(value, dict) and "from" in value:
+        reference = value["from"]
+        own_keys = {key: item for key, item in value.items() if key != "from"}
+    else:
+        return value
+    if not isinstance(reference, str):
+        raise ConfigError(f"{kind}.from={reference!r}: must be the path or name of a YAML file")
+    path = find_file(reference, kind=kind, folder=folder).resolve()
+    if path in seen:
+        chain = " -> ".join(str(p) for p in (*seen, path))
+        raise ConfigError(f"{kind}: files name each other by `from` in a circle: {chain}")
+    base = resolve(read_mapping(path), kind=kind, folder=path.parent, seen=(*seen, path))
+    return merge(base, own_keys)
+
+
+def merge(base: dict, changes: dict) -> dict:
+    """`base` with `changes` laid over it; mappings merge key by key, all else is replaced."""
+    merged = dict(base)
+    for key, item in changes.items():
+        old = merged.get(key)
+        merged[key] = merge(old, item) if isinstance(old, dict) and isinstance(item, dict) else item
+    return merged

@@ -1,0 +1,318 @@
+"""Every setting of a run, declared once: its name, type, default, range and meaning.
+
+Plain values: this package imports no torch, numpy or megatron. Rules that tie several settings
+together are in `rules.py`; reading YAML and the command line is in `load.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A frozen group of settings; unknown keys and wrong types are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+def setting(default=..., doc: str = "", **limits):
+    """A field with its meaning, which `--help` and the docs print."""
+    return Field(default, description=doc, **limits)
+
+
+# --------------------------------------------------------------------------------- the model
+
+
+class MambaConfig(Section):
+    """Mamba-2 mixer (`M`): arXiv 2405.21060."""
+
+    num_heads: PositiveInt = setting(doc="heads; the inner width is num_heads * head_dim")
+    head_dim: PositiveInt = setting(64, "channels per head (P)")
+    state_dim: PositiveInt = setting(128, "state size per channel (N)")
+    num_groups: PositiveInt = setting(8, "groups that share B and C (G)")
+    conv_width: PositiveInt = setting(4, "taps of the causal convolution")
+    chunk_size: PositiveInt = setting(128, "tokens per chunk of the SSD scan; changes speed only")
+
+
+class AttentionConfig(Section):
+    """Grouped-query attention (`*`)."""
+
+    num_heads: PositiveInt = setting(doc="query heads")
+    num_query_groups: PositiveInt = setting(doc="key/value heads")
+    head_dim: PositiveInt = setting(doc="width of a head")
+    qkv_bias: bool = setting(False, "bias on the query, key and value projections (Qwen2)")
+    rope_base: PositiveFloat | None = setting(10000.0, "RoPE base; null for no position embedding")
+
+
+class MLAConfig(Section):
+    """Multi-Head Latent Attention (`+`): DeepSeek-V2, arXiv 2405.04434."""
+
+    num_heads: PositiveInt = setting(doc="heads")
+    q_lora_rank: PositiveInt | None = setting(doc="width of the query latent; null for none")
+    kv_lora_rank: PositiveInt = setting(doc="width of the key/value latent: what a cache stores")
+    qk_nope_head_dim: PositiveInt = setting(doc="query/key width without position, per head")
+    qk_rope_head_dim: PositiveInt = setting(doc="query/key width with RoPE, per head; even")
+    v_head_dim: PositiveInt = setting(doc="value width per head")
+    rope_base: PositiveFloat = setting(10000.0, "RoPE base")
+
+
+class MLPConfig(Section):
+    """Dense channel mixer (`-`)."""
+
+    ffn_hidden_size: PositiveInt = setting(doc="inner width")
+    activation: Literal["swiglu", "relu2", "gelu"] = setting("swiglu", "non-linearity")
+
+
+class MoEConfig(Section):
+    """Fine-grained mixture of experts with shared experts (`E`): DeepSeekMoE, arXiv 2401.06066."""
+
+    num_experts: PositiveInt = setting(doc="routed experts")
+    top_k: PositiveInt = setting(doc="routed experts per token")
+    expert_ffn_hidden_size: PositiveInt = setting(doc="inner width of one routed expert")
+    shared_ffn_hidden_size: NonNegativeInt = setting(0, "total inner width of the shared experts")
+    activation: Literal["swiglu", "relu2", "gelu"] = setting("swiglu", "non-linearity")
+    score_function: Literal["softmax", "sigmoid"] = setting("softmax", "router scores")
+    normalize_top_k: bool = setting(True, "scale the chosen scores to sum to 1")
+    routed_scaling_factor: PositiveFloat = setting(1.0, "factor on the chosen scores")
+    load_balancing: Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "none"] = setting(
+        "aux_loss", "what keeps the experts evenly used"
+    )
+    aux_loss_coefficient: NonNegativeFloat = setting(0.001, "weight of the balancing loss")
+    z_loss_coefficient: NonNegativeFloat = setting(0.0, "weight of the router z-loss")
+    expert_bias: bool = setting(
+        False, "aux-free balancing by a bias on the scores; needs score_function: sigmoid"
+    )
+    expert_bias_update_rate: NonNegativeFloat = setting(0.001, "step of that bias")
+
+
+class ModelConfig(Section):
+    """A model: megatron-core's HybridModel, described by values."""
+
+    name: str = setting(doc="what the model is called in logs and in the released model card")
+    layer_pattern: str = setting(
+        doc="one letter per layer: M Mamba-2, + MLA, * GQA, - MLP, E MoE; | where a pipeline "
+        "stage may end"
+    )
+    hidden_size: PositiveInt = setting(doc="width of the residual stream")
+    vocab_size: PositiveInt = setting(doc="tokens of the vocabulary")
+    vocab_size_multiple: PositiveInt = setting(
+        128, "the embedding table is padded to a multiple of this, whatever the layout"
+    )
+    tie_embeddings: bool = setting(False, "use the embedding table as the output layer")
+    norm_epsilon: PositiveFloat = setting(1e-5, "epsilon of every RMSNorm")
+    init_std: PositiveFloat = setting(0.02, "standard deviation of initial weights")
+    mamba: MambaConfig | None = setting(None, "needed by M")
+    attention: AttentionConfig | None = setting(None, "needed by *")
+    mla: MLAConfig | None = setting(None, "needed by +")
+    mlp: MLPConfig | None = setting(None, "needed by -")
+    moe: MoEConfig | None = setting(None, "needed by E")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding table."""
+        multiple = self.vocab_size_multiple
+        return -(-self.vocab_size // multiple) * multiple
+
+
+# ---------------------------------------------------------------------------------- the data
+
+
+class TokenizerConfig(Section):
+    """Which tokenizer made the data, and goes with the release."""
+
+    type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer"] = setting(
+        doc="Megatron-LM's names: a SentencePiece .model, or a Hugging Face tokenizer.json"
+    )
+    model: Path = setting(doc="the .model file, the tokenizer.json, or the folder that holds it")
+    end_of_document: str | None = setting(
+        None, "the token that ends a document; null: the tokenizer's own end of text"
+    )
+
+
+class SourceConfig(Section):
+    """One indexed dataset of the blend."""
+
+    name: str = setting(doc="what logs call it")
+    prefix: Path = setting(doc="path of the .bin/.idx pair without its ending")
+    weight: PositiveFloat = setting(doc="share in the blend; weights are scaled to sum to 1")
+
+
+class DataConfig(Section):
+    """A blend of indexed datasets."""
+
+    name: str = setting(doc="what the blend is called")
+    tokenizer: TokenizerConfig = setting(doc="the tokenizer of the data")
+    sources: list[SourceConfig] = setting(doc="the datasets", min_length=1)
+    split: str = setting(
+        "98,1,1", "shares of documents for train, validation and test, e.g. 98,1,1"
+    )
+    cache_directory: Path | None = setting(None, "where index caches go; null: beside the data")
+    num_workers: NonNegativeInt = setting(0, "loader processes per rank")
+
+
+# ----------------------------------------------------------------------------------- the run
+
+
+class ParallelismConfig(Section):
+    """How the model and the batch are laid over ranks.
+
+    The data-parallel size is what is left: world size / (tensor * pipeline * context).
+    """
+
+    tensor: PositiveInt = setting(1, "tensor-parallel ranks (TP)")
+    sequence: bool = setting(False, "shard activations along the sequence between TP regions (SP)")
+    pipeline: PositiveInt = setting(1, "pipeline stages on different ranks (PP)")
+    virtual_pipeline: PositiveInt = setting(1, "model chunks per pipeline rank (VPP)")
+    expert: PositiveInt = setting(1, "ranks that share the routed experts (EP)")
+    expert_tensor: PositiveInt = setting(1, "tensor-parallel ranks inside an expert (ETP)")
+    context: PositiveInt = setting(1, "ranks that share one sequence (CP)")
+    world_size: PositiveInt | None = setting(
+        None,
+        "ranks in all; null: as many as the launcher started, or tensor * pipeline * context "
+        "when started plainly",
+    )
+    distributed_optimizer: bool = setting(
+        True, "keep main weights and optimizer state of each parameter on one DP rank only"
+    )
+    overlap_grad_reduce: bool = setting(False, "reduce gradients while backward runs (GPU)")
+    moe_dispatcher: Literal["alltoall", "allgather"] = setting(
+        "alltoall", "how tokens travel to their experts"
+    )
+    timeout_minutes: PositiveInt = setting(10, "after this long a stuck collective is an error")
+
+
+class MuonConfig(Section):
+    """Muon for matrices: K. Jordan 2024, arXiv 2502.16982."""
+
+    learning_rate: PositiveFloat = setting(0.02, "peak learning rate")
+    momentum: Fraction = setting(0.95, "decay of the momentum")
+    nesterov: bool = setting(True, "look ahead along the momentum")
+    newton_schulz_steps: PositiveInt = setting(5, "iterations of the orthogonalisation")
+    coefficients: Literal["simple", "quintic", "polar_express", "cans", "aol"] = setting(
+        "quintic", "coefficients of the iteration, by emerging-optimizers' names"
+    )
+    scale: Literal["spectral", "unit_rms_norm", "shape_scaling"] = setting(
+        "spectral", "how the update is scaled by the matrix's shape"
+    )
+    extra_scale: PositiveFloat = setting(1.0, "factor on the update")
+    matmul_precision: Literal["highest", "high", "medium"] = setting(
+        "highest", "precision of float32 products in the iteration; medium may use bfloat16"
+    )
+    weight_decay: NonNegativeFloat = setting(0.1, "decoupled weight decay")
+
+
+class AdamWConfig(Section):
+    """AdamW for everything that is not a matrix between two features."""
+
+    learning_rate: PositiveFloat = setting(3e-4, "peak learning rate")
+    learning_rates: dict[
+        Literal["embedding", "output", "norm", "bias", "conv", "router", "ssm", "matrix"],
+        PositiveFloat,
+    ] = setting({}, "peak learning rate of one kind of parameter, instead of learning_rate")
+    beta1: Fraction = setting(0.9, "decay of the first moment")
+    beta2: Fraction = setting(0.95, "decay of the second moment")
+    epsilon: PositiveFloat = setting(1e-8, "added to the root of the second moment")
+    weight_decay: NonNegativeFloat = setting(
+        0.0, "decoupled weight decay, on embedding, output and router only"
+    )
+
+
+class ScheduleConfig(Section):
+    """Learning-rate schedule, as a factor on every peak learning rate."""
+
+    kind: Literal["cosine", "wsd", "constant"] = setting("cosine", "form after the warmup")
+    warmup_steps: NonNegativeInt = setting(0, "linear rise from 0")
+    decay_steps: NonNegativeInt = setting(0, "wsd: the last steps, in which it falls")
+    decay_form: Literal["linear", "cosine", "sqrt"] = setting(
+        "linear", "wsd: form of the fall; sqrt is 1 - sqrt(x)"
+    )
+    minimum_ratio: Fraction = setting(0.1, "factor at the end")
+
+
+class OptimizerConfig(Section):
+    """What updates which parameters."""
+
+    matrices: Literal["muon", "adamw"] = setting("muon", "optimizer of the weight matrices")
+    muon: MuonConfig = MuonConfig()
+    adamw: AdamWConfig = AdamWConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    clip_gradient_norm: NonNegativeFloat = setting(1.0, "clip to this global norm; 0 for never")
+
+
+class TrainingConfig(Section):
+    """Batches, steps and numerics."""
+
+    sequence_length: PositiveInt = setting(doc="tokens per sequence")
+    micro_batch_size: PositiveInt = setting(1, "sequences per forward pass on a DP rank")
+    global_batch_size: PositiveInt = setting(doc="sequences per optimizer step, over all ranks")
+    steps: PositiveInt = setting(doc="optimizer steps of the whole run; the schedule ends there")
+    stop_after_steps: PositiveInt | None = setting(
+        None, "save and stop at this step, to be resumed later; null: run to the end"
+    )
+    seed: NonNegativeInt = setting(1234, "seed of weights, data order and dropout")
+    precision: Literal["fp32", "bf16", "fp16", "fp8"] = setting("bf16", "number format")
+    fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = setting(
+        "tensorwise", "precision fp8: Transformer Engine's recipe"
+    )
+    fp8_format: Literal["hybrid", "e4m3"] = setting(
+        "hybrid", "precision fp8: hybrid is e4m3 forward and e5m2 backward"
+    )
+    recompute: Literal["none", "full", "selective"] = setting(
+        "none", "which activations are computed again in backward"
+    )
+    recompute_layers: PositiveInt = setting(1, "recompute full: layers between two checkpoints")
+    recompute_modules: list[Literal["core_attn", "moe", "mlp", "moe_act", "mla_up_proj"]] = setting(
+        ["core_attn"], "recompute selective: what is computed again"
+    )
+    validation_interval_steps: NonNegativeInt = setting(0, "steps between validations; 0: never")
+    validation_batches: PositiveInt = setting(8, "global batches per validation")
+    backend: Literal["auto", "torch", "transformer_engine"] = setting(
+        "auto", "where modules come from; auto: Transformer Engine if it and a GPU are there"
+    )
+
+
+class CheckpointConfig(Section):
+    """Saving and resuming."""
+
+    save_interval_steps: NonNegativeInt = setting(0, "steps between saves; 0: only at the end")
+    keep_last: PositiveInt = setting(2, "how many checkpoints stay on disk")
+    resume: Literal["auto", "never", "must"] = setting(
+        "auto", "auto: from the latest checkpoint of the output directory, if there is one"
+    )
+    initial_weights: Path | None = setting(
+        None, "a checkpoint whose weights alone start the run; ignored when resuming"
+    )
+
+
+class LoggingConfig(Section):
+    """What is written while training."""
+
+    interval_steps: PositiveInt = setting(1, "steps between two log lines")
+    tensorboard: bool = setting(True, "write TensorBoard events")
+    wandb_project: str | None = setting(None, "log to this Weights & Biases project")
+    peak_tflops_per_device: PositiveFloat | None = setting(
+        None, "dense peak of one device in TFLOP/s, to print utilisation"
+    )
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    name: str = setting(doc="name of the run")
+    output_directory: Path = setting(doc="checkpoints, logs and the effective config go here")
+    model: ModelConfig
+    data: DataConfig
+    parallelism: ParallelismConfig = ParallelismConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()

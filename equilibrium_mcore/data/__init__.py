@@ -1,0 +1,1 @@
+"""Text to batches: tokenizers, indexed datasets, blends, the loader, n-gram baselines."""

@@ -1,0 +1,83 @@
+"""Builds this rank's part of a model."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+
+from equilibrium_mcore.config.pattern import cut_into
+from equilibrium_mcore.config.schema import ModelConfig, ParallelismConfig, TrainingConfig
+from equilibrium_mcore.models.specs import TORCH, Backend, stack_spec, transformer_engine_backend
+from equilibrium_mcore.models.transformer_config import build_transformer_config
+
+# Parameters that stay float32 whatever the precision: small, and sensitive to rounding.
+KEPT_IN_FLOAT32 = ("A_log", "dt_bias", ".D", "expert_bias")
+
+
+def choose_backend(name: str, *, on_gpu: bool) -> Backend:
+    """The backend for `training.backend`: auto takes Transformer Engine where it can run."""
+    has_engine = on_gpu and importlib.util.find_spec("transformer_engine") is not None
+    if name == "torch" or (name == "auto" and not has_engine):
+        return TORCH
+    if not has_engine:
+        raise ValueError(
+            "training.backend=transformer_engine needs a CUDA device and the transformer-engine "
+            "package, and this host lacks one of them: use training.backend=auto or torch"
+        )
+    has_mamba_ssm = importlib.util.find_spec("mamba_ssm") is not None
+    return transformer_engine_backend(has_mamba_ssm=has_mamba_ssm)
+
+
+def build_model(
+    model: ModelConfig,
+    layout: ParallelismConfig,
+    training: TrainingConfig,
+    groups: ProcessGroupCollection,
+    *,
+    on_gpu: bool = False,
+    virtual_stage: int | None = None,
+    transformer_config: TransformerConfig | None = None,
+) -> HybridModel:
+    """This rank's part of `model`: the segment of its pipeline stage, split over its groups.
+
+    Args:
+        groups: all of megatron-core's groups for `layout`.
+        virtual_stage: which model chunk, when `layout.virtual_pipeline` is above 1.
+        transformer_config: one that was built before, so that all chunks share it.
+    """
+    config = transformer_config or build_transformer_config(model, layout, training, on_gpu=on_gpu)
+    backend = choose_backend(training.backend, on_gpu=on_gpu)
+    config.transformer_impl = "local" if backend is TORCH else "transformer_engine"
+    config.moe_grouped_gemm = backend.grouped_experts
+    stages = layout.pipeline * layout.virtual_pipeline
+    stage = groups.pp.rank() + (virtual_stage or 0) * layout.pipeline
+    rope_base = model.attention.rope_base if model.attention else None
+    module = HybridModel(
+        config=config,
+        hybrid_stack_spec=stack_spec(model, backend),
+        vocab_size=model.padded_vocab_size,
+        max_sequence_length=training.sequence_length,
+        hybrid_layer_pattern=cut_into(model.layer_pattern, stages),
+        pre_process=stage == 0,
+        post_process=stage == stages - 1,
+        share_embeddings_and_output_weights=model.tie_embeddings,
+        position_embedding_type="rope" if rope_base else "none",
+        rotary_base=int(rope_base) if rope_base else 10000,
+        pg_collection=groups,
+        vp_stage=virtual_stage,
+    )
+    cast_parameters(module, config.params_dtype)
+    return module
+
+
+def cast_parameters(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Cast every floating-point parameter to `dtype`, but for those kept in float32."""
+    for name, parameter in module.named_parameters():
+        keep = name.endswith(KEPT_IN_FLOAT32) and dtype != torch.float64
+        target = torch.float32 if keep else dtype
+        if parameter.is_floating_point() and parameter.dtype != target:
+            parameter.data = parameter.data.to(target)

@@ -1,0 +1,191 @@
+"""Layer specs: which module stands at each place of megatron-core's hybrid stack.
+
+One table per backend (`TORCH`, and Transformer Engine's, read only where it is used); one function
+that turns a table into the spec of the stack. Norms stand alone in both, never fused into a linear
+layer, so that a checkpoint has the same keys whichever backend wrote it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.multi_latent_attention import (
+    MLASelfAttention,
+    MLASelfAttentionSubmodules,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import (
+    MoETransformerLayer,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+
+from equilibrium_mcore.config.schema import ModelConfig
+from equilibrium_mcore.models.attention import TorchCoreAttention
+from equilibrium_mcore.models.mamba import TorchMambaMixer
+from equilibrium_mcore.models.norms import RMSNorm
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The modules of one implementation."""
+
+    name: str
+    column_linear: type
+    row_linear: type
+    duplicated_linear: type  # MLA's down-projections, whose output every TP rank needs whole
+    norm: type
+    core_attention: type
+    mamba_mixer: type
+    experts: BackendSpecProvider
+    grouped_experts: bool
+
+
+TORCH = Backend(
+    name="torch",
+    column_linear=ColumnParallelLinear,
+    row_linear=RowParallelLinear,
+    duplicated_linear=ColumnParallelLinear,
+    norm=RMSNorm,
+    core_attention=TorchCoreAttention,
+    mamba_mixer=TorchMambaMixer,
+    experts=LocalSpecProvider(),
+    grouped_experts=False,
+)
+
+
+def transformer_engine_backend(*, has_mamba_ssm: bool) -> Backend:
+    """Transformer Engine's modules, and mamba-ssm's fused scan where it is installed."""
+    from megatron.core.extensions import transformer_engine as te
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+    return Backend(
+        name="transformer_engine",
+        column_linear=te.TEColumnParallelLinear,
+        row_linear=te.TERowParallelLinear,
+        duplicated_linear=te.TELinear,
+        norm=te.TENorm,
+        core_attention=te.TEDotProductAttention,
+        mamba_mixer=MambaMixer if has_mamba_ssm else TorchMambaMixer,
+        experts=TESpecProvider(),
+        grouped_experts=True,
+    )
+
+
+def stack_spec(model: ModelConfig, backend: Backend) -> ModuleSpec:
+    """The spec of the whole decoder for megatron-core's HybridModel."""
+    b = backend
+    mamba_params = {}
+    if model.mamba:
+        mamba_params = {"d_conv": model.mamba.conv_width, "chunk_size": model.mamba.chunk_size}
+    mla = MLASelfAttentionSubmodules(
+        linear_q_proj=b.column_linear,
+        linear_q_down_proj=b.duplicated_linear,
+        linear_q_up_proj=b.column_linear,
+        linear_kv_down_proj=b.duplicated_linear,
+        linear_kv_up_proj=b.column_linear,
+        core_attention=b.core_attention,
+        linear_proj=b.row_linear,
+        q_layernorm=b.norm,
+        kv_layernorm=b.norm,
+    )
+    attention = SelfAttentionSubmodules(
+        linear_qkv=b.column_linear, core_attention=b.core_attention, linear_proj=b.row_linear
+    )
+    mlp = MLPSubmodules(linear_fc1=b.column_linear, linear_fc2=b.row_linear)
+    mamba = ModuleSpec(
+        module=b.mamba_mixer,
+        params=mamba_params,
+        submodules=MambaMixerSubmodules(in_proj=b.column_linear, out_proj=b.row_linear),
+    )
+    moe = get_moe_module_spec_for_backend(
+        backend=b.experts,
+        num_experts=model.moe.num_experts if model.moe else 1,
+        moe_grouped_gemm=b.grouped_experts,
+    )
+    return ModuleSpec(
+        module=EquilibriumStack,
+        params={"norm": b.norm},
+        submodules=HybridStackSubmodules(
+            mamba_layer=ModuleSpec(
+                module=MambaLayer,
+                submodules=MambaLayerSubmodules(
+                    norm=b.norm, mixer=mamba, mamba_bda=get_bias_dropout_add
+                ),
+            ),
+            attention_layer=_attention_layer(SelfAttention, attention, b.norm),
+            mla_layer=_attention_layer(MultiLatentSelfAttention, mla, b.norm),
+            mlp_layer=ModuleSpec(
+                module=MLPLayer,
+                submodules=TransformerLayerSubmodules(
+                    pre_mlp_layernorm=b.norm,
+                    mlp=partial(MLP.as_mlp_submodule, submodules=mlp),
+                    mlp_bda=get_bias_dropout_add,
+                ),
+            ),
+            moe_layer=ModuleSpec(
+                module=MoETransformerLayer,
+                submodules=TransformerLayerSubmodules(
+                    pre_mlp_layernorm=b.norm, mlp=moe, mlp_bda=get_bias_dropout_add
+                ),
+            ),
+        ),
+    )
+
+
+def _attention_layer(attention: type, submodules: Any, norm: type) -> ModuleSpec:
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=attention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=submodules,
+            ),
+            self_attn_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+class MultiLatentSelfAttention(MLASelfAttention):
+    """MLASelfAttention that builds exactly the projections and norms which its spec names.
+
+    megatron-core re-derives them and refuses a latent norm when there is no query latent, which
+    DeepSeek-V2-Lite has.
+    """
+
+    def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
+        return {
+            "linear_q_proj": submodules.linear_q_proj,
+            "linear_q_up_proj": submodules.linear_q_up_proj,
+            "linear_kv_up_proj": submodules.linear_kv_up_proj,
+            "q_layernorm": submodules.q_layernorm,
+            "kv_layernorm": submodules.kv_layernorm,
+        }
+
+
+class EquilibriumStack(HybridStack):
+    """HybridStack whose final norm is the backend's (megatron-core fixes Transformer Engine's)."""
+
+    def __init__(self, config, submodules, *args, norm: type, **kwargs) -> None:
+        super().__init__(config, submodules, *args, post_layer_norm=False, **kwargs)
+        self.post_layer_norm = True
+        if self.post_process:
+            self.final_norm = norm(
+                config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+            )

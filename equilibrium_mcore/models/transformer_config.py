@@ -1,0 +1,165 @@
+"""megatron-core's TransformerConfig, made from our plain values."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.activations import squared_relu
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+from equilibrium_mcore.config.pattern import layers_of
+from equilibrium_mcore.config.schema import ModelConfig, ParallelismConfig, TrainingConfig
+
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.bfloat16,  # the weights; Transformer Engine quantizes inside its linear layers
+}
+_ACTIVATIONS = {"swiglu": (F.silu, True), "relu2": (squared_relu, False), "gelu": (F.gelu, False)}
+
+
+def build_transformer_config(
+    model: ModelConfig, layout: ParallelismConfig, training: TrainingConfig, *, on_gpu: bool
+) -> TransformerConfig:
+    """The config of one rank's part of `model` under `layout` and `training`'s numerics."""
+    values = {
+        **_model_values(model, layout),
+        **_moe_values(model, layout),
+        **_layout_values(layout),
+        **_numeric_values(training, on_gpu=on_gpu),
+    }
+    if model.mla:
+        return MLATransformerConfig(**values, **_mla_values(model))
+    return TransformerConfig(**values)
+
+
+def _model_values(model: ModelConfig, layout: ParallelismConfig) -> dict:
+    values = dict(
+        num_layers=len(layers_of(model.layer_pattern)),
+        hidden_size=model.hidden_size,
+        is_hybrid_model=True,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        init_method_std=model.init_std,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # Kept by megatron-core for every model; a model without attention has no heads.
+        num_attention_heads=layout.tensor,
+    )
+    channel_mixer = model.mlp or model.moe
+    if channel_mixer:
+        activation, gated = _ACTIVATIONS[channel_mixer.activation]
+        values.update(activation_func=activation, gated_linear_unit=gated)
+    if model.mlp:
+        values.update(ffn_hidden_size=model.mlp.ffn_hidden_size)
+    if model.mamba:
+        values.update(
+            mamba_num_heads=model.mamba.num_heads,
+            mamba_head_dim=model.mamba.head_dim,
+            mamba_state_dim=model.mamba.state_dim,
+            mamba_num_groups=model.mamba.num_groups,
+        )
+    if model.attention:
+        values.update(
+            num_attention_heads=model.attention.num_heads,
+            num_query_groups=model.attention.num_query_groups,
+            kv_channels=model.attention.head_dim,
+            add_qkv_bias=model.attention.qkv_bias,
+        )
+    if model.mla:
+        values.update(num_attention_heads=model.mla.num_heads)
+    return values
+
+
+def _mla_values(model: ModelConfig) -> dict:
+    mla = model.mla
+    return dict(
+        multi_latent_attention=True,
+        q_lora_rank=mla.q_lora_rank,
+        kv_lora_rank=mla.kv_lora_rank,
+        qk_head_dim=mla.qk_nope_head_dim,
+        qk_pos_emb_head_dim=mla.qk_rope_head_dim,
+        v_head_dim=mla.v_head_dim,
+        rope_type="rope",
+        rotary_base=mla.rope_base,
+        rotary_scaling_factor=1.0,
+        mscale_all_dim=0.0,
+        qk_layernorm=True,
+    )
+
+
+def _moe_values(model: ModelConfig, layout: ParallelismConfig) -> dict:
+    moe = model.moe
+    if moe is None:
+        return {}
+    return dict(
+        num_moe_experts=moe.num_experts,
+        moe_router_topk=moe.top_k,
+        moe_ffn_hidden_size=moe.expert_ffn_hidden_size,
+        moe_shared_expert_intermediate_size=moe.shared_ffn_hidden_size or None,
+        moe_router_score_function=moe.score_function,
+        # Softmax after the choice makes the chosen scores sum to 1, before it does not.
+        moe_router_pre_softmax=moe.score_function == "softmax" and not moe.normalize_top_k,
+        moe_router_topk_scaling_factor=(
+            moe.routed_scaling_factor if moe.routed_scaling_factor != 1.0 else None
+        ),
+        moe_router_load_balancing_type=moe.load_balancing,
+        moe_aux_loss_coeff=moe.aux_loss_coefficient,
+        moe_z_loss_coeff=moe.z_loss_coefficient or None,
+        moe_router_enable_expert_bias=moe.expert_bias,
+        moe_router_bias_update_rate=moe.expert_bias_update_rate,
+        moe_router_dtype="fp32",
+        moe_token_dispatcher_type=layout.moe_dispatcher,
+    )
+
+
+def _layout_values(layout: ParallelismConfig) -> dict:
+    return dict(
+        tensor_model_parallel_size=layout.tensor,
+        sequence_parallel=layout.sequence,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=(
+            layout.virtual_pipeline if layout.virtual_pipeline > 1 else None
+        ),
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+    )
+
+
+def _numeric_values(training: TrainingConfig, *, on_gpu: bool) -> dict:
+    dtype = DTYPES[training.precision]
+    values = dict(
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        # Gradients are divided by the tokens of the whole batch, so no layout changes their scale.
+        calculate_per_token_loss=True,
+        use_cpu_initialization=not on_gpu,
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=on_gpu,
+        bias_activation_fusion=False,
+        apply_rope_fusion=False,
+        masked_softmax_fusion=False,
+        batch_p2p_comm=on_gpu,
+        moe_permute_fusion=False,
+        deallocate_pipeline_outputs=True,
+    )
+    if training.precision == "fp8":
+        values.update(fp8=training.fp8_format, fp8_recipe=training.fp8_recipe)
+    if training.recompute == "full":
+        values.update(
+            recompute_granularity="full",
+            recompute_method="uniform",
+            recompute_num_layers=training.recompute_layers,
+        )
+    elif training.recompute == "selective":
+        values.update(
+            recompute_granularity="selective",
+            recompute_modules=list(training.recompute_modules),
+        )
+    return values

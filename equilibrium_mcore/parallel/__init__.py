@@ -1,0 +1,1 @@
+"""Accelerator, process groups and the launch of ranks."""

@@ -1,0 +1,83 @@
+"""torch.distributed and megatron-core's process groups.
+
+The only module that touches `megatron.core.parallel_state`. Everything else is given a
+`ProcessGroupCollection`.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from equilibrium_mcore.config.schema import ParallelismConfig
+from equilibrium_mcore.parallel import accelerator
+
+# Within a node: tensor, then context, then expert; pipeline stages lie furthest apart.
+RANK_ORDER = "tp-cp-ep-dp-pp"
+
+
+def initialize_groups(layout: ParallelismConfig) -> ProcessGroupCollection:
+    """Build the process groups of `layout` over the ranks of the default group.
+
+    torch.distributed must be initialised, and its size must be a multiple of
+    tensor * pipeline * context (`config.rules` has checked it).
+    """
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=(
+            layout.virtual_pipeline if layout.virtual_pipeline > 1 else None
+        ),
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+        distributed_timeout_minutes=layout.timeout_minutes,
+        order=RANK_ORDER,
+        create_gloo_process_groups=False,
+    )
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def initialize_distributed(
+    *, rank: int, world_size: int, local_rank: int, timeout_minutes: int, init_method: str = "env://"
+) -> None:
+    """Join the default process group; on a CUDA host, take GPU `local_rank`."""
+    if accelerator.has_cuda():
+        torch.cuda.set_device(local_rank)
+    torch.distributed.init_process_group(
+        backend=accelerator.communication_backend(),
+        init_method=init_method,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(minutes=timeout_minutes),
+        device_id=accelerator.device() if accelerator.has_cuda() else None,
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch, and megatron-core's trackers per tensor and expert rank."""
+    import random
+
+    import numpy
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def destroy() -> None:
+    """Leave all groups; safe to call twice."""
+    parallel_state.destroy_model_parallel()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def set_virtual_stage(stage: int | None) -> None:
+    """Tell megatron-core which model chunk is being built (it still reads this globally)."""
+    parallel_state.set_virtual_pipeline_model_parallel_rank(stage)

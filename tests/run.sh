@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Sets up .venv, then lints and tests. Arguments go to pytest:
+#
+#   bash tests/run.sh                      everything that is not marked slow
+#   bash tests/run.sh -m slow              the slow cases
+#   bash tests/run.sh tests/config -x      one room, up to the first failure
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash tools/setup_venv.sh
+bin="$PWD/.venv/bin"
+
+# Tests start several ranks, each a process: with a thread pool each they would trample one another.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" MKL_NUM_THREADS="${MKL_NUM_THREADS:-1}"
+export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MPLBACKEND=Agg
+
+echo "lint: ruff check"
+"$bin/ruff" check --quiet .
+echo "lint: ruff format --check"
+"$bin/ruff" format --check --quiet .
+echo "lint: import contracts"
+"$bin/lint-imports" --no-cache >.venv/lint-imports.log 2>&1 || { cat .venv/lint-imports.log; exit 1; }
+
+# The last line is pytest's own.
+exec "$bin/python" -m pytest "$@"
