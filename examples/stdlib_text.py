@@ -34,8 +34,6 @@ MAX_FILE_BYTES = 300_000
 MIN_CHARACTERS = 64
 SEED = 20260101
 
-Document = tuple[str, str]  # source, text
-
 
 def library_files(root: Path) -> Iterator[Path]:
     """The standard library's own .py files, sorted by path."""
@@ -47,9 +45,9 @@ def library_files(root: Path) -> Iterator[Path]:
         )
         for name in sorted(names):
             path = Path(directory, name)
-            if name.endswith(".py") and not name.startswith(SKIPPED_PREFIXES):
-                if path.stat().st_size <= MAX_FILE_BYTES:
-                    yield path
+            wanted = name.endswith(".py") and not name.startswith(SKIPPED_PREFIXES)
+            if wanted and path.stat().st_size <= MAX_FILE_BYTES:
+                yield path
 
 
 def docstrings(source: str, module: str) -> str:
@@ -77,50 +75,71 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def collect(root: Path) -> tuple[list[Document], list[Document]]:
-    """The documents of code and of prose."""
-    code: list[Document] = []
-    prose: list[Document] = []
-    for path in library_files(root):
-        relative = path.relative_to(root)
+def topics() -> dict[str, str]:
+    """The texts of `pydoc`'s topics; some distributions ship them apart."""
+    try:
+        from pydoc_data.topics import topics as texts
+    except ImportError:
+        return {}
+    return {name: inspect.cleandoc(text) + "\n" for name, text in texts.items()}
+
+
+class JsonlWriter:
+    """Writes documents aside until `max_bytes` are reached, then gives the file its name."""
+
+    def __init__(self, path: Path, max_bytes: float) -> None:
+        self.path = path
+        self.max_bytes = max_bytes
+        self.documents = self.bytes = 0
+        self.full = False
+        self._aside = path.with_name(path.name + ".partial")
+        self._stream = self._aside.open("wb")
+
+    def add(self, source: str, text: str) -> None:
+        """Append a document; the one that does not fit is the end."""
+        if self.full or len(text) < MIN_CHARACTERS:
+            return
+        line = json.dumps({"text": text, "source": source}, ensure_ascii=False) + "\n"
+        data = line.encode()
+        self.full = self.bytes + len(data) > self.max_bytes
+        if not self.full:
+            self._stream.write(data)
+            self.documents += 1
+            self.bytes += len(data)
+
+    def finish(self) -> None:
+        """Rename into place and print what was written."""
+        self._stream.close()
+        if not self.documents:
+            self._aside.unlink()
+            raise SystemExit(
+                f"{self.path}: no document fits into {self.max_bytes:,.0f} bytes; raise "
+                f"--max-megabytes, or check that {sysconfig.get_paths()['stdlib']} holds the "
+                f"library's sources"
+            )
+        os.replace(self._aside, self.path)
+        print(f"{self.path}: {self.documents:,} documents, {self.bytes:,} bytes")
+
+
+def write_sources(root: Path, code: JsonlWriter, prose: JsonlWriter) -> None:
+    """Go through files and topics in shuffled order until both outputs are full or all is read."""
+    help_texts = topics()
+    units: list[Path | str] = [*library_files(root), *sorted(help_texts)]
+    random.Random(SEED).shuffle(units)
+    for unit in units:
+        if code.full and prose.full:
+            break
+        if isinstance(unit, str):
+            prose.add(f"topics/{unit}", help_texts[unit])
+            continue
+        relative = unit.relative_to(root)
         try:
-            text = path.read_bytes().decode("utf-8")
-            documentation = docstrings(text, module_name(relative))
+            text = unit.read_bytes().decode("utf-8")
+            documentation = "" if prose.full else docstrings(text, module_name(relative))
         except (UnicodeDecodeError, SyntaxError, ValueError):
             continue
-        code.append((f"stdlib/{relative.as_posix()}", text))
-        prose.append((f"docstrings/{module_name(relative)}", documentation))
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:  # some distributions ship it apart
-        topics = {}
-    prose.extend((f"topics/{name}", inspect.cleandoc(text) + "\n") for name, text in topics.items())
-    return code, prose
-
-
-def write_jsonl(documents: list[Document], path: Path, max_bytes: float) -> None:
-    """Shuffle by the fixed seed, write aside, rename; print what was written."""
-    documents = sorted(d for d in documents if len(d[1]) >= MIN_CHARACTERS)
-    random.Random(SEED).shuffle(documents)
-    aside = path.with_name(path.name + ".partial")
-    written, count = 0, 0
-    with aside.open("wb") as stream:
-        for source, text in documents:
-            line = json.dumps({"text": text, "source": source}, ensure_ascii=False) + "\n"
-            data = line.encode()
-            if written + len(data) > max_bytes:
-                continue
-            stream.write(data)
-            written += len(data)
-            count += 1
-    if not count:
-        aside.unlink()
-        raise SystemExit(
-            f"{path}: no document fits into {max_bytes:,.0f} bytes; raise --max-megabytes, or "
-            f"check that {sysconfig.get_paths()['stdlib']} holds the library's sources"
-        )
-    os.replace(aside, path)
-    print(f"{path}: {count:,} documents, {written:,} bytes")
+        code.add(f"stdlib/{relative.as_posix()}", text)
+        prose.add(f"docstrings/{module_name(relative)}", documentation)
 
 
 def main() -> None:
@@ -134,10 +153,14 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     arguments.output_directory.mkdir(parents=True, exist_ok=True)
-    code, prose = collect(Path(sysconfig.get_paths()["stdlib"]))
     max_bytes = arguments.max_megabytes * 1e6
-    write_jsonl(code, arguments.output_directory / "code.jsonl", max_bytes)
-    write_jsonl(prose, arguments.output_directory / "prose.jsonl", max_bytes)
+    code, prose = (
+        JsonlWriter(arguments.output_directory / name, max_bytes)
+        for name in ("code.jsonl", "prose.jsonl")
+    )
+    write_sources(Path(sysconfig.get_paths()["stdlib"]), code, prose)
+    code.finish()
+    prose.finish()
 
 
 if __name__ == "__main__":

@@ -96,6 +96,7 @@ if [ -z "$venv_version" ] || [ -e "$HALF_MADE" ]; then
       "then run this again, or name it: EQUILIBRIUM_PYTHON=/path/to/python3.12"
   fi
   say "making .venv with Python $(version_of "$python") ($python)"
+  rm -f "$VENV/bin/python"  # first, so that a folder deleted by half is not taken for a venv
   rm -rf "$VENV"
   mkdir "$VENV"
   touch "$HALF_MADE"
@@ -114,6 +115,7 @@ started=$(date +%s)
 # -I: packages on PYTHONPATH must not count as installed.
 if ! "$VENV/bin/python" -I -m pip --disable-pip-version-check install --progress-bar off \
   --constraint configs/constraints.txt --editable ".[$EXTRAS]" >"$LOG" 2>&1; then
+  rm -f "$HALF_MADE"  # pip rolls back what it could not finish
   tail -n 15 "$LOG" >&2
   fail "the install failed; all of pip's output is in $LOG." \
     "If it is a download that failed, run this again: what was downloaded is kept."

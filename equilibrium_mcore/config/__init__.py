@@ -1,1 +1,1 @@
-"""Settings: plain values, their checks, and how they are read. Imports no torch, numpy, megatron."""
+"""Settings: plain values, their checks, how they are read. No torch, numpy or megatron."""

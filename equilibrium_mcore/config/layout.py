@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from equilibrium_mcore.config.schema import ParallelismConfig, RunConfig
@@ -25,9 +26,19 @@ def model_parallel_size(parallelism: ParallelismConfig) -> int:
     return parallelism.tensor * parallelism.pipeline * parallelism.context
 
 
+def expert_parallel_size(parallelism: ParallelismConfig) -> int:
+    """Ranks that hold one copy of the routed experts: expert * expert_tensor * pipeline."""
+    return parallelism.expert * parallelism.expert_tensor * parallelism.pipeline
+
+
+def smallest_world_size(parallelism: ParallelismConfig) -> int:
+    """Fewest ranks that hold the layout; every legal world size is a multiple of it."""
+    return math.lcm(model_parallel_size(parallelism), expert_parallel_size(parallelism))
+
+
 def resolve_world_size(parallelism: ParallelismConfig, launched: int | None = None) -> int:
-    """Ranks in all: what was launched, else what the config says, else one copy of the model."""
-    return launched or parallelism.world_size or model_parallel_size(parallelism)
+    """Ranks in all: what was launched, else what the config says, else the fewest that fit."""
+    return launched or parallelism.world_size or smallest_world_size(parallelism)
 
 
 def data_parallel_size(config: RunConfig, world_size: int | None = None) -> int:
@@ -38,8 +49,8 @@ def data_parallel_size(config: RunConfig, world_size: int | None = None) -> int:
 
 def expert_data_parallel_size(config: RunConfig, world_size: int | None = None) -> int:
     """Copies of each routed expert: world size / (expert * expert_tensor * pipeline)."""
-    p = config.parallelism
-    return resolve_world_size(p, world_size) // (p.expert * p.expert_tensor * p.pipeline)
+    world_size = resolve_world_size(config.parallelism, world_size)
+    return world_size // expert_parallel_size(config.parallelism)
 
 
 def micro_batches_per_step(config: RunConfig, world_size: int | None = None) -> int:
@@ -61,4 +72,5 @@ def global_batch_tokens(config: RunConfig) -> int:
 
 def divisors(number: int) -> list[int]:
     """All divisors, ascending."""
-    return [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})

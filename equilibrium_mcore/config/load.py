@@ -47,10 +47,11 @@ def usage() -> str:
     return USAGE.replace("{sections}", "\n".join(lines))
 
 
-def load_run_config(arguments: Sequence[str]) -> RunConfig:
+def load_run_config(arguments: Sequence[str], *, host: Host | None = None) -> RunConfig:
     """The run that the command line `RUN.yaml [key=value ...]` asks for.
 
-    Under a launcher (torchrun, srun) its number of ranks is checked too. Raises ConfigError with
+    Under a launcher (torchrun, srun) its number of ranks is checked too, and so is what `host`
+    has, if that is given. Raises ConfigError with
     every problem; `--help` and `--check` print and raise SystemExit(0).
     """
     if any(argument in ("-h", "--help") for argument in arguments):
@@ -74,7 +75,7 @@ def load_run_config(arguments: Sequence[str]) -> RunConfig:
         raise ConfigError(problems, source="the command line")
     overrides = [word for word in words if "=" in word]
     world_size = launched_world_size(os.environ)
-    config = load_run(paths[0], overrides, world_size=world_size)
+    config = load_run(paths[0], overrides, world_size=world_size, host=host)
     if check_only:
         sys.stdout.write(to_yaml(config.model_dump(mode="json")))
         raise SystemExit(0)
@@ -118,7 +119,9 @@ def load_model(path_or_name: str | Path) -> ModelConfig:
     """The model of a YAML file, or of a bare name in `configs/models`, checked by its own rules."""
     values = resolve(str(path_or_name), kind="model", folder=Path.cwd())
     model = parse(ModelConfig, values, key="model")
-    problems = model if isinstance(model, list) else rules.check_model(model)
+    if isinstance(model, list):
+        raise ConfigError([problem.text for problem in model], source=path_or_name)
+    problems = rules.check_model(model)
     if problems:
         raise ConfigError(problems, source=path_or_name)
     return model
@@ -165,8 +168,9 @@ def _finish(
     sections = _parse_sections(values, unread, problems)
     problems += rules.check_sections(sections, world_size=world_size, host=host)
     if problems:
-        raise ConfigError(problems, source=source)
-    return RunConfig.model_construct(**sections)
+        # Two overrides inside a file that is missing have one and the same problem.
+        raise ConfigError(dict.fromkeys(problems), source=source)
+    return RunConfig(**sections)
 
 
 def _parse_sections(
@@ -181,13 +185,11 @@ def _parse_sections(
         return {name: getattr(parsed, name) for name in RunConfig.model_fields}
     bad = set(unread)
     for problem in parsed:
-        name = problem.replace("=", ".", 1).replace(":", ".", 1).split(".")[0]
-        if name in unread:
-            continue
-        problems.append(problem)
-        bad.add(name)
-    # What is left parses: the wrong parts are replaced by nothing, so that rules which tie the
-    # other sections together can still speak.
+        name = problem.key.split(".")[0]
+        if name not in unread:
+            problems.append(problem.text)
+            bad.add(name)
+    # The other sections are right, so the rules that tie them together can still speak.
     sections: dict[str, Any] = {}
     for name, field in RunConfig.model_fields.items():
         if name in bad:
@@ -244,5 +246,7 @@ def _step_into(place: Any, part: str, override: str, where: str) -> Any:
 def _index(place: list, part: str, override: str, where: str) -> int:
     legal = ", ".join(str(i) for i in range(len(place))) or "none, the list is empty"
     if not part.isdecimal() or int(part) >= len(place):
-        raise ConfigError(f"{override}: {where} is a list; {part!r} is not one of its indices: {legal}")
+        raise ConfigError(
+            f"{override}: {where} is a list; {part!r} is not one of its indices: {legal}"
+        )
     return int(part)

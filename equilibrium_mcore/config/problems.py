@@ -6,11 +6,9 @@ import difflib
 import json
 import math
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
-
-SectionType = TypeVar("SectionType", bound=BaseModel)
 
 _WANTED = {
     "int_type": "a whole number",
@@ -36,28 +34,38 @@ _LIMITS = {
 }
 
 
-def parse(kind: type[SectionType], values: Any, *, key: str = "") -> SectionType | list[str]:
+class Problem(NamedTuple):
+    """What is wrong with one key."""
+
+    key: str
+    text: str
+
+
+def parse[SectionType: BaseModel](
+    kind: type[SectionType], values: Any, *, key: str = ""
+) -> SectionType | list[Problem]:
     """`values` as a `kind`, or the list of everything that is wrong with them.
 
     Validation goes through JSON: there pydantic's strict mode takes text for a path and a whole
     number for a float, but still refuses `true` for a number and text for either.
     """
-    problems: list[str] = []
+    problems: list[Problem] = []
     plain = _plain(values, key, problems)
     try:
         section = kind.model_validate_json(json.dumps(plain))
     except ValidationError as error:
-        problems += [_explain(item, kind, plain, key) for item in error.errors(include_url=False)]
+        problems += [_explain(item, kind, key) for item in error.errors(include_url=False)]
         return problems
     return problems or section
 
 
-def _plain(value: Any, key: str, problems: list[str]) -> Any:
+def _plain(value: Any, key: str, problems: list[Problem]) -> Any:
     """`value` with text keys only; what JSON cannot say becomes a problem."""
     if isinstance(value, dict):
         for name in value:
             if not isinstance(name, str):
-                problems.append(f"{_join(key, name)}: keys must be text; quote it: \"{name}\"")
+                text = f'{_join(key, name)}: keys must be text; quote it: "{name}"'
+                problems.append(Problem(_join(key, name), text))
         return {
             name: _plain(item, _join(key, name), problems)
             for name, item in value.items()
@@ -66,18 +74,25 @@ def _plain(value: Any, key: str, problems: list[str]) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item, _join(key, i), problems) for i, item in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
-        problems.append(f"{key}={value}: must be a finite number")
+        problems.append(Problem(key, f"{key}={value}: must be a finite number"))
         return 1.0
     if value is None or isinstance(value, (str, int, float)):
         return value
-    problems.append(f"{key}={value!r}: {type(value).__name__} is not a plain value; write it as text")
+    name = type(value).__name__
+    problems.append(
+        Problem(key, f"{key}={value!r}: a {name} is not a plain value; write it as text")
+    )
     return str(value)
 
 
-def _explain(error: dict, kind: type[BaseModel], values: Any, prefix: str) -> str:
-    """One problem in plain words."""
+def _explain(error: dict, kind: type[BaseModel], prefix: str) -> Problem:
+    """One of pydantic's errors in plain words."""
     location = [part for part in error["loc"] if part != "[key]"]
     key = ".".join(str(part) for part in ([prefix] if prefix else []) + location)
+    return Problem(key, _text(error, kind, location, key))
+
+
+def _text(error: dict, kind: type[BaseModel], location: list, key: str) -> str:
     code, context = error["type"], error.get("ctx", {})
     if code == "extra_forbidden":
         return _unknown_key(key, str(location[-1]), _legal_keys(kind, location[:-1]))

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from equilibrium_mcore.config.layout_rules import LAYOUT_RULES
+from equilibrium_mcore.config.model_rules import MODEL_RULES
 from equilibrium_mcore.config.rule_kit import Host, Rule, Subject
 from equilibrium_mcore.config.schema import ModelConfig, RunConfig
+from equilibrium_mcore.config.training_rules import TRAINING_RULES
 
-RULES: list[Rule] = []
+RULES: list[Rule] = [*MODEL_RULES, *LAYOUT_RULES, *TRAINING_RULES]
+
+__all__ = ["RULES", "Host", "check", "check_model", "check_sections"]
 
 
 def check(
@@ -34,6 +39,4 @@ def check_sections(
     """Broken rules among the sections that are there; a rule that needs another is skipped."""
     subject = Subject(RunConfig.model_construct(**sections), world_size, host)
     there = sections.keys()
-    return [
-        problem for rule in RULES if rule.needs <= there for problem in rule.function(subject)
-    ]
+    return [problem for rule in RULES if rule.needs <= there for problem in rule.function(subject)]

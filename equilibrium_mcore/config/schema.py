@@ -177,7 +177,7 @@ class ParallelismConfig(Section):
     context: PositiveInt = setting(1, "ranks that share one sequence (CP)")
     world_size: PositiveInt | None = setting(
         None,
-        "ranks in all; null: as many as the launcher started, or tensor * pipeline * context "
+        "ranks in all; null: as many as the launcher started, or the fewest that hold the layout "
         "when started plainly",
     )
     distributed_optimizer: bool = setting(

@@ -83,13 +83,12 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"
 
 def parse_yaml(text: str, *, source: object) -> Any:
     """The value that `text` holds; ConfigError names `source` when it is not good YAML."""
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         value = loader.get_single_data()
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}", source=source) from None
-    finally:
-        loader.dispose()
+        message = " ".join(str(error).split())
+        raise ConfigError(f"not valid YAML: {message}", source=source) from None
     if loader.problems:
         raise ConfigError(loader.problems, source=source)
     return value

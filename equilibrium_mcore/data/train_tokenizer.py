@@ -20,7 +20,7 @@ PADDING = "<|padding|>"
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")  # control tokens, ready for fine-tuning
 HELD_OUT_EVERY = 50  # one document of this many is kept for the summary
 MAX_HELD_OUT_BYTES = 500_000
-MAX_PIECE_OF_TEXT = 2000  # characters; SentencePiece skips sentences over 4192 bytes
+MAX_PIECE_OF_TEXT = 1000  # characters; SentencePiece skips sentences over 4192 bytes
 SMALLEST_VOCABULARY = 512
 
 
@@ -152,7 +152,7 @@ def _pieces(documents: Sequence[str]) -> Iterator[str]:
             while len(line) > MAX_PIECE_OF_TEXT:
                 yield line[:MAX_PIECE_OF_TEXT]
                 line = line[MAX_PIECE_OF_TEXT:]
-            if length + len(line) > MAX_PIECE_OF_TEXT:
+            if lines and length + len(line) > MAX_PIECE_OF_TEXT:
                 yield "".join(lines)
                 lines, length = [], 0
             lines.append(line)

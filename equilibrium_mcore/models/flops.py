@@ -17,10 +17,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-import yaml
-
+from equilibrium_mcore.config.load import load_model
 from equilibrium_mcore.config.pattern import count_kinds
 from equilibrium_mcore.config.schema import (
     AttentionConfig,
@@ -228,7 +226,7 @@ def flops_table(models: Sequence[ModelConfig], sequence_length: int) -> str:
     """A Markdown table: forward MFLOPs per token by kind, and GFLOPs of training, per model."""
     counts = [flops_per_token(model, sequence_length) for model in models]
     kinds = [kind for kind in KINDS if any(kind in count for count in counts)]
-    header = ["model", *kinds, "forward", "training (GFLOPs)", "training, un-halved"]
+    header = ["model", *kinds, "forward", "training (GFLOPs)", "un-halved (GFLOPs)"]
     rows = [header, ["---", *["---:"] * (len(header) - 1)]]
     for model, count in zip(models, counts, strict=True):
         training = training_flops_per_token(model, sequence_length)
@@ -252,22 +250,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m equilibrium_mcore.models.flops",
         description="Print FLOPs per token by layer kind (forward MFLOPs, share of the forward).",
         epilog="example: python -m equilibrium_mcore.models.flops "
-        "configs/models/equilibrium_3b.yaml --sequence-length 4096",
+        "equilibrium_3b --sequence-length 4096",
     )
-    parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="a model's YAML file")
+    parser.add_argument(
+        "models", nargs="+", metavar="MODEL", help="a YAML file or name, see configs/models"
+    )
     parser.add_argument(
         "--sequence-length", type=int, default=4096, help="tokens per sequence (default 4096)"
     )
     parsed = parser.parse_args(arguments)
     try:
-        models = [_read_model(path) for path in parsed.models]
+        models = [load_model(model) for model in parsed.models]
         print(flops_table(models, parsed.sequence_length))
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-
-
-def _read_model(path: Path) -> ModelConfig:
-    return ModelConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

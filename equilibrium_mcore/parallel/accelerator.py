@@ -7,7 +7,9 @@ code runs on gloo ranks. Call it before megatron-core is imported.
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 
 import torch
 
@@ -31,6 +33,13 @@ def install() -> None:
 
         cpu_adapter.install()
     _installed = True
+
+
+def quiet_libraries() -> None:
+    """Keep libraries' notes about missing fast packages and deprecations out of a run's log."""
+    warnings.filterwarnings("ignore", module=r"(megatron|torch|transformer_engine)\.")
+    for name in ("megatron", "torch.distributed", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def device() -> torch.device:

@@ -59,24 +59,25 @@ class _Event:
         return 0.0
 
 
-def _nothing(*args, **kwargs) -> None:
-    return None
+def _nothing():
+    """A new function that does nothing. torch's compiler wants each name to be another object."""
+    return lambda *args, **kwargs: None
 
 
-def _null_context(*args, **kwargs):
-    return contextlib.nullcontext()
+def _null_context():
+    return lambda *args, **kwargs: contextlib.nullcontext()
 
 
 _TRIVIAL = {
     "current_device": lambda: _CPU,
     "device_count": lambda: 0,
-    "set_device": _nothing,
-    "synchronize": _nothing,
-    "empty_cache": _nothing,
-    "reset_peak_memory_stats": _nothing,
-    "ipc_collect": _nothing,
-    "init": _nothing,
-    "_lazy_init": _nothing,
+    "set_device": _nothing(),
+    "synchronize": _nothing(),
+    "empty_cache": _nothing(),
+    "reset_peak_memory_stats": _nothing(),
+    "ipc_collect": _nothing(),
+    "init": _nothing(),
+    "_lazy_init": _nothing(),
     "memory_allocated": lambda *a: 0,
     "memory_reserved": lambda *a: 0,
     "max_memory_allocated": lambda *a: 0,
@@ -86,11 +87,11 @@ _TRIVIAL = {
     "get_device_capability": lambda *a: (0, 0),
     "current_stream": lambda *a: _Stream(),
     "default_stream": lambda *a: _Stream(),
-    "set_stream": _nothing,
+    "set_stream": _nothing(),
     "Stream": _Stream,
     "Event": _Event,
-    "stream": _null_context,
-    "device": _null_context,
+    "stream": _null_context(),
+    "device": _null_context(),
     "FloatTensor": torch.FloatTensor,
     "HalfTensor": torch.HalfTensor,
     "BFloat16Tensor": torch.BFloat16Tensor,
@@ -173,7 +174,7 @@ def _install_tensors() -> None:
     torch.Tensor.type = type_
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
-    torch.Tensor.record_stream = _nothing
+    torch.Tensor.record_stream = _nothing()
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self
 
 
@@ -215,8 +216,8 @@ def install() -> None:
         raise RuntimeError("the CPU adapter is for hosts without a CUDA device; this one has some")
     for name, value in _TRIVIAL.items():
         setattr(torch.cuda, name, value)
-    torch.cuda.nvtx.range_push = _nothing
-    torch.cuda.nvtx.range_pop = _nothing
+    torch.cuda.nvtx.range_push = _nothing()
+    torch.cuda.nvtx.range_pop = _nothing()
     _install_random()
     _install_tensors()
     _install_collectives()

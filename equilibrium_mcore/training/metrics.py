@@ -177,14 +177,11 @@ def _tflops(value: float) -> str:
 
 
 def memory_gib() -> float:
-    """Peak memory allocated on this rank's GPU, or without one the process's resident set; GiB."""
-    import torch  # here, so that reading and plotting metrics does not wait for it
+    """Peak memory of this rank so far in GiB: its GPU's, or without one the process's resident."""
+    # Here, because it imports torch, for which reading and plotting metrics need not wait.
+    from equilibrium_mcore.parallel import accelerator
 
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    import psutil
-
-    return psutil.Process().memory_info().rss / 2**30
+    return accelerator.memory_gib()
 
 
 # ------------------------------------------------------------------------------------- the writers
@@ -207,7 +204,7 @@ class JsonlWriter:
                 os.replace(path, path.with_suffix(".previous.jsonl"))
             else:
                 self._drop_after(resumed_step)
-        self._file = open(path, "ab", buffering=0)
+        self._file = path.open("ab", buffering=0)
 
     def _drop_after(self, step: int) -> None:
         records = read_metrics(self.path)
@@ -239,7 +236,7 @@ class TensorBoardWriter:
         except ImportError as error:
             raise ImportError(
                 "logging.tensorboard=true needs the package tensorboard: "
-                "pip install tensorboard, or set logging.tensorboard=false"
+                f"pip install tensorboard, or set logging.tensorboard=false ({error})"
             ) from error
         purge_step = None if resumed_step is None else resumed_step + 1
         self._writer = SummaryWriter(str(directory), purge_step=purge_step)
@@ -275,7 +272,7 @@ class WandbWriter:
         except ImportError as error:
             raise ImportError(
                 f"logging.wandb_project={project} needs the package wandb: pip install wandb, "
-                "or set logging.wandb_project=null"
+                f"or set logging.wandb_project=null ({error})"
             ) from error
         directory.mkdir(parents=True, exist_ok=True)
         id_file = directory / "wandb_run_id"

@@ -12,13 +12,13 @@ import matplotlib
 
 matplotlib.use("Agg")  # no display on a cluster; it must be set before pyplot is imported
 
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from equilibrium_mcore.training.metrics import METRICS_FILE, human, read_metrics  # noqa: E402
+from equilibrium_mcore.training.metrics import METRICS_FILE, human, read_metrics
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette: told apart with every kind of colour vision."""
@@ -39,11 +39,14 @@ STYLE = {
     "grid.color": "#e6e6e6",
     "grid.linewidth": 0.7,
     "axes.axisbelow": True,
-    "legend.frameon": False,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.85,
     "legend.fontsize": 8.5,
     "lines.solid_capstyle": "round",
 }
-EVENT_STYLES = {"resume": ("--", "resume"), "stop": (":", "stop"), "signal": (":", "signal")}
+MARKED_EVENTS = ("signal", "stop", "resume")
+FEW_RECORDS = 30
+"""Up to so many records, each is shown as a point too: one alone would draw no line."""
 
 
 @dataclass(frozen=True)
@@ -88,20 +91,38 @@ def load_run(run: Path) -> RunCurves:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """A running mean that looks back over about a fortieth of the run, at most 50 records.
+    """The trend: at each record, the straight line fitted to its neighbours on both sides.
 
-    It is an exponential mean without the pull of its start; NaNs are passed over.
+    Unlike a running mean it does not lag behind a falling loss, nor bend at the ends. NaNs are
+    left out of the fits and stay NaN.
     """
-    window = min(50.0, max(1.0, len(values) / 40))
-    decay = 1 - 1 / window
-    total = weight = 0.0
+    half = _half_window(len(values))
+    offsets = np.arange(-half, half + 1, dtype=float)
+    known = np.isfinite(values)
+    weights = np.pad(known.astype(float), half)
+    filled = np.pad(np.where(known, values, 0.0), half)
+    # Sums over the window of 1, x, x^2, y and xy: the normal equations of each fit, at x = 0.
+    s0, s1, s2 = (np.correlate(weights, offsets**power, "valid") for power in (0, 1, 2))
+    t0, t1 = (np.correlate(filled, offsets**power, "valid") for power in (0, 1))
+    determinant = s0 * s2 - s1 * s1
+    fitted = np.divide(s2 * t0 - s1 * t1, determinant, out=values.copy(), where=determinant > 0)
+    return np.where(known, fitted, np.nan)
+
+
+def running_median(values: np.ndarray) -> np.ndarray:
+    """The median of each record's neighbours on both sides: a spike leaves it alone."""
+    half = _half_window(len(values))
+    padded = np.pad(values, half, constant_values=np.nan)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1)
+    known = np.isfinite(values)
     out = np.full(len(values), np.nan)
-    for i, value in enumerate(values):
-        if np.isfinite(value):
-            total = decay * total + (1 - decay) * value
-            weight = decay * weight + (1 - decay)
-            out[i] = total / weight
+    out[known] = np.nanmedian(windows[known], axis=1)
     return out
+
+
+def _half_window(records: int) -> int:
+    """Neighbours on each side: a fiftieth of the run, between 2 and 25 records."""
+    return min(25, max(2, records // 50))
 
 
 def plot_runs(runs: Sequence[Path], output: Path | None = None) -> Path:
@@ -141,10 +162,8 @@ def draw(curves: Sequence[RunCurves]) -> Figure:
     loss, rates, norm, speed = axes
     _draw_loss(loss, curves)
     _draw_learning_rates(rates, curves)
-    _draw_lines(norm, curves, "gradient_norm", "Gradient norm", "norm before clipping")
-    _limit_to_bulk(norm, curves, "gradient_norm")
-    _draw_lines(speed, curves, "tokens_per_second", "Throughput", "tokens/s", smoothed=False)
-    _show_rate(speed, curves)
+    _draw_gradient_norm(norm, curves)
+    _draw_throughput(speed, curves)
     speed.set_xlabel("optimizer step")
     speed.xaxis.set_major_locator(MaxNLocator(integer=True))
     last = max(run.train[-1]["step"] for run in curves)
@@ -166,34 +185,40 @@ def _colour(index: int) -> str:
 
 
 def _draw_loss(axis: Axes, curves: Sequence[RunCurves]) -> None:
-    """Raw loss faint, its running mean, validation as points, entropies as labelled lines."""
+    """Raw loss faint, its trend, validation as points, entropies as labelled lines."""
+    alone = len(curves) == 1
     for index, run in enumerate(curves):
         colour = _colour(index)
         steps, values = run.column("loss")
-        label = f"training, {_last(values)}" if len(curves) == 1 else run.name
         axis.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-        axis.plot(steps, smooth(values), color=colour, linewidth=1.8, label=label)
-        steps, values = run.column("loss", "validation")
-        if len(steps):
-            point_colour = COLOURS[1] if len(curves) == 1 else colour
+        points, validation = run.column("loss", "validation")
+        if alone:
+            name = f"training, {_last(values)}"
+        else:
+            name = f"{run.name} (validation {_last(validation)})" if len(points) else run.name
+        axis.plot(steps, smooth(values), color=colour, label=name, **_line(steps, 1.8))
+        if len(points):
             axis.plot(
-                steps,
-                values,
-                color=point_colour,
+                points,
+                validation,
+                color=COLOURS[1] if alone else colour,
                 marker="o",
-                markersize=5,
+                markersize=5.5,
                 markeredgecolor="white",
                 markeredgewidth=0.8,
                 linestyle="none",
                 zorder=4,
-                label=f"validation, {_last(values)}"
-                if len(curves) == 1
-                else f"{run.name}: validation",
+                label=f"validation, {_last(validation)}" if alone else None,
             )
     _draw_entropies(axis, curves)
-    axis.set_title("Loss")
-    axis.set_ylabel("cross-entropy (nats per token)")
+    axis.set_ylabel("loss (nats per token)")
     axis.legend(loc="upper right")
+
+
+def _line(steps: np.ndarray, width: float) -> dict[str, Any]:
+    """How a line of so many records is drawn."""
+    few = len(steps) <= FEW_RECORDS
+    return {"linewidth": width, "marker": "o" if few else None, "markersize": 3}
 
 
 def _last(values: np.ndarray) -> str:
@@ -204,20 +229,19 @@ def _last(values: np.ndarray) -> str:
 
 def _draw_entropies(axis: Axes, curves: Sequence[RunCurves]) -> None:
     """Unigram and bigram entropy of the validation tokens: what counting alone reaches."""
-    for key, name in (("unigram_entropy", "unigram entropy"), ("bigram_entropy", "bigram entropy")):
+    for key, name in (("unigram_entropy", "unigram"), ("bigram_entropy", "bigram")):
         known = [run.column(key, "validation")[1] for run in curves]
-        values = {round(float(v[np.isfinite(v)][-1]), 3) for v in known if np.isfinite(v).any()}
+        values = {round(float(v[np.isfinite(v)][-1]), 2) for v in known if np.isfinite(v).any()}
         for value in sorted(values):
             axis.axhline(value, color=INK, linewidth=0.9, linestyle=(0, (6, 3)), zorder=1)
             axis.annotate(
-                f"{name} {value:.2f}",
-                (0.006, value),
+                f"{name}\nentropy {value:.2f}",
+                (1.0, value),
                 xycoords=axis.get_yaxis_transform(),
-                xytext=(0, 2.5),
+                xytext=(4, 0),
                 textcoords="offset points",
+                va="center",
                 fontsize=8.5,
-                bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.8},
-                zorder=5,
             )
 
 
@@ -225,7 +249,7 @@ def _draw_learning_rates(axis: Axes, curves: Sequence[RunCurves]) -> None:
     """Both learning rates on a log axis, as they differ by orders; zero (in warmup) is a gap."""
     lines = (("learning_rate", "-", "matrices"), ("learning_rate_adamw", "--", "others (AdamW)"))
     for index, run in enumerate(curves):
-        for key, style, label in lines:
+        for key, style, _ in lines:
             steps, values = run.column(key)
             values = np.where(values > 0, values, np.nan)
             axis.plot(
@@ -233,36 +257,30 @@ def _draw_learning_rates(axis: Axes, curves: Sequence[RunCurves]) -> None:
                 values,
                 color=_colour(index),
                 linestyle=style,
-                linewidth=1.5,
-                label=label if index == 0 else None,
+                **_line(steps, 1.5),
             )
+    colour = _colour(0) if len(curves) == 1 else INK
+    for _, style, label in lines:
+        axis.plot([], [], color=colour, linestyle=style, linewidth=1.5, label=label)
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(numticks=5))
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set_title("Learning rate")
     axis.set_ylabel("learning rate")
-    axis.legend(loc="lower right", ncols=2)
+    # Beside the title, where no line can run into it.
+    axis.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=2, borderaxespad=0)
 
 
-def _draw_lines(
-    axis: Axes,
-    curves: Sequence[RunCurves],
-    key: str,
-    title: str,
-    unit: str,
-    smoothed: bool = True,
-) -> None:
-    """One number of every run, from zero up."""
+def _draw_gradient_norm(axis: Axes, curves: Sequence[RunCurves]) -> None:
+    """Raw norm faint, its running median, from zero up."""
     for index, run in enumerate(curves):
-        colour = _colour(index)
-        steps, values = run.column(key)
-        if smoothed:
-            axis.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
-            values = smooth(values)
-        axis.plot(steps, values, color=colour, linewidth=1.5)
+        steps, values = run.column("gradient_norm")
+        axis.plot(steps, values, color=_colour(index), alpha=0.4, linewidth=0.8)
+        axis.plot(steps, running_median(values), color=_colour(index), **_line(steps, 1.5))
     axis.set_ylim(bottom=0)
-    axis.set_title(title)
-    axis.set_ylabel(unit)
+    axis.set_title("Gradient norm")
+    axis.set_ylabel("norm before clipping")
+    _limit_to_bulk(axis, curves, "gradient_norm")
 
 
 def _limit_to_bulk(axis: Axes, curves: Sequence[RunCurves], key: str) -> None:
@@ -284,9 +302,15 @@ def _limit_to_bulk(axis: Axes, curves: Sequence[RunCurves], key: str) -> None:
         )
 
 
-def _show_rate(axis: Axes, curves: Sequence[RunCurves]) -> None:
-    """Readable tokens/s; for one run, its proportional TFLOP/s on the right side."""
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))
+def _draw_throughput(axis: Axes, curves: Sequence[RunCurves]) -> None:
+    """Tokens/s from zero up; for one run, its proportional TFLOP/s on the right side."""
+    for index, run in enumerate(curves):
+        steps, values = run.column("tokens_per_second")
+        axis.plot(steps, values, color=_colour(index), **_line(steps, 1.3))
+    axis.set_ylim(0, axis.get_ylim()[1] * 1.08)
+    axis.set_title("Throughput")
+    axis.set_ylabel("tokens/s, all devices")
+    axis.yaxis.set_major_formatter(FuncFormatter(_tick))
     if len(curves) > 1:
         return
     speed = curves[0].column("tokens_per_second")[1]
@@ -297,7 +321,12 @@ def _show_rate(axis: Axes, curves: Sequence[RunCurves]) -> None:
     factor = float(np.median(tflops[usable] / speed[usable]))
     right = axis.secondary_yaxis("right", functions=(lambda y: y * factor, lambda y: y / factor))
     right.spines["right"].set_visible(True)
-    right.set_ylabel("model TFLOP/s per device")
+    right.set_ylabel("TFLOP/s per device")
+
+
+def _tick(value: float, _position: int) -> str:
+    """A count on an axis: 4k rather than 4.0k."""
+    return human(value).replace(".0", "")
 
 
 def _mark_events(axis: Axes, curves: Sequence[RunCurves], *, labelled: bool) -> None:
@@ -305,7 +334,7 @@ def _mark_events(axis: Axes, curves: Sequence[RunCurves], *, labelled: bool) -> 
     names: dict[tuple[float, int], list[str]] = {}
     for index, run in enumerate(curves):
         for event in run.events:
-            if event.get("event") in EVENT_STYLES:
+            if event.get("event") in MARKED_EVENTS:
                 happened = names.setdefault((event["step"], index), [])
                 if event["event"] not in happened:
                     happened.append(event["event"])
@@ -313,17 +342,20 @@ def _mark_events(axis: Axes, curves: Sequence[RunCurves], *, labelled: bool) -> 
         colour = GREY if len(curves) == 1 else _colour(index)
         axis.axvline(step, color=colour, linewidth=1.0, linestyle=(0, (2, 2)), zorder=1)
         if labelled:
+            # Above the falling curve, and on the right side below the legend.
+            height = 0.98 if step < 0.5 * axis.get_xlim()[1] else 0.74
             axis.annotate(
                 ", ".join(happened),
-                (step, 0.01),
+                (step, height),
                 xycoords=axis.get_xaxis_transform(),
                 xytext=(3, 0),
                 textcoords="offset points",
                 rotation=90,
-                va="bottom",
+                va="top",
                 fontsize=8.5,
                 color=colour if len(curves) > 1 else INK,
-            )
+                annotation_clip=True,
+            ).set_in_layout(False)
 
 
 def _add_token_axis(axis: Axes, curves: Sequence[RunCurves]) -> None:
@@ -338,5 +370,5 @@ def _add_token_axis(axis: Axes, curves: Sequence[RunCurves]) -> None:
     per_step = ratios.pop()
     top = axis.secondary_xaxis("top", functions=(lambda s: s * per_step, lambda t: t / per_step))
     top.spines["top"].set_visible(True)
-    top.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))
+    top.xaxis.set_major_formatter(FuncFormatter(_tick))
     top.set_xlabel("tokens")

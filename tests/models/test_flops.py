@@ -1,10 +1,13 @@
 """FLOPs per token against torch's own counter, on the matmuls that megatron-core's modules do."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn.functional import conv1d, linear
 from torch.utils.flop_counter import FlopCounterMode
 
+from equilibrium_mcore.config.load import load_model
 from equilibrium_mcore.config.schema import (
     AttentionConfig,
     MambaConfig,
@@ -15,6 +18,7 @@ from equilibrium_mcore.config.schema import (
 )
 from equilibrium_mcore.models import flops
 
+ROOT = Path(__file__).parents[2]
 SEQUENCE = 24
 HIDDEN = 40
 MAMBA = MambaConfig(num_heads=6, head_dim=8, state_dim=5, num_groups=2, conv_width=3, chunk_size=4)
@@ -226,3 +230,16 @@ def test_command_prints_shares_that_sum_to_the_whole(tmp_path, capsys):
 def test_command_names_a_missing_file(tmp_path):
     with pytest.raises(SystemExit, match="absent.yaml"):
         flops.main([str(tmp_path / "absent.yaml")])
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs/models").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_the_table_in_the_docs_is_current(path):
+    count = flops.flops_per_token(load_model(path), 4096)
+    training = flops.training_flops_per_token(load_model(path), 4096)
+    table = (ROOT / "docs/flops.md").read_text(encoding="utf-8").splitlines()
+    row = next((line for line in table if line.startswith(f"| {path.stem} |")), "no row")
+    cells = [f"{value / 1e6:,.2f} ({value / sum(count.values()):.1%})" for value in count.values()]
+    assert [cell.strip() for cell in row.split("|") if "%" in cell] == cells
+    assert f" {training / 1e9:,.3f} |" in row

@@ -1,0 +1,1 @@
+"""Sharded checkpoints: saved whole or not at all, loaded in any layout."""

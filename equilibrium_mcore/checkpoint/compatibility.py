@@ -1,0 +1,68 @@
+"""Whether a run may go on from a checkpoint: the settings that its state depends on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.pattern import layers_of
+from equilibrium_mcore.config.schema import RunConfig
+
+# Settings that may differ although they lie in a section that must not.
+FREE = {"model.name", "model.mamba.chunk_size"}
+
+
+def check_resumable(saved: RunConfig, wanted: RunConfig, *, checkpoint: str) -> None:
+    """Raise ConfigError with every setting that differs and must not. The layout may differ."""
+    problems = []
+    before, now = _bound(saved), _bound(wanted)
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            problems.append(
+                f"{key}={now.get(key)!r} differs from the checkpoint's {before.get(key)!r}: put it "
+                "back, or start a new run in another output_directory with "
+                f"checkpoint.initial_weights={checkpoint}"
+            )
+    if problems:
+        raise ConfigError(problems, source=f"resuming from {checkpoint}")
+
+
+def check_same_model(saved: RunConfig, wanted: RunConfig, *, checkpoint: str) -> None:
+    """Raise ConfigError with every difference between the models, for weights alone."""
+    before, now = _model(saved), _model(wanted)
+    problems = [
+        f"{key}={now.get(key)!r} differs from the {before.get(key)!r} of the weights: name the model "
+        "that they were trained with"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+    if problems:
+        raise ConfigError(problems, source=f"checkpoint.initial_weights={checkpoint}")
+
+
+def _model(config: RunConfig) -> dict[str, Any]:
+    values = _flatten(config.model.model_dump(mode="json"), "model")
+    values["model.layer_pattern"] = layers_of(config.model.layer_pattern)
+    return {key: value for key, value in values.items() if key not in FREE}
+
+
+def _bound(config: RunConfig) -> dict[str, Any]:
+    """What the saved state was made with: shapes, kinds of state, and the order of the data."""
+    training = config.training
+    return {
+        **_model(config),
+        "optimizer.matrices": config.optimizer.matrices,
+        "training.precision": training.precision,
+        "training.seed": training.seed,
+        "training.sequence_length": training.sequence_length,
+        "data.sources": {source.name: source.weight for source in config.data.sources},
+        "data.split": config.data.split,
+    }
+
+
+def _flatten(values: dict, prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}.{key}"
+        flat.update(_flatten(value, name) if isinstance(value, dict) else {name: value})
+    return flat

@@ -1,0 +1,126 @@
+"""Writes the tables of docs/configuration.md from the schema, so that the two cannot differ.
+
+`python -m equilibrium_mcore.config.describe` brings the file up to date.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from equilibrium_mcore.config.problems import section_of
+from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.config.yaml_io import write_text
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
+BEGIN = "<!-- settings: written by equilibrium_mcore/config/describe.py -->"
+END = "<!-- end of settings -->"
+
+_SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+_NAMES = {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path"}
+
+
+def describe(kind: type[BaseModel] = RunConfig, *, key: str = "") -> str:
+    """Markdown: one table per section, depth first, with key, type, default and meaning."""
+    title = f"### `{key}`" if key else "### A run"
+    lines = [title, "", _cell(kind.__doc__ or ""), "", "| key | type | default | meaning |"]
+    lines.append("|---|---|---|---|")
+    inner: list[str] = []
+    for name, field in kind.model_fields.items():
+        section = section_of(field.annotation)
+        is_list = get_origin(field.annotation) is list
+        place = ".".join(part for part in (key, name) if part) + (".0" if is_list else "")
+        meaning = field.description or _first_line(section)
+        if section is not None:
+            inner.append(describe(section, key=place))
+            meaning += f" (see `{place}`)"
+        cells = [f"`{name}`", type_text(field), default_text(field), meaning]
+        lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
+    return "\n\n".join(["\n".join(lines), *inner])
+
+
+def type_text(field: FieldInfo) -> str:
+    """The type and range of a setting, e.g. `integer > 0` or `"cosine", "wsd"`."""
+    text = _type_of(field.annotation)
+    limits = _limits(field.metadata)
+    return f"{text} {limits}" if limits else text
+
+
+def default_text(field: FieldInfo) -> str:
+    """The default as YAML would have it; sections with defaults say so."""
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, BaseModel):
+        return "its defaults"
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{', '.join(str(item) for item in value)}]"
+    return str(value)
+
+
+def _type_of(annotation: Any) -> str:
+    if annotation in _NAMES:
+        return _NAMES[annotation]
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        limits = _limits(arguments[1:])
+        return f"{_type_of(arguments[0])} {limits}".strip()
+    if origin is Literal:
+        return ", ".join(f"`{choice}`" for choice in arguments)
+    if origin in (UnionType, Union):
+        return " or ".join("null" if part is NoneType else _type_of(part) for part in arguments)
+    if origin is list:
+        return f"list of {_type_of(arguments[0])}"
+    if origin is dict:
+        return f"mapping from {_type_of(arguments[0])} to {_type_of(arguments[1])}"
+    return "section"
+
+
+def _limits(metadata: Any) -> str:
+    found = []
+    for item in metadata:
+        for part in (item, *getattr(item, "metadata", ())):
+            for name, sign in _SIGNS.items():
+                limit = getattr(part, name, None)
+                if limit is not None:
+                    found.append(f"{sign} {limit}")
+    return ", ".join(dict.fromkeys(found))
+
+
+def _first_line(section: type[BaseModel] | None) -> str:
+    return (section.__doc__ or "").splitlines()[0] if section is not None else ""
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def up_to_date(document: str) -> str:
+    """`document` with the settings between its markers written anew.
+
+    Raises ValueError when it lacks the markers.
+    """
+    head, begin, rest = document.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the document must hold the lines {BEGIN!r} and {END!r}")
+    return f"{head}{BEGIN}\n\n{describe()}\n\n{END}{tail}"
+
+
+def main() -> None:
+    """Bring docs/configuration.md up to date."""
+    write_text(up_to_date(DOCUMENT.read_text(encoding="utf-8")), DOCUMENT)
+    sys.stdout.write(f"wrote {DOCUMENT}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""Rules between a layout, the model, the batch and the number of ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from equilibrium_mcore.config import layout
+from equilibrium_mcore.config.layout import divisors
+from equilibrium_mcore.config.model_rules import uses
+from equilibrium_mcore.config.pattern import CUT, balanced_cuts, cut_into, layers_of
+from equilibrium_mcore.config.rule_kit import RuleTable, Subject, choices
+
+LAYOUT_RULES = RuleTable()
+rule = LAYOUT_RULES.rule
+
+
+class Quantity(NamedTuple):
+    """A number of the model that a parallel dimension splits."""
+
+    key: str
+    value: int
+    why: str
+
+
+def tensor_quantities(subject: Subject) -> list[Quantity]:
+    """What tensor parallelism splits, for the layer kinds that the pattern uses."""
+    model = subject.config.model
+    rows = model.padded_vocab_size
+    quantities = [Quantity("the padded vocabulary", rows, "each TP rank holds as many rows")]
+    if uses(subject, "mamba"):
+        heads, groups = model.mamba.num_heads, model.mamba.num_groups
+        quantities.append(Quantity("model.mamba.num_heads", heads, "whole heads on each TP rank"))
+        quantities.append(
+            Quantity("model.mamba.num_groups", groups, "whole groups on each TP rank")
+        )
+    for kind in ("attention", "mla"):
+        if uses(subject, kind):
+            heads = getattr(model, kind).num_heads
+            key = f"model.{kind}.num_heads"
+            quantities.append(Quantity(key, heads, "whole heads on each TP rank"))
+    if uses(subject, "mlp"):
+        width = model.mlp.ffn_hidden_size
+        quantities.append(Quantity("model.mlp.ffn_hidden_size", width, "split over TP ranks"))
+    if uses(subject, "moe") and model.moe.shared_ffn_hidden_size:
+        width = model.moe.shared_ffn_hidden_size
+        quantities.append(
+            Quantity("model.moe.shared_ffn_hidden_size", width, "split over TP ranks")
+        )
+    return quantities
+
+
+@rule("model", "parallelism")
+def tensor_divides(subject: Subject) -> Iterator[str]:
+    tensor = subject.config.parallelism.tensor
+    quantities = tensor_quantities(subject)
+    legal = divisors(math.gcd(*(q.value for q in quantities)))
+    for q in quantities:
+        if q.value % tensor:
+            yield (
+                f"parallelism.tensor={tensor} does not divide {q.key}={q.value} ({q.why}): use "
+                f"{choices(legal)}"
+            )
+    if uses(subject, "attention"):
+        groups = subject.config.model.attention.num_query_groups
+        if groups % tensor and tensor % groups:
+            fit = [t for t in legal if groups % t == 0 or t % groups == 0]
+            yield (
+                f"parallelism.tensor={tensor} neither divides nor is a multiple of "
+                f"model.attention.num_query_groups={groups} (key/value heads are split, or "
+                f"repeated, over TP ranks): use {choices(fit)}"
+            )
+
+
+@rule("parallelism")
+def sequence_parallel_needs_tensor(subject: Subject) -> Iterator[str]:
+    p = subject.config.parallelism
+    if p.sequence and p.tensor == 1:
+        yield (
+            "parallelism.sequence=true with parallelism.tensor=1: it shards activations over the "
+            "TP ranks; set tensor to 2 or more, or sequence: false"
+        )
+
+
+@rule("model", "parallelism")
+def moe_with_tensor_needs_sequence(subject: Subject) -> Iterator[str]:
+    p = subject.config.parallelism
+    if uses(subject, "moe") and p.tensor > 1 and not p.sequence:
+        yield (
+            f"parallelism.sequence=false with parallelism.tensor={p.tensor} and MoE layers (E): "
+            "megatron-core's MoE needs sequence parallelism beside TP; set sequence: true"
+        )
+
+
+@rule("model", "parallelism")
+def pipeline_fits_pattern(subject: Subject) -> Iterator[str]:
+    p, pattern = subject.config.parallelism, subject.config.model.layer_pattern
+    stages = layout.pipeline_segments(p)
+    asked = f"parallelism.pipeline={p.pipeline}"
+    if p.virtual_pipeline > 1:
+        asked += f" * virtual_pipeline={p.virtual_pipeline}"
+    if p.virtual_pipeline > 1 and p.pipeline == 1:
+        yield (
+            f"parallelism.virtual_pipeline={p.virtual_pipeline} with parallelism.pipeline=1: "
+            "virtual stages interleave real ones; set pipeline to 2 or more, or "
+            "virtual_pipeline: 1"
+        )
+    count = len(layers_of(pattern))
+    if stages > count:
+        yield (
+            f"{asked} needs {stages} stages, but model.layer_pattern has {count} layers and a "
+            f"stage needs at least one: use at most {count} stages"
+        )
+        return
+    segments = pattern.count(CUT) + 1
+    try:
+        cut_into(pattern, stages)
+    except ValueError:
+        yield (
+            f"{asked} needs {stages} stages, but model.layer_pattern={pattern!r} has {segments} "
+            f"segment{'s' * (segments > 1)} between its cuts ({CUT}), which serve "
+            f"{choices(divisors(segments))} stages: use one of these, or cut the pattern anew, "
+            f"e.g. model.layer_pattern={balanced_cuts(pattern, stages)!r}"
+        )
+
+
+@rule("model", "parallelism")
+def experts_divide(subject: Subject) -> Iterator[str]:
+    p = subject.config.parallelism
+    if not uses(subject, "moe"):
+        for key in ("expert", "expert_tensor"):
+            if getattr(p, key) != 1:
+                yield (
+                    f"parallelism.{key}={getattr(p, key)}, but model.layer_pattern has no MoE "
+                    f"layer (E), so there is nothing to split: use 1"
+                )
+        return
+    moe = subject.config.model.moe
+    if moe.num_experts % p.expert:
+        yield (
+            f"parallelism.expert={p.expert} does not divide model.moe.num_experts="
+            f"{moe.num_experts} (whole experts on each rank): use "
+            f"{choices(divisors(moe.num_experts))}"
+        )
+    if moe.expert_ffn_hidden_size % p.expert_tensor:
+        yield (
+            f"parallelism.expert_tensor={p.expert_tensor} does not divide "
+            f"model.moe.expert_ffn_hidden_size={moe.expert_ffn_hidden_size} (split inside each "
+            f"expert): use {choices(divisors(moe.expert_ffn_hidden_size))}"
+        )
+
+
+@rule("model", "parallelism")
+def context_divides_mamba(subject: Subject) -> Iterator[str]:
+    """megatron-core's MambaContextParallel: heads of a TP rank are dealt to the CP ranks."""
+    p = subject.config.parallelism
+    if p.context == 1 or not uses(subject, "mamba"):
+        return
+    mamba = subject.config.model.mamba
+    if mamba.num_heads % p.tensor or mamba.num_groups % p.tensor:
+        return  # tensor_divides speaks
+    heads, groups = mamba.num_heads // p.tensor, mamba.num_groups // p.tensor
+    legal = [c for c in divisors(heads) if groups % c == 0 or c % groups == 0]
+    if heads % p.context:
+        yield (
+            f"parallelism.context={p.context} does not divide model.mamba.num_heads="
+            f"{mamba.num_heads} / tensor={p.tensor} = {heads} (whole heads on each CP rank): use "
+            f"{choices(legal)}"
+        )
+    if groups % p.context and p.context % groups:
+        yield (
+            f"parallelism.context={p.context} neither divides nor is a multiple of "
+            f"model.mamba.num_groups={mamba.num_groups} / tensor={p.tensor} = {groups} (groups "
+            f"are split, or repeated, over CP ranks): use {choices(legal)}"
+        )
+
+
+@rule("model", "parallelism")
+def context_divides_attention(subject: Subject) -> Iterator[str]:
+    """Attention trades sequence for heads over the CP ranks (all-to-all), as Mamba does."""
+    p = subject.config.parallelism
+    if p.context == 1:
+        return
+    for kind in ("attention", "mla"):
+        if not uses(subject, kind):
+            continue
+        section = getattr(subject.config.model, kind)
+        # A TP rank holds at least one key/value head: fewer are repeated.
+        local = {"num_heads": section.num_heads // p.tensor}
+        if kind == "attention":
+            local["num_query_groups"] = max(section.num_query_groups // p.tensor, 1)
+        legal = divisors(math.gcd(*local.values())) if section.num_heads >= p.tensor else [1]
+        for key, count in local.items():
+            if count % p.context:
+                yield (
+                    f"parallelism.context={p.context} does not divide model.{kind}.{key}="
+                    f"{getattr(section, key)} / tensor={p.tensor} = {count} (whole heads on each "
+                    f"CP rank): use {choices(legal)}"
+                )
+
+
+@rule("parallelism", "training")
+def sequence_length_divides(subject: Subject) -> Iterator[str]:
+    p, length = subject.config.parallelism, subject.config.training.sequence_length
+    # CP deals two chunks to each rank, an early and a late one, to balance causal attention.
+    by_context = 2 * p.context if p.context > 1 else 1
+    by_tensor = p.context * p.tensor if p.sequence else 1
+    unit = math.lcm(by_context, by_tensor)
+    below = length // unit * unit
+    fit = f"{below} or {below + unit}" if below else str(unit)
+    if length % by_context:
+        yield (
+            f"training.sequence_length={length} is not a multiple of 2 * parallelism.context="
+            f"{p.context} (each CP rank takes an early and a late chunk): use {fit}"
+        )
+    elif length % by_tensor:
+        yield (
+            f"training.sequence_length={length} / context={p.context} is not a multiple of "
+            f"parallelism.tensor={p.tensor} (sequence parallelism shards it): use {fit}"
+        )
+
+
+@rule("parallelism")
+def world_size_fits(subject: Subject) -> Iterator[str]:
+    p = subject.config.parallelism
+    if subject.world_size and p.world_size and subject.world_size != p.world_size:
+        yield (
+            f"parallelism.world_size={p.world_size}, but the launcher started "
+            f"{subject.world_size} ranks: start {p.world_size}, or leave world_size out"
+        )
+    world = layout.resolve_world_size(p, subject.world_size)
+    fewest = layout.smallest_world_size(p)
+    fit = f"start {choices([fewest * i for i in (1, 2, 3, 4)])} ... ranks, or split less"
+    dense, expert = layout.model_parallel_size(p), layout.expert_parallel_size(p)
+    if world % dense:
+        yield (
+            f"world size {world} is not a multiple of tensor={p.tensor} * pipeline={p.pipeline} * "
+            f"context={p.context} = {dense} (ranks of one copy of the model): {fit}"
+        )
+    if world % expert:
+        yield (
+            f"world size {world} is not a multiple of expert={p.expert} * expert_tensor="
+            f"{p.expert_tensor} * pipeline={p.pipeline} = {expert} (ranks of one copy of the "
+            f"experts): {fit}"
+        )
+
+
+@rule("parallelism", "training")
+def batch_divides(subject: Subject) -> Iterator[str]:
+    p, training = subject.config.parallelism, subject.config.training
+    world = layout.resolve_world_size(p, subject.world_size)
+    if world % layout.model_parallel_size(p):
+        return  # world_size_fits speaks
+    data = layout.data_parallel_size(subject.config, subject.world_size)
+    at_once = training.micro_batch_size * data
+    below = training.global_batch_size // at_once * at_once
+    if training.global_batch_size % at_once:
+        fit = f"{below} or {below + at_once}" if below else str(at_once)
+        yield (
+            f"training.global_batch_size={training.global_batch_size} is not a multiple of "
+            f"micro_batch_size={training.micro_batch_size} * data-parallel size {data} = "
+            f"{at_once} (whole micro-batches on each DP rank): use {fit}"
+        )
+        return
+    count = layout.micro_batches_per_step(subject.config, subject.world_size)
+    if p.virtual_pipeline > 1 and p.pipeline > 1 and count % p.pipeline:
+        unit = at_once * p.pipeline
+        batch = training.global_batch_size // unit * unit
+        fit = f"{batch} or {batch + unit}" if batch else str(unit)
+        yield (
+            f"{count} micro-batches per step are not a multiple of parallelism.pipeline="
+            f"{p.pipeline}, which virtual_pipeline={p.virtual_pipeline} needs (the interleaved "
+            f"schedule works in groups of pipeline): use training.global_batch_size={fit}"
+        )

@@ -1,0 +1,260 @@
+"""Rules of the schedule, the optimizer, the data, and of precision against the host."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+
+from equilibrium_mcore.config.model_rules import uses
+from equilibrium_mcore.config.rule_kit import RuleTable, Subject
+
+TRAINING_RULES = RuleTable()
+rule = TRAINING_RULES.rule
+
+FP8_MULTIPLE = 16  # Transformer Engine: inner widths of FP8 products are multiples of 16
+FP8_CAPABILITY = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+
+
+@rule("optimizer", "training")
+def schedule_fits_steps(subject: Subject) -> Iterator[str]:
+    schedule, steps = subject.config.optimizer.schedule, subject.config.training.steps
+    decay = schedule.decay_steps if schedule.kind == "wsd" else 0
+    if schedule.kind == "wsd" and not decay:
+        yield (
+            "optimizer.schedule.decay_steps=0 with kind='wsd': the fall at the end needs steps; "
+            f"set it to 1 to {max(steps - schedule.warmup_steps, 1)}, or use kind: constant"
+        )
+    if schedule.warmup_steps + decay > steps:
+        parts = f"optimizer.schedule.warmup_steps={schedule.warmup_steps}"
+        parts += f" + decay_steps={decay}" if decay else ""
+        yield (
+            f"{parts} is more than training.steps={steps}: shorten the schedule to at most "
+            f"{steps} steps, or train at least {schedule.warmup_steps + decay}"
+        )
+
+
+@rule("optimizer")
+def moments_forget(subject: Subject) -> Iterator[str]:
+    optimizer = subject.config.optimizer
+    decays = {
+        "optimizer.adamw.beta1": optimizer.adamw.beta1,
+        "optimizer.adamw.beta2": optimizer.adamw.beta2,
+        "optimizer.muon.momentum": optimizer.muon.momentum,
+    }
+    for key, value in decays.items():
+        if value == 1:
+            yield f"{key}=1: the average would never take up a gradient; use less than 1, e.g. 0.95"
+
+
+@rule("training")
+def stop_is_within_the_run(subject: Subject) -> Iterator[str]:
+    training = subject.config.training
+    stop = training.stop_after_steps
+    if stop is not None and stop > training.steps:
+        yield (
+            f"training.stop_after_steps={stop} is after the end, training.steps={training.steps}: "
+            f"use 1 to {training.steps}, or null"
+        )
+
+
+@rule("model", "training")
+def recompute_has_its_layers(subject: Subject) -> Iterator[str]:
+    training = subject.config.training
+    if training.recompute != "selective":
+        return
+    if not training.recompute_modules:
+        yield (
+            "training.recompute_modules=[] with recompute='selective' recomputes nothing: name "
+            "at least one, e.g. [core_attn], or set recompute: none"
+        )
+    needs = {"moe": "moe", "moe_act": "moe", "mlp": "mlp", "mla_up_proj": "mla"}
+    for module in training.recompute_modules:
+        kind = needs.get(module)
+        if kind and not uses(subject, kind):
+            yield (
+                f"training.recompute_modules has {module!r}, but model.layer_pattern="
+                f"{subject.config.model.layer_pattern!r} has no {kind} layer: take it out"
+            )
+    delayed_fp8 = training.precision == "fp8" and training.fp8_recipe == "delayed"
+    if delayed_fp8 and "moe_act" in training.recompute_modules:
+        yield (
+            "training.recompute_modules has 'moe_act' with fp8_recipe='delayed', which "
+            "megatron-core refuses: use another recipe, e.g. tensorwise, or take it out"
+        )
+
+
+@rule("data")
+def sources_are_told_apart(subject: Subject) -> Iterator[str]:
+    sources = subject.config.data.sources
+    for name, count in Counter(source.name for source in sources).items():
+        if count > 1:
+            yield (
+                f"data.sources: {count} sources have the name {name!r}; logs tell sources apart "
+                "by name: give each its own"
+            )
+    for index, source in enumerate(sources):
+        if source.prefix.suffix in (".bin", ".idx"):
+            yield (
+                f"data.sources.{index}.prefix='{source.prefix}' has an ending, but it names the "
+                f"pair of .bin and .idx: use '{source.prefix.with_suffix('')}'"
+            )
+
+
+def split_shares(split: str) -> list[float] | None:
+    """Shares of train, validation and test, not yet scaled; None when `split` is not such text."""
+    try:
+        shares = [float(part) for part in split.split(",")]
+    except ValueError:
+        return None
+    if len(shares) > 3 or not all(math.isfinite(share) and share >= 0 for share in shares):
+        return None
+    return shares + [0.0] * (3 - len(shares))
+
+
+@rule("data")
+def split_is_good(subject: Subject) -> Iterator[str]:
+    split = subject.config.data.split
+    shares = split_shares(split)
+    if shares is None:
+        yield (
+            f"data.split={split!r}: must be up to three numbers of at least 0, for train, "
+            "validation and test, e.g. 98,1,1"
+        )
+    elif shares[0] <= 0:
+        yield f"data.split={split!r} leaves nothing to train on: make the first share positive"
+
+
+@rule("data", "training")
+def validation_has_documents(subject: Subject) -> Iterator[str]:
+    split, interval = subject.config.data.split, subject.config.training.validation_interval_steps
+    shares = split_shares(split)
+    if interval and shares is not None and shares[1] <= 0:
+        yield (
+            f"training.validation_interval_steps={interval}, but data.split={split!r} gives no "
+            "documents to validation: make the second share positive, e.g. 98,1,1, or set the "
+            "interval to 0"
+        )
+
+
+@rule("data")
+def tokenizer_matches_its_file(subject: Subject) -> Iterator[str]:
+    tokenizer = subject.config.data.tokenizer
+    other = {
+        ("SentencePieceTokenizer", ".json"): "HuggingFaceTokenizer",
+        ("HuggingFaceTokenizer", ".model"): "SentencePieceTokenizer",
+    }.get((tokenizer.type, tokenizer.model.suffix))
+    if other:
+        yield (
+            f"data.tokenizer.type={tokenizer.type!r} does not read "
+            f"data.tokenizer.model='{tokenizer.model}': use type: {other}, or another file"
+        )
+
+
+def fp8_widths(subject: Subject) -> dict[str, int]:
+    """Widths of the weight matrices that one rank multiplies in FP8, by key."""
+    model, p = subject.config.model, subject.config.parallelism
+    widths = {"model.hidden_size": model.hidden_size}
+    if uses(subject, "mamba"):
+        m = model.mamba
+        inner = m.num_heads * m.head_dim
+        projected = 2 * inner + 2 * m.num_groups * m.state_dim + m.num_heads
+        widths["model.mamba: num_heads * head_dim / tensor"] = inner // p.tensor
+        widths[
+            "model.mamba: (2 * num_heads * head_dim + 2 * num_groups * state_dim + num_heads) "
+            "/ tensor"
+        ] = projected // p.tensor
+    if uses(subject, "attention"):
+        a = model.attention
+        inner = a.num_heads * a.head_dim
+        widths["model.attention: num_heads * head_dim / tensor"] = inner // p.tensor
+    if uses(subject, "mla"):
+        a = model.mla
+        widths["model.mla: kv_lora_rank"] = a.kv_lora_rank
+        widths["model.mla: kv_lora_rank + qk_rope_head_dim"] = a.kv_lora_rank + a.qk_rope_head_dim
+        inner = a.num_heads * a.v_head_dim
+        widths["model.mla: num_heads * v_head_dim / tensor"] = inner // p.tensor
+        if a.q_lora_rank is not None:
+            widths["model.mla: q_lora_rank"] = a.q_lora_rank
+    if uses(subject, "mlp"):
+        widths["model.mlp: ffn_hidden_size / tensor"] = model.mlp.ffn_hidden_size // p.tensor
+    if uses(subject, "moe"):
+        e = model.moe
+        widths["model.moe: expert_ffn_hidden_size / expert_tensor"] = (
+            e.expert_ffn_hidden_size // p.expert_tensor
+        )
+        if e.shared_ffn_hidden_size:
+            widths["model.moe: shared_ffn_hidden_size / tensor"] = (
+                e.shared_ffn_hidden_size // p.tensor
+            )
+    return widths
+
+
+@rule("model", "parallelism", "training")
+def fp8_widths_are_multiples(subject: Subject) -> Iterator[str]:
+    training = subject.config.training
+    if training.precision != "fp8":
+        return
+    for key, width in fp8_widths(subject).items():
+        if width % FP8_MULTIPLE:
+            below = width // FP8_MULTIPLE * FP8_MULTIPLE
+            fit = f"{below} or {below + FP8_MULTIPLE}" if below else str(FP8_MULTIPLE)
+            yield (
+                f"training.precision='fp8': {key} = {width} is not a multiple of {FP8_MULTIPLE} "
+                f"(FP8 products need it on every rank): make it {fit}, split less, or use bf16"
+            )
+
+
+@rule("training")
+def fp8_needs_transformer_engine(subject: Subject) -> Iterator[str]:
+    training = subject.config.training
+    if training.precision == "fp8" and training.backend == "torch":
+        yield (
+            "training.backend='torch' with training.precision='fp8': FP8 products are Transformer "
+            "Engine's; set backend: auto or transformer_engine, or precision: bf16"
+        )
+
+
+@rule("training")
+def host_can_do_it(subject: Subject) -> Iterator[str]:
+    training, host = subject.config.training, subject.host
+    if host is None:
+        return
+    legal = "fp32 or bf16" if not host.has_cuda else "fp32, bf16 or fp16"
+    if training.precision in ("fp16", "fp8") and not host.has_cuda:
+        yield (
+            f"training.precision={training.precision!r} needs a CUDA GPU, and this host "
+            f"({host.device_name}) has none: use {legal}"
+        )
+    elif training.precision == "fp8" and not host.has_transformer_engine:
+        yield (
+            "training.precision='fp8' needs Transformer Engine, which is not installed: install "
+            f"the extra `cuda`, or use {legal}"
+        )
+    elif training.precision == "fp8" and host.compute_capability is not None:
+        need = FP8_CAPABILITY[training.fp8_recipe]
+        if host.compute_capability < need:
+            able = [r for r, c in FP8_CAPABILITY.items() if c <= host.compute_capability]
+            fit = f"use fp8_recipe {' or '.join(able)}" if able else f"use precision {legal}"
+            yield (
+                f"training.fp8_recipe={training.fp8_recipe!r} needs compute capability "
+                f"{need[0]}.{need[1]}, and {host.device_name} has "
+                f"{host.compute_capability[0]}.{host.compute_capability[1]}: {fit}"
+            )
+    if training.backend == "transformer_engine":
+        missing = "a CUDA GPU" if not host.has_cuda else "Transformer Engine"
+        if not (host.has_cuda and host.has_transformer_engine):
+            yield (
+                f"training.backend='transformer_engine' needs {missing}, which this host "
+                f"({host.device_name}) lacks: set backend: torch or auto"
+            )
+
+
+@rule("parallelism")
+def overlap_needs_a_gpu(subject: Subject) -> Iterator[str]:
+    host = subject.host
+    if subject.config.parallelism.overlap_grad_reduce and host is not None and not host.has_cuda:
+        yield (
+            "parallelism.overlap_grad_reduce=true needs CUDA streams, and this host "
+            f"({host.device_name}) has none: set it to false"
+        )

@@ -1,0 +1,167 @@
+"""A blend of indexed datasets as megatron-core's GPTDataset samples, for train, validation, test.
+
+Documents are cut into the three splits by their place in the file, joined in a shuffled order, and
+cut into samples of `sequence_length` tokens and one more for the labels (the GPT-style stream: no
+reset at document boundaries). megatron-core builds the index of samples on rank 0 and the other
+ranks read it from the cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from equilibrium_mcore.config.schema import DataConfig
+from equilibrium_mcore.data.indexed_files import dataset_paths
+from equilibrium_mcore.data.sources import SPLITS, check_sources
+from equilibrium_mcore.data.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+
+# megatron-core builds this share of samples more per source than the blend should need.
+SMALLEST_SURPLUS = 0.005
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """The three splits; None where no samples were asked for. Unpacks in this order."""
+
+    train: Dataset | None
+    validation: Dataset | None
+    test: Dataset | None
+
+    def __iter__(self):
+        return iter((self.train, self.validation, self.test))
+
+
+def build_datasets(
+    data: DataConfig,
+    *,
+    sequence_length: int,
+    train_samples: int,
+    validation_samples: int,
+    test_samples: int = 0,
+    seed: int,
+    tokenizer: Tokenizer | None = None,
+    model_vocab_size: int | None = None,
+    is_built_on_rank: Callable[[], bool] = lambda: True,
+) -> Datasets:
+    """Train, validation and test datasets with at least the samples asked for.
+
+    A sample is a dict of int64 `tokens`, `labels`, `position_ids` and float32 `loss_mask`, each
+    [sequence_length], and in a blend of several sources its `dataset_id`. The order depends on
+    the seed and the number of samples asked for, so a resumed run asks for the same number. To be
+    called on every rank together when torch.distributed is initialised, over any backend.
+    """
+    tokenizer = tokenizer or load_tokenizer(data.tokenizer)
+    samples = dict(zip(SPLITS, (train_samples, validation_samples, test_samples), strict=True))
+    check_sources(data, tokenizer=tokenizer, model_vocab_size=model_vocab_size, needed=samples)
+    cache = cache_directory(data)
+    if _is_first_rank():
+        _remove_cut_short(cache)
+    built: dict[str, Any] = {}
+    for split, count in samples.items():
+        built[split] = None
+        if count:
+            built[split] = _build_split(
+                data,
+                split,
+                count,
+                cache=cache,
+                is_built_on_rank=is_built_on_rank,
+                random_seed=seed,
+                sequence_length=sequence_length,
+                tokenizer=tokenizer,
+            )
+    return Datasets(**built)
+
+
+def cache_directory(data: DataConfig) -> Path:
+    """Where the blend's index caches go: a folder that changes when the datasets change.
+
+    megatron-core names a cache by the dataset's path and its settings, not by its contents, and
+    would use the old one for a dataset that was made anew.
+    """
+    root = data.cache_directory or data.sources[0].prefix.parent / "index_cache"
+    state = hashlib.sha256()
+    for source in data.sources:
+        for path in dataset_paths(source.prefix)[:2]:
+            facts = path.stat()
+            state.update(f"{path} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+    return Path(root) / state.hexdigest()[:16]
+
+
+def _build_split(
+    data: DataConfig,
+    split: str,
+    count: int,
+    *,
+    cache: Path,
+    is_built_on_rank: Callable[[], bool],
+    **settings: Any,
+):
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+    _require_index_helper()
+    prefixes = [str(source.prefix) for source in data.sources]
+    weights = [source.weight for source in data.sources]
+    config = GPTDatasetConfig(
+        blend=(prefixes, weights if len(prefixes) > 1 else None),
+        split=data.split,
+        path_to_cache=str(cache),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        # Rounding up per source makes the blend up to one sample per source longer; then its
+        # largest share needs at most this much more than was asked of a source.
+        mid_level_dataset_surplus=max(SMALLEST_SURPLUS, (len(prefixes) + 1) / count),
+        **settings,
+    )
+    # One split at a time, since the surplus of a short validation split is far too much for
+    # training; the bounds of the split stay those of `data.split`.
+    place = SPLITS.index(split)
+    config.split_matrix = [
+        bounds if i == place else None for i, bounds in enumerate(config.split_matrix)
+    ]
+    sizes = [count if i == place else 0 for i in range(len(SPLITS))]
+    return BlendedMegatronDatasetBuilder(GPTDataset, sizes, is_built_on_rank, config).build()[place]
+
+
+def _require_index_helper() -> None:
+    try:
+        import megatron.core.datasets.helpers_cpp  # noqa: F401
+    except ImportError as error:
+        folder = Path(__import__("megatron.core.datasets", fromlist=["x"]).__path__[0])
+        raise RuntimeError(
+            f"megatron-core's C++ index helper cannot be loaded ({error}). Its wheels hold it "
+            f"built; for this installation build it once with `make -C {folder}` (needs make, "
+            f"g++ and pybind11), or install megatron-core from its wheel"
+        ) from error
+
+
+def _is_first_rank() -> bool:
+    distributed = torch.distributed
+    return (
+        not (distributed.is_available() and distributed.is_initialized())
+        or distributed.get_rank() == 0
+    )
+
+
+def _remove_cut_short(cache: Path) -> None:
+    """Remove index files that a killed run left half-written; megatron-core builds them again."""
+    for path in cache.glob("*.npy"):
+        try:
+            np.load(path, mmap_mode="r")
+        except (ValueError, EOFError, OSError):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,149 @@
+"""The sources of a blend: their checks before anything is built, and the tokens of a split.
+
+No torch and no megatron here.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.schema import DataConfig, SourceConfig
+from equilibrium_mcore.data.indexed_files import (
+    HEADER_BYTES,
+    IndexHeader,
+    dataset_paths,
+    largest_token_sampled,
+    open_tokens,
+    read_header,
+    read_manifest,
+    sequence_lengths,
+)
+from equilibrium_mcore.data.tokenizer import Tokenizer
+
+SPLITS = ("train", "validation", "test")
+
+
+def split_documents(split: str, sequences: int) -> list[tuple[int, int]]:
+    """[begin, end) of the sequences of train, validation and test, as megatron-core cuts them.
+
+    Raises ValueError for a split that is not up to three shares.
+    """
+    try:
+        shares = [float(part) for part in split.split(",")]
+    except ValueError:
+        shares = []
+    if not 1 <= len(shares) <= 3 or min(shares) < 0 or sum(shares) <= 0:
+        raise ValueError(
+            f"data.split {split!r}: give up to three shares for train, validation and test, none "
+            f"negative and not all 0, e.g. 98,1,1"
+        )
+    shares += [0.0] * (3 - len(shares))
+    # The same floating point as megatron-core: normalize, add up, round.
+    normalized = (np.array(shares) / np.sum(shares)).tolist()
+    bounds = [0.0]
+    for share in normalized:
+        bounds.append(bounds[-1] + share)
+    edges = [int(round(bound * float(sequences))) for bound in bounds]
+    return list(zip(edges[:-1], edges[1:], strict=True))
+
+
+def check_sources(
+    data: DataConfig,
+    *,
+    tokenizer: Tokenizer,
+    model_vocab_size: int | None = None,
+    needed: dict[str, int] | None = None,
+) -> dict[str, IndexHeader]:
+    """Check every source's files before anything is built; returns their headers by name.
+
+    `needed` gives the samples wanted of each split. Raises one ConfigError with all problems:
+    missing or damaged files, another tokenizer than the dataset's, ids beyond the model's
+    vocabulary, a split without documents.
+    """
+    problems: list[str] = []
+    headers: dict[str, IndexHeader] = {}
+    vocab_size = model_vocab_size or tokenizer.vocab_size
+    if tokenizer.vocab_size > vocab_size:
+        problems.append(
+            f"tokenizer {tokenizer.path} has {tokenizer.vocab_size:,} tokens, but the model's "
+            f"vocabulary has {vocab_size:,}: set model.vocab_size to at least "
+            f"{tokenizer.vocab_size}"
+        )
+    for source in data.sources:
+        try:
+            header = read_header(source.prefix)
+            _check_tokenizer(source, tokenizer)
+            _check_ids(source, header, vocab_size)
+            _check_splits(source, header, data.split, needed or {})
+        except (ValueError, OSError) as error:
+            problems.append(f"data source {source.name!r}: {error}")
+        else:
+            headers[source.name] = header
+    if problems:
+        raise ConfigError(problems, source=f"data {data.name!r}")
+    return headers
+
+
+def read_split_tokens(
+    source: SourceConfig, header: IndexHeader, split: str, name: str
+) -> np.ndarray:
+    """The token ids of one split of one source, [tokens], mapped and not read.
+
+    A split is a run of documents, so its tokens lie together in the .bin.
+    """
+    begin, end = split_documents(split, header.sequences)[SPLITS.index(name)]
+    offsets = np.memmap(
+        dataset_paths(source.prefix)[1],
+        np.uint8,
+        "r",
+        offset=HEADER_BYTES + 4 * header.sequences,
+        shape=(8 * header.sequences,),
+    ).view(np.int64)
+    ends = [
+        header.tokens if place == header.sequences else int(offsets[place]) // header.dtype.itemsize
+        for place in (begin, end)
+    ]
+    return open_tokens(source.prefix, header)[ends[0] : ends[1]]
+
+
+# ------------------------------------------------------------------------------------- checks
+
+
+def _check_tokenizer(source: SourceConfig, tokenizer: Tokenizer) -> None:
+    manifest = read_manifest(source.prefix)
+    if manifest is None or manifest.tokenizer_sha256 == tokenizer.fingerprint:
+        return
+    raise ValueError(
+        f"{source.prefix} was made with another tokenizer than {tokenizer.path} (its manifest "
+        f"{dataset_paths(source.prefix)[2].name} has {manifest.tokenizer_type} with "
+        f"{manifest.vocab_size:,} tokens, SHA-256 {manifest.tokenizer_sha256[:12]}..., this one "
+        f"{tokenizer.vocab_size:,} tokens, {tokenizer.fingerprint[:12]}...): name that tokenizer "
+        f"in tokenizer.model, or preprocess the text again with this one"
+    )
+
+
+def _check_ids(source: SourceConfig, header: IndexHeader, vocab_size: int) -> None:
+    manifest = read_manifest(source.prefix)
+    largest = manifest.largest_token if manifest else largest_token_sampled(source.prefix, header)
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{source.prefix} holds the token id {largest}, but the model's vocabulary ends at "
+            f"{vocab_size - 1}: set model.vocab_size to at least {largest + 1}, or preprocess the "
+            f"text with a smaller tokenizer"
+        )
+
+
+def _check_splits(
+    source: SourceConfig, header: IndexHeader, split: str, needed: dict[str, int]
+) -> None:
+    # An empty split makes megatron-core count epochs for ever.
+    for name, (begin, end) in zip(SPLITS, split_documents(split, header.sequences), strict=True):
+        if not needed.get(name):
+            continue
+        if begin == end or not sequence_lengths(source.prefix, header)[begin:end].any():
+            raise ValueError(
+                f"{source.prefix} has {header.sequences:,} documents, and the split {split!r} "
+                f"leaves none for {name}, of which {needed[name]:,} samples are needed: give it a "
+                f"larger share, or ask for no {name} samples"
+            )

@@ -1,0 +1,1 @@
+"""Megatron checkpoint to Hugging Face folder, by one declarative table."""

@@ -1,0 +1,1 @@
+"""The modelling code that travels with every exported folder."""

@@ -1,0 +1,171 @@
+"""The README.md of an exported folder: what the model is, how it was trained, how to use it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from equilibrium_mcore.config.pattern import LAYER_KINDS, layers_of
+from equilibrium_mcore.config.schema import RunConfig
+
+KIND_NAMES = {
+    "M": "Mamba-2",
+    "+": "multi-head latent attention (MLA)",
+    "*": "grouped-query attention (GQA)",
+    "-": "MLP",
+    "E": "mixture of experts (MoE)",
+}
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+license: other
+license_name: fill-in-before-publishing
+---
+
+# {name}
+
+> **Licence: not chosen.** Whoever publishes this folder must choose a licence, name it in the
+> header above (`license:`) and replace this notice. Until then nobody has a right to use it.
+
+A language model with {total:,} parameters, of which {active:,} work on each token. It continues
+text; it was not tuned to follow instructions or to refuse anything.
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "path/to/this/folder"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+prompt = tokenizer("def fibonacci(n):", return_tensors="pt")
+output = model.generate(**prompt, max_new_tokens=64, do_sample=True, temperature=0.8, top_p=0.95)
+print(tokenizer.decode(output[0], skip_special_tokens=True))
+```
+
+`trust_remote_code=True` runs `modeling_equilibrium.py` of this folder, which composes transformers'
+own blocks. It was run with transformers 5.23.0. Batches of unequal length are padded on the left.
+Special tokens written out in a prompt are{not_parsed} read as such.
+
+## Architecture
+
+One residual layer per letter, `x + layer(RMSNorm(x))`: `{pattern}`
+
+| letter | layer | number |
+| --- | --- | --- |
+{layers}
+
+| | |
+| --- | --- |
+{shapes}
+
+## Training
+
+{training}
+
+Data, by share of the tokens drawn:
+
+{sources}
+
+Written from a Megatron-Core distributed checkpoint by equilibrium_mcore. Weights are {dtype}{kept}.
+"""
+
+
+def model_card(
+    config: RunConfig,
+    *,
+    checkpoint: Path,
+    dtype: str,
+    total_parameters: int,
+    active_parameters: int,
+    splits_special_tokens: bool,
+) -> str:
+    """The model card, in Markdown. `active_parameters` are those that work on one token."""
+    pattern = layers_of(config.model.layer_pattern)
+    layers = [
+        f"| `{letter}` | {KIND_NAMES[letter]} | {pattern.count(letter)} |"
+        for letter in LAYER_KINDS
+        if letter in pattern
+    ]
+    weights = sum(source.weight for source in config.data.sources)
+    sources = [
+        f"- {source.name}: {source.weight / weights:.1%}" for source in config.data.sources
+    ]
+    return CARD.format(
+        name=config.model.name,
+        total=total_parameters,
+        active=active_parameters,
+        not_parsed=" not" if splits_special_tokens else "",
+        pattern=pattern,
+        layers="\n".join(layers),
+        shapes="\n".join(f"| {key} | {value} |" for key, value in _shapes(config)),
+        training="\n".join(f"- {line}" for line in _training(config, checkpoint)),
+        sources="\n".join(sources),
+        dtype=dtype,
+        kept=(
+            "" if dtype == "float32"
+            else "; `A_log`, `D`, `dt_bias` and expert biases are float32"
+        ),
+    )
+
+
+def _shapes(config: RunConfig) -> list[tuple[str, str]]:
+    """Rows of the table of shapes."""
+    m = config.model
+    rows = [
+        ("hidden width", str(m.hidden_size)),
+        ("vocabulary", f"{m.vocab_size:,}, {'tied' if m.tie_embeddings else 'untied'}"),
+    ]
+    if m.mamba:
+        x = m.mamba
+        rows.append(
+            ("Mamba-2", f"{x.num_heads} heads of {x.head_dim}, state {x.state_dim}, "
+             f"{x.num_groups} groups")
+        )
+    if m.mla:
+        x = m.mla
+        rows.append(
+            ("MLA", f"{x.num_heads} heads, query latent {x.q_lora_rank or 'none'}, key/value "
+             f"latent {x.kv_lora_rank}, RoPE base {x.rope_base:g}")
+        )
+    if m.attention:
+        x = m.attention
+        rows.append(
+            ("GQA", f"{x.num_heads} query and {x.num_query_groups} key/value heads of "
+             f"{x.head_dim}, RoPE base {x.rope_base or 'none'}")
+        )
+    if m.mlp:
+        rows.append(("MLP", f"width {m.mlp.ffn_hidden_size}, {m.mlp.activation}"))
+    if m.moe:
+        x = m.moe
+        rows.append(
+            ("MoE", f"{x.num_experts} experts of width {x.expert_ffn_hidden_size}, top "
+             f"{x.top_k} by {x.score_function}, shared width {x.shared_ffn_hidden_size}, "
+             f"{x.activation}")
+        )
+    return rows
+
+
+def _training(config: RunConfig, checkpoint: Path) -> list[str]:
+    """What is known of the training."""
+    t, o = config.training, config.optimizer
+    lines = [f"run `{config.name}`, checkpoint `{checkpoint.name}`"]
+    step = re.search(r"(\d+)$", checkpoint.name)
+    batch_tokens = t.global_batch_size * t.sequence_length
+    if step:
+        steps = int(step[1])
+        lines.append(f"{steps:,} of {t.steps:,} steps, {steps * batch_tokens:,} tokens")
+    matrices = (
+        f"Muon (peak learning rate {o.muon.learning_rate:g}) for matrices and AdamW "
+        f"({o.adamw.learning_rate:g}) for the rest"
+        if o.matrices == "muon"
+        else f"AdamW (peak learning rate {o.adamw.learning_rate:g})"
+    )
+    return [
+        *lines,
+        f"sequences of {t.sequence_length:,} tokens, {t.global_batch_size:,} per step "
+        f"({batch_tokens:,} tokens), precision {t.precision}",
+        f"{matrices}; {o.schedule.kind} schedule with {o.schedule.warmup_steps:,} warmup steps",
+    ]

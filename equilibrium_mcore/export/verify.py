@@ -1,0 +1,105 @@
+"""Proof that an exported folder computes what its checkpoint computes: logits side by side."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from equilibrium_mcore.config.schema import ParallelismConfig, RunConfig
+from equilibrium_mcore.data.tokenizer import load_tokenizer
+from equilibrium_mcore.export.convert import DTYPES, find_checkpoint, read_run_config
+
+TOLERANCE = 1e-4  # float32, max abs difference of logits
+TEXT = "def add(a, b):\n    return a + b\n\nA list is an ordered collection of values. "
+MAX_TOKENS = 256
+
+
+def verify_export(checkpoint: Path, folder: Path, *, text: str = TEXT) -> float:
+    """The largest absolute difference of logits, both models in float32, on `text`.
+
+    Megatron's weights are rounded to the folder's dtype first, so that only the computation is
+    compared. Needs memory for one model at a time, and a process without process groups. Raises
+    ValueError when the difference is above TOLERANCE.
+    """
+    checkpoint = find_checkpoint(checkpoint)
+    config = read_run_config(checkpoint)
+    length = min(config.training.sequence_length, MAX_TOKENS)
+    ids = torch.tensor([(load_tokenizer(config.data.tokenizer).encode(text) * length)[:length]])
+    dtype = DTYPES[json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"]]
+    expected = megatron_logits(checkpoint, config, ids, rounded_to=dtype)
+    difference = (expected - hugging_face_logits(folder, ids)).abs().max().item()
+    if not difference <= TOLERANCE:  # also catches NaN
+        raise ValueError(
+            f"{folder} computes other logits than {checkpoint}: they differ by up to "
+            f"{difference:.2e}, and {TOLERANCE:g} is allowed"
+        )
+    return difference
+
+
+def hugging_face_logits(folder: Path, ids: Tensor) -> Tensor:
+    """Logits (batch, tokens, vocabulary) of the exported model in float32, for ids (batch, tokens)."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        str(folder), trust_remote_code=True, local_files_only=True, dtype=torch.float32
+    )
+    with torch.no_grad():
+        return model.eval()(ids).logits
+
+
+def megatron_logits(
+    checkpoint: Path, config: RunConfig, ids: Tensor, *, rounded_to: torch.dtype = torch.float32
+) -> Tensor:
+    """The same of megatron-core's model, on this process alone, for the real vocabulary."""
+    from equilibrium_mcore.parallel import accelerator
+
+    accelerator.install()  # before megatron-core is imported
+    from megatron.core import dist_checkpointing
+
+    from equilibrium_mcore.models.provider import KEPT_IN_FLOAT32, build_model
+    from equilibrium_mcore.parallel.process_groups import initialize_groups, seed_everything
+
+    training = config.training.model_copy(
+        update={"precision": "fp32", "recompute": "none", "backend": "torch"}
+    )
+    layout = ParallelismConfig()
+    with _world_of_one():
+        groups = initialize_groups(layout)
+        seed_everything(0)  # megatron-core builds no model without its random states
+        model = build_model(config.model, layout, training, groups).eval()
+        wanted = model.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp})
+        model.load_state_dict(dist_checkpointing.load(wanted, str(checkpoint)))
+        for name, parameter in model.named_parameters():
+            if not name.endswith(KEPT_IN_FLOAT32):
+                parameter.data = parameter.data.to(rounded_to).float()
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        with torch.no_grad():
+            logits = model.to(accelerator.device())(
+                ids.to(accelerator.device()), positions.to(accelerator.device()), None
+            )
+    return logits[..., : config.model.vocab_size].float().cpu()
+
+
+@contextlib.contextmanager
+def _world_of_one() -> Iterator[None]:
+    """torch.distributed with this process as the only rank, and no port."""
+    from equilibrium_mcore.parallel import accelerator
+    from equilibrium_mcore.parallel.process_groups import destroy
+
+    if torch.distributed.is_initialized():
+        raise RuntimeError("process groups exist: verify an export in a process of its own")
+    torch.distributed.init_process_group(
+        accelerator.communication_backend(),
+        store=torch.distributed.HashStore(),
+        rank=0,
+        world_size=1,
+    )
+    try:
+        yield
+    finally:
+        destroy()

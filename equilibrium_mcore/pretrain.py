@@ -1,0 +1,37 @@
+"""The main job: `python -m equilibrium_mcore.pretrain RUN.yaml [key=value ...]`."""
+
+from __future__ import annotations
+
+import sys
+
+from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.load import load_run_config
+
+
+def main(arguments: list[str]) -> int:
+    """Check the config, then train in every rank; the exit status."""
+    try:
+        config = load_run_config(arguments)
+
+        from equilibrium_mcore.parallel import accelerator
+
+        accelerator.install()  # before megatron-core is imported
+        accelerator.quiet_libraries()
+        from equilibrium_mcore.parallel.launch import Place, launch
+        from equilibrium_mcore.training.callbacks import build_callbacks
+        from equilibrium_mcore.training.loop import train
+        from equilibrium_mcore.training.setup import setup, teardown
+
+        def run_rank(place: Place) -> None:
+            run = setup(config, place)
+            train(run, callbacks=build_callbacks(config))
+            teardown(run)
+
+        return launch(config.parallelism, run_rank)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

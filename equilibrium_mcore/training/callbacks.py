@@ -1,0 +1,174 @@
+"""What happens along a run: logging, validation, checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+
+import numpy as np
+import torch
+
+from equilibrium_mcore.checkpoint.sharded import save_checkpoint
+from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.data.entropy import ngram_baseline
+from equilibrium_mcore.models.flops import training_flops_per_token
+from equilibrium_mcore.training.loop import Callback
+from equilibrium_mcore.training.metrics import (
+    MetricsWriter,
+    TrainRecord,
+    ValidationRecord,
+    memory_gib,
+)
+from equilibrium_mcore.training.setup import Run
+from equilibrium_mcore.training.step import StepOutcome, validation_loss
+
+
+def build_callbacks(config: RunConfig) -> list[Callback]:
+    """The callbacks that the config asks for, in the order in which they act after a step."""
+    log = LogCallback(config)
+    return [log, ValidationCallback(config, log), CheckpointCallback(config, log)]
+
+
+class LogCallback(Callback):
+    """Writes a line per interval, on the first rank."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.every = config.logging.interval_steps
+        self.writer: MetricsWriter | None = None
+        self._since = (0.0, 0, 0)  # seconds, step, tokens at the last line
+        self._paused = 0.0
+
+    def on_start(self, run: Run) -> None:
+        config = run.config
+        if run.is_first_rank:
+            resumed = run.progress.step if run.resumed_from is not None else None
+            self.writer = MetricsWriter(
+                config.output_directory,
+                total_steps=config.training.steps,
+                resumed_step=resumed,
+                tensorboard=config.logging.tensorboard,
+                wandb_project=config.logging.wandb_project,
+                run_name=config.name,
+                run_config=config.model_dump(mode="json"),
+                console=lambda line: print(line, flush=True),
+            )
+            layout = {k: v for k, v in config.parallelism.model_dump().items() if v not in (1, None)}
+            details = {"ranks": torch.distributed.get_world_size(), "layout": str(layout)}
+            if run.resumed_from is not None:
+                details["from"] = str(run.resumed_from)
+            self.event("start" if resumed is None else "resume", run, **details)
+        self._since = (time.perf_counter(), run.progress.step, run.progress.tokens)
+
+    def pause(self, seconds: float) -> None:
+        """Leave this time out of the next rate: it was not spent on training."""
+        self._paused += seconds
+
+    def event(self, name: str, run: Run, **details: object) -> None:
+        """Record an event, on the first rank."""
+        if self.writer is not None:
+            self.writer.event(name, step=run.progress.step, **details)
+
+    def on_step(self, run: Run, outcome: StepOutcome) -> None:
+        now, progress = time.perf_counter(), run.progress
+        seconds = now - self._since[0] - self._paused
+        steps, tokens = progress.step - self._since[1], progress.tokens - self._since[2]
+        self._since, self._paused = (now, progress.step, progress.tokens), 0.0
+        if self.writer is None:
+            return
+        training, peak = run.config.training, run.config.logging.peak_tflops_per_device
+        rate = tokens / seconds
+        flops = training_flops_per_token(run.config.model, training.sequence_length)
+        per_device = rate * flops / torch.distributed.get_world_size() / 1e12
+        self.writer.write(
+            TrainRecord(
+                step=progress.step,
+                tokens=progress.tokens,
+                loss=outcome.loss,
+                aux_loss=outcome.aux_loss,
+                learning_rate=outcome.learning_rates["matrix"],
+                learning_rate_adamw=outcome.learning_rates["adamw"],
+                gradient_norm=outcome.gradient_norm,
+                tokens_per_second=rate,
+                model_tflops_per_device=per_device,
+                utilization=per_device / peak if peak else None,
+                memory_gib=memory_gib(),
+                seconds_per_step=seconds / steps,
+            )
+        )
+
+    def on_end(self, run: Run, *, reason: str) -> None:
+        self.event(reason, run)
+        if self.writer is not None:
+            self.writer.close()
+
+
+class ValidationCallback(Callback):
+    """Loss on the validation split, beside what counting n-grams would give."""
+
+    def __init__(self, config: RunConfig, log: LogCallback) -> None:
+        self.every = config.training.validation_interval_steps
+        self.log = log
+        self._entropies: dict[str, float] = {}
+
+    def on_start(self, run: Run) -> None:
+        if not self.every:
+            return
+        if run.is_first_rank:
+            self._entropies = _entropies(run)
+        if run.progress.step == 0:
+            self._validate(run)
+
+    def on_step(self, run: Run, outcome: StepOutcome) -> None:
+        self._validate(run)
+
+    def _validate(self, run: Run) -> None:
+        start = time.perf_counter()
+        loss = validation_loss(run)
+        if self.log.writer is not None:
+            self.log.writer.write(
+                ValidationRecord(step=run.progress.step, loss=loss, **self._entropies)
+            )
+        self.log.pause(time.perf_counter() - start)
+
+
+class CheckpointCallback(Callback):
+    """Saves at intervals and when the process stops."""
+
+    def __init__(self, config: RunConfig, log: LogCallback) -> None:
+        self.every = config.checkpoint.save_interval_steps
+        self.log = log
+        self._saved_step: int | None = None
+
+    def on_start(self, run: Run) -> None:
+        self._saved_step = run.progress.step if run.resumed_from is not None else None
+
+    def on_step(self, run: Run, outcome: StepOutcome) -> None:
+        self._save(run)
+
+    def on_end(self, run: Run, *, reason: str) -> None:
+        self._save(run)
+
+    def _save(self, run: Run) -> None:
+        if self._saved_step == run.progress.step:
+            return
+        start = time.perf_counter()
+        save_checkpoint(
+            config=run.config,
+            chunks=run.chunks,
+            optimizer=run.optimizer,
+            groups=run.groups,
+            progress=dataclasses.asdict(run.progress),
+        )
+        self._saved_step = run.progress.step
+        self.log.pause(time.perf_counter() - start)
+
+
+def _entropies(run: Run) -> dict[str, float]:
+    """Unigram and bigram entropy of the very tokens that validation scores."""
+    training = run.config.training
+    count = training.validation_batches * training.global_batch_size
+    samples = itertools.islice((run.datasets.validation[i] for i in range(count)), count)
+    pairs = ((np.asarray(s["tokens"]), np.asarray(s["labels"])) for s in samples)
+    baseline = ngram_baseline(run.config.data, pairs, vocab_size=run.config.model.vocab_size)
+    return {"unigram_entropy": baseline.unigram, "bigram_entropy": baseline.bigram}

@@ -1,0 +1,213 @@
+"""From a config to everything that a training loop needs, built in order."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from equilibrium_mcore.checkpoint.directory import latest_checkpoint
+from equilibrium_mcore.checkpoint.sharded import load_checkpoint, load_weights
+from equilibrium_mcore.config import rules
+from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.layout import data_parallel_size, micro_batches_per_step
+from equilibrium_mcore.config.load import save_config
+from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.data.blend import Datasets, build_datasets
+from equilibrium_mcore.data.loader import batches
+from equilibrium_mcore.data.tokenizer import load_tokenizer
+from equilibrium_mcore.models.provider import build_model
+from equilibrium_mcore.models.transformer_config import build_transformer_config
+from equilibrium_mcore.optim.optimizer import HybridOptimizer
+from equilibrium_mcore.parallel import accelerator, process_groups
+from equilibrium_mcore.parallel.host import describe_host
+from equilibrium_mcore.parallel.launch import Place
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """How far a run has come; saved with every checkpoint."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+
+
+@dataclass
+class Run:
+    """A run in the middle of its work, on one rank."""
+
+    config: RunConfig
+    groups: ProcessGroupCollection
+    transformer: TransformerConfig
+    chunks: list[torch.nn.Module]  # DDP-wrapped, one per virtual pipeline stage
+    optimizer: HybridOptimizer
+    datasets: Datasets
+    data_parallel_size: int
+    micro_batches: int
+    progress: Progress = field(default_factory=Progress)
+    resumed_from: Path | None = None
+    train_batches: list[Iterator[dict[str, Tensor]]] = field(default_factory=list)
+
+    @property
+    def is_first_rank(self) -> bool:
+        return torch.distributed.get_rank() == 0
+
+    @property
+    def last_step(self) -> int:
+        """The step at which this process stops."""
+        training = self.config.training
+        return min(training.steps, training.stop_after_steps or training.steps)
+
+    def batches_of(self, dataset, *, consumed_samples: int) -> list[Iterator[dict[str, Tensor]]]:
+        """This rank's micro-batches of `dataset`, one iterator per model chunk."""
+        training = self.config.training
+        return [
+            batches(
+                dataset,
+                consumed_samples=consumed_samples,
+                micro_batch_size=training.micro_batch_size,
+                data_parallel_rank=self.groups.dp.rank(),
+                data_parallel_size=self.data_parallel_size,
+                num_workers=self.config.data.num_workers,
+                pin_memory=accelerator.has_cuda(),
+            )
+            for _ in self.chunks
+        ]
+
+
+def setup(config: RunConfig, place: Place) -> Run:
+    """Groups, data, model, optimizer, and the checkpoint to go on from. Collective.
+
+    Raises ConfigError before anything is built when this host cannot do what the config asks for.
+    """
+    problems = rules.check(config, world_size=place.world_size, host=describe_host())
+    if problems:
+        raise ConfigError(problems, source=f"run {config.name}")
+    process_groups.initialize_distributed(
+        rank=place.rank,
+        world_size=place.world_size,
+        local_rank=place.local_rank,
+        timeout_minutes=config.parallelism.timeout_minutes,
+        init_method=place.init_method,
+    )
+    groups = process_groups.initialize_groups(config.parallelism)
+    process_groups.seed_everything(config.training.seed)
+    datasets = build_run_datasets(config)
+    transformer, chunks = build_chunks(config, groups)
+    optimizer = HybridOptimizer(chunks, groups, config)
+    transformer.grad_scale_func = optimizer.scale_loss
+    run = Run(
+        config=config,
+        groups=groups,
+        transformer=transformer,
+        chunks=chunks,
+        optimizer=optimizer,
+        datasets=datasets,
+        data_parallel_size=data_parallel_size(config, place.world_size),
+        micro_batches=micro_batches_per_step(config, place.world_size),
+    )
+    resume(run)
+    run.train_batches = run.batches_of(datasets.train, consumed_samples=run.progress.samples)
+    if run.is_first_rank:
+        Path(config.output_directory).mkdir(parents=True, exist_ok=True)
+        save_config(config, Path(config.output_directory) / "config.yaml")
+    return run
+
+
+def build_run_datasets(config: RunConfig) -> Datasets:
+    """The blend's splits with as many samples as the whole run takes."""
+    training = config.training
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    validates = training.validation_interval_steps > 0
+    return build_datasets(
+        config.data,
+        sequence_length=training.sequence_length,
+        train_samples=training.steps * training.global_batch_size,
+        validation_samples=training.validation_batches * training.global_batch_size * validates,
+        seed=training.seed,
+        tokenizer=tokenizer,
+        model_vocab_size=config.model.vocab_size,
+    )
+
+
+def build_chunks(
+    config: RunConfig, groups: ProcessGroupCollection
+) -> tuple[TransformerConfig, list[torch.nn.Module]]:
+    """This rank's model chunks, wrapped so that their gradients are reduced over data ranks."""
+    on_gpu = accelerator.has_cuda()
+    layout = config.parallelism
+    transformer = build_transformer_config(config.model, layout, config.training, on_gpu=on_gpu)
+    chunks = []
+    for stage in range(layout.virtual_pipeline):
+        virtual_stage = stage if layout.virtual_pipeline > 1 else None
+        process_groups.set_virtual_stage(virtual_stage)
+        module = build_model(
+            config.model,
+            layout,
+            config.training,
+            groups,
+            on_gpu=on_gpu,
+            virtual_stage=virtual_stage,
+            transformer_config=transformer,
+        )
+        if on_gpu:
+            module.cuda()
+        reduction = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=layout.overlap_grad_reduce,
+            use_distributed_optimizer=False,
+        )
+        wrapped = DistributedDataParallel(transformer, reduction, module, pg_collection=groups)
+        wrapped.broadcast_params()
+        chunks.append(wrapped)
+    transformer.finalize_model_grads_func = finalize_model_grads
+    if layout.overlap_grad_reduce:
+        transformer.no_sync_func = [chunk.no_sync for chunk in chunks]
+        if len(chunks) == 1:
+            transformer.no_sync_func = chunks[0].no_sync
+    return transformer, chunks
+
+
+def resume(run: Run) -> None:
+    """Go on from the latest checkpoint, or start from given weights, as the config says."""
+    config = run.config
+    path = None
+    if config.checkpoint.resume != "never":
+        path = latest_checkpoint(config.output_directory)
+    if path is not None:
+        progress = load_checkpoint(
+            path, config=config, chunks=run.chunks, optimizer=run.optimizer, groups=run.groups
+        )
+        run.progress = Progress(**progress)
+        run.resumed_from = path
+        return
+    if config.checkpoint.resume == "must":
+        raise ConfigError(
+            f"checkpoint.resume=must, but {config.output_directory} holds no checkpoint: name the "
+            "output_directory of the run to go on with, or use checkpoint.resume=auto"
+        )
+    if config.checkpoint.initial_weights is not None:
+        load_weights(
+            config.checkpoint.initial_weights,
+            config=config,
+            chunks=run.chunks,
+            optimizer=run.optimizer,
+        )
+
+
+def teardown(run: Run) -> None:
+    """Leave the process groups in order, after every rank is done."""
+    torch.distributed.barrier()
+    run.train_batches.clear()
+    process_groups.destroy()

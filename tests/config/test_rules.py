@@ -1,0 +1,448 @@
+"""Every rule once broken and once kept; messages give the values and the legal choices."""
+
+from __future__ import annotations
+
+import pytest
+
+from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.rule_kit import Host
+from equilibrium_mcore.config.rules import RULES, check
+
+TINY_ATTENTION = {"num_heads": 8, "num_query_groups": 4, "head_dim": 16}
+GPU = Host(
+    has_cuda=True,
+    has_transformer_engine=True,
+    has_mamba_ssm=True,
+    device_name="H100",
+    compute_capability=(9, 0),
+)
+BLACKWELL = Host(True, True, True, "B200", (10, 0))
+CPU = Host()
+# The pattern without MLA, so that GQA can stand in.
+GQA = {"model.layer_pattern": "ME|*E", "model.attention": TINY_ATTENTION}
+DENSE = {"model.layer_pattern": "M-|+-", "model.mlp": {"ffn_hidden_size": 256}}
+PP2 = {"parallelism.pipeline": 2}
+SP = {"parallelism.sequence": True}
+
+# rule, a run that breaks it, words that the message must have, a run that keeps it.
+# A key "world_size" or "host" is a fact, not a setting.
+CASES = [
+    ("letters_are_known", {"model.layer_pattern": "MXE"}, ["'X'", "E moe"], {}),
+    ("letters_are_known", {"model.layer_pattern": "|"}, ["no layers"], {}),
+    ("letters_have_their_sections", {"model.mamba": None}, ["uses M", "model.mamba"], {}),
+    (
+        "letters_have_their_sections",
+        {"model.layer_pattern": "M-|+-"},
+        ["model.mlp is missing"],
+        DENSE,
+    ),
+    # A section that no letter uses is fine.
+    (
+        "attention_kinds_do_not_mix",
+        {"model.layer_pattern": "*E+E", "model.attention": TINY_ATTENTION},
+        ["mixes * (GQA) and + (MLA)"],
+        {"model.attention": TINY_ATTENTION},
+    ),
+    (
+        "pattern_has_no_empty_segment",
+        {"model.layer_pattern": "ME||+E"},
+        ["segment 2 of 3", "'ME|+E'"],
+        {"model.layer_pattern": "ME|+E"},
+    ),
+    (
+        "groups_divide_heads",
+        {"model.mamba.num_groups": 3},
+        ["num_groups=3", "num_heads=16", "1, 2, 4, 8, 16"],
+        {"model.mamba.num_groups": 16},
+    ),
+    (
+        "groups_divide_heads",
+        {**GQA, "model.attention": {**TINY_ATTENTION, "num_query_groups": 3}},
+        ["num_query_groups=3", "1, 2, 4, 8"],
+        GQA,
+    ),
+    (
+        "rope_widths_are_even",
+        {"model.mla.qk_rope_head_dim": 7},
+        ["qk_rope_head_dim=7", "6 or 8"],
+        {"model.mla.qk_rope_head_dim": 8},
+    ),
+    (
+        "rope_widths_are_even",
+        {**GQA, "model.attention": {**TINY_ATTENTION, "head_dim": 9}},
+        ["head_dim=9"],
+        {**GQA, "model.attention": {**TINY_ATTENTION, "head_dim": 9, "rope_base": None}},
+    ),
+    ("router_can_choose", {"model.moe.top_k": 9}, ["top_k=9", "num_experts=8"], {}),
+    (
+        "router_can_choose",
+        {"model.moe.score_function": "softmax"},
+        ["expert_bias", "'softmax'"],
+        {"model.moe.score_function": "softmax", "model.moe.expert_bias": False},
+    ),
+    (
+        "router_can_choose",
+        {"model.moe.normalize_top_k": False},
+        ["normalize_top_k=false", "sigmoid"],
+        {"model.moe.normalize_top_k": False, "model.moe.top_k": 1},
+    ),
+    (
+        "router_can_choose",
+        {"model.moe": {"score_function": "softmax", "expert_bias": False, "top_k": 1}},
+        ["top_k=1", "learns nothing"],
+        {
+            "model.moe": {
+                "score_function": "softmax",
+                "expert_bias": False,
+                "top_k": 1,
+                "normalize_top_k": False,
+            }
+        },
+    ),
+    (
+        "tensor_divides",
+        {"parallelism.tensor": 8, **SP},
+        ["tensor=8", "model.mamba.num_groups=4", "use 1, 2, 4"],
+        {"parallelism.tensor": 4, **SP},
+    ),
+    (
+        "tensor_divides",
+        {"parallelism.tensor": 2, **SP, "model.mamba": {"num_heads": 15, "num_groups": 3}},
+        ["tensor=2", "model.mamba.num_heads=15"],
+        {"model.mamba": {"num_heads": 15, "num_groups": 3}},
+    ),
+    (
+        "tensor_divides",
+        {"parallelism.tensor": 4, **SP, "model.mla.num_heads": 6},
+        ["model.mla.num_heads=6", "use 1, 2"],
+        {"parallelism.tensor": 2, **SP, "model.mla.num_heads": 6},
+    ),
+    (
+        "tensor_divides",
+        {**GQA, "parallelism.tensor": 4, **SP, "model.attention.num_heads": 6},
+        ["model.attention.num_heads=6"],
+        {**GQA, "parallelism.tensor": 4, **SP},
+    ),
+    (
+        "tensor_divides",
+        {"model": "qwen2_1.5b", "parallelism.tensor": 3},
+        ["num_query_groups=2", "use 1, 2, 4"],
+        {"model": "qwen2_1.5b", "parallelism.tensor": 4},
+    ),
+    (
+        "tensor_divides",
+        {**DENSE, "model.mlp": {"ffn_hidden_size": 255}, "parallelism.tensor": 2},
+        ["model.mlp.ffn_hidden_size=255"],
+        {**DENSE, "parallelism.tensor": 2},
+    ),
+    (
+        "tensor_divides",
+        {"model.moe.shared_ffn_hidden_size": 99, "parallelism.tensor": 2, **SP},
+        ["shared_ffn_hidden_size=99"],
+        {"model.moe.shared_ffn_hidden_size": 0, "parallelism.tensor": 2, **SP},
+    ),
+    (
+        "tensor_divides",
+        {"model": {"vocab_size": 101, "vocab_size_multiple": 1}, "parallelism.tensor": 2, **SP},
+        ["padded vocabulary=101"],
+        {"model": {"vocab_size": 101, "vocab_size_multiple": 2}, "parallelism.tensor": 2, **SP},
+    ),
+    (
+        "sequence_parallel_needs_tensor",
+        SP,
+        ["sequence=true", "tensor=1"],
+        {"parallelism.tensor": 2, **SP},
+    ),
+    (
+        "moe_with_tensor_needs_sequence",
+        {"parallelism.tensor": 2},
+        ["tensor=2", "set sequence: true"],
+        {"parallelism.tensor": 2, **SP},
+    ),
+    (
+        "pipeline_fits_pattern",
+        {"parallelism.pipeline": 3},
+        ["pipeline=3", "4 segments", "1, 2, 4", "e.g. model.layer_pattern="],
+        {"parallelism.pipeline": 4},
+    ),
+    (
+        "pipeline_fits_pattern",
+        {"model.layer_pattern": "MEMEME+E", "parallelism.pipeline": 2},
+        ["1 segment ", "'MEME|ME+E'"],
+        {"model.layer_pattern": "MEME|ME+E", "parallelism.pipeline": 2},
+    ),
+    (
+        "pipeline_fits_pattern",
+        {"parallelism.virtual_pipeline": 2},
+        ["virtual_pipeline=2", "pipeline=1"],
+        {**PP2, "parallelism.virtual_pipeline": 2},
+    ),
+    (
+        "pipeline_fits_pattern",
+        {"parallelism.pipeline": 16},
+        ["16 stages", "8 layers", "at most 8"],
+        PP2,
+    ),
+    (
+        "experts_divide",
+        {"parallelism.expert": 3},
+        ["expert=3", "num_experts=8", "1, 2, 4, 8"],
+        {"parallelism.expert": 8},
+    ),
+    (
+        "experts_divide",
+        {"parallelism.expert_tensor": 5},
+        ["expert_tensor=5", "=96"],
+        {"parallelism.expert_tensor": 2},
+    ),
+    ("experts_divide", {**DENSE, "parallelism.expert": 2}, ["expert=2", "no MoE layer"], DENSE),
+    (
+        "context_divides_mamba",
+        {"parallelism.context": 3, "training.sequence_length": 96},
+        ["context=3", "model.mamba.num_heads=16", "1, 2, 4, 8, 16"],
+        {"parallelism.context": 2},
+    ),
+    # 4 groups over 2 TP ranks leave 2, repeated over 4 CP ranks; 3 groups do not fit 2.
+    (
+        "context_divides_mamba",
+        {"parallelism.context": 2, "model.mamba": {"num_heads": 12, "num_groups": 3}},
+        ["context=2", "num_groups=3", "use 1, 3, 6, 12"],
+        {"parallelism.context": 4, "parallelism.tensor": 2, **SP},
+    ),
+    (
+        "context_divides_attention",
+        {"parallelism.context": 16},
+        ["context=16", "model.mla.num_heads=8", "1, 2, 4, 8"],
+        {"parallelism.context": 8},
+    ),
+    (
+        "context_divides_attention",
+        {**GQA, "parallelism": {"context": 4, "tensor": 2, "sequence": True}},
+        ["context=4", "num_query_groups=4 / tensor=2 = 2", "use 1, 2"],
+        {**GQA, "parallelism": {"context": 2, "tensor": 2, "sequence": True}},
+    ),
+    (
+        "sequence_length_divides",
+        {"parallelism.context": 2, "training.sequence_length": 66},
+        ["sequence_length=66", "context=2", "64 or 68"],
+        {"parallelism.context": 2, "training.sequence_length": 68},
+    ),
+    (
+        "sequence_length_divides",
+        {"parallelism.tensor": 4, **SP, "training.sequence_length": 62},
+        ["sequence_length=62", "tensor=4", "60 or 64"],
+        {"parallelism.tensor": 4, **SP, "training.sequence_length": 60},
+    ),
+    (
+        "world_size_fits",
+        {"parallelism": {"tensor": 2, "sequence": True}, "world_size": 3},
+        ["world size 3", "tensor=2", "start 2, 4, 6, 8"],
+        {"parallelism": {"tensor": 2, "sequence": True}, "world_size": 4},
+    ),
+    (
+        "world_size_fits",
+        {"parallelism": {"expert": 4, "expert_tensor": 2}, "world_size": 4},
+        ["world size 4", "expert=4 * expert_tensor=2", "start 8, 16"],
+        {"parallelism": {"expert": 4, "expert_tensor": 2}, "world_size": 8},
+    ),
+    (
+        "world_size_fits",
+        {"parallelism.world_size": 2, "world_size": 4},
+        ["world_size=2", "started 4"],
+        {"parallelism.world_size": 4, "world_size": 4},
+    ),
+    (
+        "batch_divides",
+        {"training.global_batch_size": 9, "world_size": 4},
+        ["global_batch_size=9", "data-parallel size 4", "8 or 12"],
+        {"training.global_batch_size": 12, "world_size": 4},
+    ),
+    (
+        "batch_divides",
+        {**PP2, "parallelism.virtual_pipeline": 2, "training.global_batch_size": 3},
+        ["3 micro-batches", "pipeline=2", "2 or 4"],
+        {**PP2, "parallelism.virtual_pipeline": 2, "training.global_batch_size": 4},
+    ),
+    (
+        "schedule_fits_steps",
+        {"optimizer.schedule.warmup_steps": 101},
+        ["warmup_steps=101", "steps=100"],
+        {"optimizer.schedule.warmup_steps": 100},
+    ),
+    (
+        "schedule_fits_steps",
+        {"optimizer.schedule": {"kind": "wsd", "warmup_steps": 60, "decay_steps": 60}},
+        ["decay_steps=60", "at least 120"],
+        {"optimizer.schedule": {"kind": "wsd", "warmup_steps": 60, "decay_steps": 40}},
+    ),
+    (
+        "schedule_fits_steps",
+        {"optimizer.schedule.kind": "wsd"},
+        ["decay_steps=0", "1 to 100"],
+        {"optimizer.schedule": {"kind": "wsd", "decay_steps": 10}},
+    ),
+    ("moments_forget", {"optimizer.adamw.beta2": 1}, ["beta2=1"], {"optimizer.adamw.beta2": 0.99}),
+    (
+        "stop_is_within_the_run",
+        {"training.stop_after_steps": 101},
+        ["stop_after_steps=101", "steps=100"],
+        {"training.stop_after_steps": 100},
+    ),
+    (
+        "recompute_has_its_layers",
+        {"training": {"recompute": "selective", "recompute_modules": ["mlp"]}},
+        ["'mlp'", "no mlp layer"],
+        {"training": {"recompute": "selective", "recompute_modules": ["moe", "mla_up_proj"]}},
+    ),
+    (
+        "recompute_has_its_layers",
+        {"training": {"recompute": "selective", "recompute_modules": []}},
+        ["recomputes nothing"],
+        {"training.recompute": "full"},
+    ),
+    (
+        "recompute_has_its_layers",
+        {
+            "training": {
+                "recompute": "selective",
+                "recompute_modules": ["moe_act"],
+                "precision": "fp8",
+                "fp8_recipe": "delayed",
+            }
+        },
+        ["'moe_act'", "'delayed'"],
+        {
+            "training": {
+                "recompute": "selective",
+                "recompute_modules": ["moe_act"],
+                "precision": "fp8",
+            }
+        },
+    ),
+    (
+        "sources_are_told_apart",
+        {"data.sources": [{"name": "a", "prefix": p, "weight": 1} for p in ("x", "y")]},
+        ["2 sources", "'a'"],
+        {},
+    ),
+    (
+        "sources_are_told_apart",
+        {"data.sources": [{"name": "a", "prefix": "x.bin", "weight": 1}]},
+        ["'x.bin'", "use 'x'"],
+        {"data.sources": [{"name": "a", "prefix": "x.v2", "weight": 1}]},
+    ),
+    ("split_is_good", {"data.split": "98;1"}, ["'98;1'", "98,1,1"], {"data.split": "98, 2"}),
+    ("split_is_good", {"data.split": "1,1,1,1"}, ["three numbers"], {"data.split": "1"}),
+    ("split_is_good", {"data.split": "2,-1,1"}, ["at least 0"], {"data.split": "0.9,0.1"}),
+    ("split_is_good", {"data.split": "0,1,1"}, ["nothing to train on"], {}),
+    (
+        "validation_has_documents",
+        {"data.split": "1,0,0", "training.validation_interval_steps": 5},
+        ["validation_interval_steps=5", "'1,0,0'"],
+        {"data.split": "1,0,0"},
+    ),
+    (
+        "tokenizer_matches_its_file",
+        {"data.tokenizer.model": "tokenizer.json"},
+        ["tokenizer.json", "HuggingFaceTokenizer"],
+        {"data.tokenizer": {"type": "HuggingFaceTokenizer", "model": "tokenizer.json"}},
+    ),
+    (
+        "fp8_widths_are_multiples",
+        {"training.precision": "fp8", "model.mamba.num_heads": 8},
+        ["num_heads) / tensor = 520", "512 or 528"],
+        {"training.precision": "fp8"},
+    ),
+    (
+        "fp8_needs_transformer_engine",
+        {"training.precision": "fp8", "training.backend": "torch"},
+        ["backend='torch'"],
+        {"training.precision": "fp8"},
+    ),
+    (
+        "host_can_do_it",
+        {"training.precision": "fp16", "host": CPU},
+        ["'fp16'", "CUDA GPU", "fp32 or bf16"],
+        {"training.precision": "fp16", "host": GPU},
+    ),
+    (
+        "host_can_do_it",
+        {"training.precision": "fp8", "host": CPU},
+        ["'fp8'", "CUDA GPU"],
+        {"training.precision": "fp8", "host": GPU},
+    ),
+    (
+        "host_can_do_it",
+        {"training.precision": "fp8", "host": Host(has_cuda=True, device_name="H100")},
+        ["Transformer Engine", "not installed"],
+        {"training.precision": "bf16", "host": Host(has_cuda=True, device_name="H100")},
+    ),
+    (
+        "host_can_do_it",
+        {"training.precision": "fp8", "training.fp8_recipe": "mxfp8", "host": GPU},
+        ["'mxfp8'", "10.0", "tensorwise or delayed or blockwise"],
+        {"training.precision": "fp8", "training.fp8_recipe": "mxfp8", "host": BLACKWELL},
+    ),
+    (
+        "host_can_do_it",
+        {"training.backend": "transformer_engine", "host": CPU},
+        ["backend='transformer_engine'", "torch or auto"],
+        {"training.backend": "transformer_engine", "host": GPU},
+    ),
+    (
+        "overlap_needs_a_gpu",
+        {"parallelism.overlap_grad_reduce": True, "host": CPU},
+        ["overlap_grad_reduce"],
+        {"parallelism.overlap_grad_reduce": True, "host": GPU},
+    ),
+]
+
+
+def _split(case: dict) -> tuple[dict, dict]:
+    facts = {key: case[key] for key in ("world_size", "host") if key in case}
+    changes = {key: value for key, value in case.items() if key not in facts}
+    if "parallelism" in changes or any(key.startswith("parallelism.") for key in changes):
+        # The batch divides by any data-parallel size of these cases.
+        changes.setdefault("training.global_batch_size", 48)
+    return changes, facts
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "words", "kept"), CASES, ids=[f"{i}-{c[0]}" for i, c in enumerate(CASES)]
+)
+def test_rule(build, name: str, broken: dict, words: list[str], kept: dict) -> None:
+    changes, facts = _split(broken)
+    with pytest.raises(ConfigError) as caught:
+        build(changes, **facts)
+    assert any(all(word in problem for word in words) for problem in caught.value.problems), (
+        f"no problem of {name} with {words} in\n{caught.value}"
+    )
+    changes, facts = _split(kept)
+    build(changes, **facts)
+
+
+def test_every_rule_has_a_case() -> None:
+    assert {rule.function.__name__ for rule in RULES} == {case[0] for case in CASES}
+
+
+def test_rules_without_a_host_ask_nothing_of_it(build) -> None:
+    config = build({"training.precision": "fp16"})
+    assert check(config) == []
+    assert len(check(config, host=CPU)) == 1
+
+
+def test_problems_of_several_sections_come_together(build) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(
+            {
+                "parallelism": {"tensor": 3, "pipeline": 3},
+                "optimizer.schedule.warmup_steps": 500,
+                "data.split": "0,1",
+                "checkpoint.keep_last": 0,
+            },
+            world_size=7,
+        )
+    text = str(caught.value)
+    for word in ("tensor=3", "pipeline=3", "world size 7", "warmup_steps", "split", "keep_last"):
+        assert word in text
+    assert text.startswith(f"{len(caught.value.problems)} problems")

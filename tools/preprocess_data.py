@@ -1,0 +1,58 @@
+"""Tokenize JSONL text into Megatron's .bin/.idx, with Megatron-LM's option names.
+
+Example:
+    python tools/preprocess_data.py --input code.jsonl --output-prefix data/code \\
+        --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model \\
+        --append-eod --workers 2
+writes data/code_text_document.bin, .idx and .json (the manifest).
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from equilibrium_mcore.config.schema import TokenizerConfig
+from equilibrium_mcore.data.preprocess import preprocess
+
+
+def main() -> int:
+    """Parse the command line, preprocess, print a summary."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    types = ("SentencePieceTokenizer", "HuggingFaceTokenizer")
+    add = parser.add_argument
+    add("--input", type=Path, nargs="+", required=True, help="JSONL files, in this order")
+    add("--output-prefix", type=Path, required=True, help="path without _<key>_document.bin")
+    add("--json-keys", nargs="+", default=["text"], help="fields to tokenize; one dataset each")
+    add("--tokenizer-type", choices=types, required=True)
+    add("--tokenizer-model", type=Path, required=True, help=".model, tokenizer.json, or its folder")
+    add("--end-of-document", help="the token that ends a document; default: the end of text")
+    add("--append-eod", action="store_true", help="end each document with that token")
+    add("--workers", type=int, default=1, help="processes")
+    add("--skip-bad-lines", action="store_true", help="leave out lines that are no documents")
+    add("--overwrite", action="store_true", help="replace an existing dataset")
+    options = vars(parser.parse_args())
+    kind, model, eod = (
+        options.pop(name) for name in ("tokenizer_type", "tokenizer_model", "end_of_document")
+    )
+    # So that a terminated run removes what it wrote aside.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        tokenizer = TokenizerConfig(type=kind, model=model, end_of_document=eod)
+        done = preprocess(inputs=options.pop("input"), tokenizer=tokenizer, **options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for key, prefix in done.prefixes.items():
+        print(f"{prefix}: {done.documents:,} documents, {done.tokens[key]:,} tokens")
+    rate = done.bytes_read / 1e6 / done.seconds
+    print(f"{done.seconds:.1f} s, {rate:.1f} MB/s, {done.skipped_lines:,} bad lines left out")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
