@@ -1,9 +1,8 @@
 """Turn a distributed checkpoint, saved by any layout, into a Hugging Face folder.
 
 Example:
-    python tools/convert_checkpoint.py --checkpoint output/quickstart --output output/quickstart-hf \\
-        --dtype float32 --verify
-Then: AutoModelForCausalLM.from_pretrained("output/quickstart-hf", trust_remote_code=True)
+    python tools/convert_checkpoint.py --checkpoint runs/quickstart/run --output exported --verify
+Then: AutoModelForCausalLM.from_pretrained("exported", trust_remote_code=True)
 """
 
 from __future__ import annotations
@@ -14,8 +13,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from equilibrium_mcore.export.convert import DTYPES, export_hugging_face
+from equilibrium_mcore.export.convert import export_hugging_face
 from equilibrium_mcore.export.verify import verify_export
+from equilibrium_mcore.export.weights import DTYPES
 
 
 def main() -> int:
@@ -24,13 +24,16 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True,
-        help="a run's output directory (its latest checkpoint is taken), or a checkpoint folder")
+    where = "a run's output directory (its latest checkpoint is taken), or a checkpoint folder"
+    add("--checkpoint", type=Path, required=True, help=where)
     add("--output", type=Path, required=True, help="the folder to write")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (bfloat16)")
+    add("--main-weights", action="store_true", help="from the optimizer's float32 copies")
     add("--overwrite", action="store_true", help="replace an existing folder")
     add("--verify", action="store_true", help="compare its logits with Megatron's afterwards")
-    options = parser.parse_args()
+    options = vars(parser.parse_args())
+    verify = options.pop("verify")
+    checkpoint, output = options.pop("checkpoint"), options.pop("output")
     try:
         with tqdm(desc="converting", unit=" tensors") as bar:
 
@@ -38,13 +41,11 @@ def main() -> int:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            report = export_hugging_face(
-                options.checkpoint, options.output,
-                dtype=options.dtype, overwrite=options.overwrite, progress=show,
-            )  # fmt: skip
-        print(f"{report.checkpoint} -> {report.directory}: {report.parameters:,} parameters, "
-              f"{report.bytes / 1e9:.3f} GB of {options.dtype} in {report.shards} file(s)")
-        if options.verify:
+            report = export_hugging_face(checkpoint, output, progress=show, **options)
+        weights = report.weights
+        print(f"{report.checkpoint} -> {report.directory}: {weights.parameters:,} parameters")
+        print(f"{weights.bytes / 1e6:,.1f} MB of {weights.dtype} in {weights.files} file(s)")
+        if verify:
             difference = verify_export(report.checkpoint, report.directory)
             print(f"verified: logits differ from Megatron's by at most {difference:.1e}")
     except (ValueError, OSError) as error:

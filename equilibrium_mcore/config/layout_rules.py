@@ -178,26 +178,22 @@ def context_divides_mamba(subject: Subject) -> Iterator[str]:
 
 @rule("model", "parallelism")
 def context_divides_attention(subject: Subject) -> Iterator[str]:
-    """Attention trades sequence for heads over the CP ranks (all-to-all), as Mamba does."""
+    """Attention trades sequence for heads over the CP ranks (all-to-all), as Mamba does.
+
+    Key/value heads that do not divide are repeated, so only query heads have to.
+    """
     p = subject.config.parallelism
-    if p.context == 1:
-        return
     for kind in ("attention", "mla"):
-        if not uses(subject, kind):
+        if p.context == 1 or not uses(subject, kind):
             continue
-        section = getattr(subject.config.model, kind)
-        # A TP rank holds at least one key/value head: fewer are repeated.
-        local = {"num_heads": section.num_heads // p.tensor}
-        if kind == "attention":
-            local["num_query_groups"] = max(section.num_query_groups // p.tensor, 1)
-        legal = divisors(math.gcd(*local.values())) if section.num_heads >= p.tensor else [1]
-        for key, count in local.items():
-            if count % p.context:
-                yield (
-                    f"parallelism.context={p.context} does not divide model.{kind}.{key}="
-                    f"{getattr(section, key)} / tensor={p.tensor} = {count} (whole heads on each "
-                    f"CP rank): use {choices(legal)}"
-                )
+        heads = getattr(subject.config.model, kind).num_heads
+        local = heads // p.tensor
+        if local and local % p.context:
+            yield (
+                f"parallelism.context={p.context} does not divide model.{kind}.num_heads={heads} / "
+                f"tensor={p.tensor} = {local} (whole heads on each CP rank): use "
+                f"{choices(divisors(local))}"
+            )
 
 
 @rule("parallelism", "training")

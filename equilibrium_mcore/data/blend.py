@@ -123,8 +123,8 @@ def _build_split(
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
-        # Rounding up per source makes the blend up to one sample per source longer; then its
-        # largest share needs at most this much more than was asked of a source.
+        # Each source's samples are rounded up, which makes the blend up to one sample per source
+        # longer than asked; then a source may have to give this much more than its own share.
         mid_level_dataset_surplus=max(SMALLEST_SURPLUS, (len(prefixes) + 1) / count),
         **settings,
     )
@@ -139,10 +139,12 @@ def _build_split(
 
 
 def _require_index_helper() -> None:
+    from megatron.core import datasets
+
     try:
-        import megatron.core.datasets.helpers_cpp  # noqa: F401
+        from megatron.core.datasets import helpers_cpp  # noqa: F401
     except ImportError as error:
-        folder = Path(__import__("megatron.core.datasets", fromlist=["x"]).__path__[0])
+        folder = datasets.__path__[0]
         raise RuntimeError(
             f"megatron-core's C++ index helper cannot be loaded ({error}). Its wheels hold it "
             f"built; for this installation build it once with `make -C {folder}` (needs make, "

@@ -196,9 +196,7 @@ TABLE: tuple[ParamMapping, ...] = (
 # fmt: on
 
 
-def expand(
-    model: ModelConfig, table: Iterable[ParamMapping] = TABLE
-) -> list[ParamMapping]:
+def expand(model: ModelConfig, table: Iterable[ParamMapping] = TABLE) -> list[ParamMapping]:
     """The rows that `model` has, with whole names, from the embedding through the layers."""
     rows = [row for row in table if row.when(model)]
     expanded = [row.at(None) for row in rows if not row.layer]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
+from typing import Any
 
 from equilibrium_mcore.config.pattern import LAYER_KINDS, layers_of
 from equilibrium_mcore.config.schema import RunConfig
@@ -37,7 +37,7 @@ text; it was not tuned to follow instructions or to refuse anything.
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "path/to/this/folder"
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 prompt = tokenizer("def fibonacci(n):", return_tensors="pt")
@@ -77,12 +77,17 @@ def model_card(
     config: RunConfig,
     *,
     checkpoint: Path,
+    state: dict[str, Any],
     dtype: str,
     total_parameters: int,
     active_parameters: int,
     splits_special_tokens: bool,
 ) -> str:
-    """The model card, in Markdown. `active_parameters` are those that work on one token."""
+    """The model card, in Markdown.
+
+    `state` holds the checkpoint's facts (step, tokens); `active_parameters` are those that work on
+    one token.
+    """
     pattern = layers_of(config.model.layer_pattern)
     layers = [
         f"| `{letter}` | {KIND_NAMES[letter]} | {pattern.count(letter)} |"
@@ -90,9 +95,7 @@ def model_card(
         if letter in pattern
     ]
     weights = sum(source.weight for source in config.data.sources)
-    sources = [
-        f"- {source.name}: {source.weight / weights:.1%}" for source in config.data.sources
-    ]
+    sources = [f"- {source.name}: {source.weight / weights:.1%}" for source in config.data.sources]
     return CARD.format(
         name=config.model.name,
         total=total_parameters,
@@ -101,12 +104,11 @@ def model_card(
         pattern=pattern,
         layers="\n".join(layers),
         shapes="\n".join(f"| {key} | {value} |" for key, value in _shapes(config)),
-        training="\n".join(f"- {line}" for line in _training(config, checkpoint)),
+        training="\n".join(f"- {line}" for line in _training(config, checkpoint, state)),
         sources="\n".join(sources),
         dtype=dtype,
         kept=(
-            "" if dtype == "float32"
-            else "; `A_log`, `D`, `dt_bias` and expert biases are float32"
+            "" if dtype == "float32" else "; `A_log`, `D`, `dt_bias` and expert biases are float32"
         ),
     )
 
@@ -121,42 +123,50 @@ def _shapes(config: RunConfig) -> list[tuple[str, str]]:
     if m.mamba:
         x = m.mamba
         rows.append(
-            ("Mamba-2", f"{x.num_heads} heads of {x.head_dim}, state {x.state_dim}, "
-             f"{x.num_groups} groups")
+            (
+                "Mamba-2",
+                f"{x.num_heads} heads of {x.head_dim}, state {x.state_dim}, {x.num_groups} groups",
+            )
         )
     if m.mla:
         x = m.mla
         rows.append(
-            ("MLA", f"{x.num_heads} heads, query latent {x.q_lora_rank or 'none'}, key/value "
-             f"latent {x.kv_lora_rank}, RoPE base {x.rope_base:g}")
+            (
+                "MLA",
+                f"{x.num_heads} heads, query latent {x.q_lora_rank or 'none'}, key/value "
+                f"latent {x.kv_lora_rank}, RoPE base {x.rope_base:g}",
+            )
         )
     if m.attention:
         x = m.attention
         rows.append(
-            ("GQA", f"{x.num_heads} query and {x.num_query_groups} key/value heads of "
-             f"{x.head_dim}, RoPE base {x.rope_base or 'none'}")
+            (
+                "GQA",
+                f"{x.num_heads} query and {x.num_query_groups} key/value heads of "
+                f"{x.head_dim}, RoPE base {x.rope_base or 'none'}",
+            )
         )
     if m.mlp:
         rows.append(("MLP", f"width {m.mlp.ffn_hidden_size}, {m.mlp.activation}"))
     if m.moe:
         x = m.moe
         rows.append(
-            ("MoE", f"{x.num_experts} experts of width {x.expert_ffn_hidden_size}, top "
-             f"{x.top_k} by {x.score_function}, shared width {x.shared_ffn_hidden_size}, "
-             f"{x.activation}")
+            (
+                "MoE",
+                f"{x.num_experts} experts of width {x.expert_ffn_hidden_size}, top "
+                f"{x.top_k} by {x.score_function}, shared width {x.shared_ffn_hidden_size}, "
+                f"{x.activation}",
+            )
         )
     return rows
 
 
-def _training(config: RunConfig, checkpoint: Path) -> list[str]:
+def _training(config: RunConfig, checkpoint: Path, state: dict[str, Any]) -> list[str]:
     """What is known of the training."""
     t, o = config.training, config.optimizer
     lines = [f"run `{config.name}`, checkpoint `{checkpoint.name}`"]
-    step = re.search(r"(\d+)$", checkpoint.name)
-    batch_tokens = t.global_batch_size * t.sequence_length
-    if step:
-        steps = int(step[1])
-        lines.append(f"{steps:,} of {t.steps:,} steps, {steps * batch_tokens:,} tokens")
+    if {"step", "tokens"} <= state.keys():
+        lines.append(f"{state['step']:,} of {t.steps:,} steps, {state['tokens']:,} tokens")
     matrices = (
         f"Muon (peak learning rate {o.muon.learning_rate:g}) for matrices and AdamW "
         f"({o.adamw.learning_rate:g}) for the rest"
@@ -166,6 +176,6 @@ def _training(config: RunConfig, checkpoint: Path) -> list[str]:
     return [
         *lines,
         f"sequences of {t.sequence_length:,} tokens, {t.global_batch_size:,} per step "
-        f"({batch_tokens:,} tokens), precision {t.precision}",
+        f"({t.global_batch_size * t.sequence_length:,} tokens), precision {t.precision}",
         f"{matrices}; {o.schedule.kind} schedule with {o.schedule.warmup_steps:,} warmup steps",
     ]

@@ -14,8 +14,8 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 MODEL_PREFIX = ""  # what stands before the model's own names
-# Names of everything else start with one of these.
-OTHER_STATE = ("optimizer.", "optimizer_state.", "rng_state", "common_state", "schedule", "data.")
+OPTIMIZER_PREFIX = "optimizer."  # names of everything that is not the model's start with this
+MAIN_WEIGHTS_PREFIX = "optimizer.main."  # float32 copies of weights that train in bfloat16
 
 
 class _Reader(dcp.FileSystemReader):
@@ -32,24 +32,33 @@ class _Reader(dcp.FileSystemReader):
 class CheckpointReader:
     """The model's tensors in the checkpoint folder `directory`, by their Megatron names.
 
-    Raises FileNotFoundError when the folder holds no distributed checkpoint.
+    With `main_weights`, a weight that the optimizer keeps in float32 beside the model's own is read
+    from there. Raises FileNotFoundError when the folder holds no distributed checkpoint.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, main_weights: bool = False) -> None:
         if not (directory / ".metadata").is_file():
             raise FileNotFoundError(
                 f"{directory} is no distributed checkpoint: it holds no .metadata file. Give the "
                 f"output directory of a run, or one of its checkpoints/step_... folders"
             )
-        self.directory = directory
         self._reader = _Reader(directory)
-        self._entries = {
-            name.removeprefix(MODEL_PREFIX): entry
+        # Other entries are pickled objects: random states, progress, empty extra states.
+        tensors = {
+            name: entry
             for name, entry in self._reader.read_metadata().state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
-            and name.startswith(MODEL_PREFIX)
-            and not name.startswith(OTHER_STATE)
         }
+        self._entries = {
+            name.removeprefix(MODEL_PREFIX): (name, entry)
+            for name, entry in tensors.items()
+            if name.startswith(MODEL_PREFIX) and not name.startswith(OPTIMIZER_PREFIX)
+        }
+        if main_weights:
+            for name in self._entries:
+                main = MAIN_WEIGHTS_PREFIX + name
+                if main in tensors:
+                    self._entries[name] = main, tensors[main]
 
     def names(self) -> list[str]:
         """Names of the model's tensors."""
@@ -57,7 +66,7 @@ class CheckpointReader:
 
     def read(self, name: str) -> Tensor:
         """The whole tensor `name`, on the CPU, in the dtype it was saved in."""
-        entry = self._entries[name]
+        key, entry = self._entries[name]
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu")
-        dcp.load({MODEL_PREFIX + name: tensor}, storage_reader=self._reader, no_dist=True)
+        dcp.load({key: tensor}, storage_reader=self._reader, no_dist=True)
         return tensor

@@ -50,13 +50,12 @@ def _settings(tokenizer: Tokenizer) -> dict[str, Any]:
     }
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **{
-            key: _piece(tokenizer, index) for key, index in names.items() if index is not None
-        },
+        **{key: _piece(tokenizer, index) for key, index in names.items() if index is not None},
         "clean_up_tokenization_spaces": False,
         # In training, text that spells a control token is plain text.
         "split_special_tokens": isinstance(tokenizer, SentencePieceTokenizer),
         "padding_side": "left",
+        "model_input_names": ["input_ids", "attention_mask"],
     }
 
 
@@ -144,9 +143,10 @@ def _merges(pieces: dict[int, str], scores: list[float]) -> list[tuple[str, str]
 
 def check_same_ids(tokenizer: Tokenizer, folder: Path, texts: list[str]) -> None:
     """Raise ValueError unless the tokenizer in `folder` gives `tokenizer`'s ids and text back."""
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
-    released = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    # AutoTokenizer makes the same class, but asks first whether to run the folder's own code.
+    released = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
     for text in texts:
         expected, found = tokenizer.encode(text), released.encode(text, add_special_tokens=False)
         if expected != found:
@@ -156,8 +156,8 @@ def check_same_ids(tokenizer: Tokenizer, folder: Path, texts: list[str]) -> None
             )
             raise ValueError(
                 f"the tokenizer written to {folder} gives other ids than {tokenizer.path}: after "
-                f"{tokenizer.decode(expected[:place])[-40:]!r} it gives {found[place:place + 5]} "
-                f"instead of {expected[place:place + 5]}"
+                f"{tokenizer.decode(expected[:place])[-40:]!r} it gives {found[place : place + 5]} "
+                f"instead of {expected[place : place + 5]}"
             )
         if released.decode(found) != tokenizer.decode(expected):
             raise ValueError(

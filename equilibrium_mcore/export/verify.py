@@ -12,7 +12,8 @@ from torch import Tensor
 
 from equilibrium_mcore.config.schema import ParallelismConfig, RunConfig
 from equilibrium_mcore.data.tokenizer import load_tokenizer
-from equilibrium_mcore.export.convert import DTYPES, find_checkpoint, read_run_config
+from equilibrium_mcore.export.convert import find_checkpoint, read_run_config
+from equilibrium_mcore.export.weights import DTYPES
 
 TOLERANCE = 1e-4  # float32, max abs difference of logits
 TEXT = "def add(a, b):\n    return a + b\n\nA list is an ordered collection of values. "
@@ -31,8 +32,9 @@ def verify_export(checkpoint: Path, folder: Path, *, text: str = TEXT) -> float:
     length = min(config.training.sequence_length, MAX_TOKENS)
     ids = torch.tensor([(load_tokenizer(config.data.tokenizer).encode(text) * length)[:length]])
     dtype = DTYPES[json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"]]
+    found = hugging_face_logits(folder, ids)
     expected = megatron_logits(checkpoint, config, ids, rounded_to=dtype)
-    difference = (expected - hugging_face_logits(folder, ids)).abs().max().item()
+    difference = (expected - found).abs().max().item()
     if not difference <= TOLERANCE:  # also catches NaN
         raise ValueError(
             f"{folder} computes other logits than {checkpoint}: they differ by up to "
@@ -42,7 +44,10 @@ def verify_export(checkpoint: Path, folder: Path, *, text: str = TEXT) -> float:
 
 
 def hugging_face_logits(folder: Path, ids: Tensor) -> Tensor:
-    """Logits (batch, tokens, vocabulary) of the exported model in float32, for ids (batch, tokens)."""
+    """Logits (batch, tokens, vocabulary) of the exported model, in float32.
+
+    ids: (batch, tokens).
+    """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(

@@ -217,9 +217,9 @@ CASES = [
     ),
     (
         "context_divides_attention",
+        {**GQA, "parallelism": {"context": 8, "tensor": 2, "sequence": True}},
+        ["context=8", "num_heads=8 / tensor=2 = 4", "use 1, 2, 4"],
         {**GQA, "parallelism": {"context": 4, "tensor": 2, "sequence": True}},
-        ["context=4", "num_query_groups=4 / tensor=2 = 2", "use 1, 2"],
-        {**GQA, "parallelism": {"context": 2, "tensor": 2, "sequence": True}},
     ),
     (
         "sequence_length_divides",

@@ -113,6 +113,20 @@ def test_many_sources_and_few_samples(two_sources):
         assert datasets.test[0]["tokens"].shape == (SEQUENCE,)
 
 
+def test_rounding_never_oversamples_a_source(two_sources, tmp_path, write_dataset):
+    # One document of SEQUENCE tokens: n samples need n + 1 epochs and have none to spare.
+    prefix = write_dataset(tmp_path / "tight", [np.arange(SEQUENCE)])
+    for weights in ([90.0, 1.0, 3.0, 5.0, 0.5, 0.5], [1.0] * 9, [0.7, 0.3]):
+        sources = [
+            SourceConfig(name=f"s{i}", prefix=prefix, weight=w) for i, w in enumerate(weights)
+        ]
+        data = two_sources.model_copy(update={"sources": sources, "split": "1,0,0"})
+        for count in (1, 10, 33):
+            train = build(data, train_samples=count, validation_samples=0).train
+            assert len(train) >= count
+            assert train[count - 1]["tokens"].shape == (SEQUENCE,)
+
+
 def test_one_source_and_several_epochs(two_sources):
     data = two_sources.model_copy(update={"sources": two_sources.sources[:1]})
     header = read_header(data.sources[0].prefix)

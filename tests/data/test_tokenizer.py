@@ -66,14 +66,22 @@ def test_round_trip_of_random_unicode(tokenizer):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_special_ids_and_digits(tokenizer):
+def test_special_ids(tokenizer):
     assert tokenizer.vocab_size == 600
     assert (tokenizer.unk_id, tokenizer.eod, tokenizer.pad_id) == (0, 1, 2)
     assert tokenizer.eos == tokenizer.eod and tokenizer.bos_id is None
-    assert len(tokenizer.encode("2026")) == 4
     assert tokenizer.tokenize("ab") == tokenizer.encode("ab")
     assert tokenizer.detokenize(tokenizer.encode("ab")) == "ab"
     assert tokenizer.files() == [tokenizer.path]
+
+
+def test_digits_stand_alone(tmp_path, write_jsonl, texts):
+    source = write_jsonl(tmp_path / "text.jsonl", [*texts, *["the year 2026\n" * 50] * 50])
+    model = tmp_path / "tokenizer.model"
+    train_tokenizer(inputs=[source], output=model, vocab_size=600, threads=1)
+    trained = load_tokenizer(TokenizerConfig(type="SentencePieceTokenizer", model=model))
+    assert len(trained.encode("the year")) < 4
+    assert len(trained.encode("2026")) == 4
 
 
 def test_hugging_face_round_trip_and_ids(byte_level_folder, texts):

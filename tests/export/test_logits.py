@@ -34,7 +34,7 @@ def test_logits_equal_megatron(name, saved, exported):
 def test_generation_with_cache_equals_without(name, saved, exported):
     model = load(exported(name))
     prompt = saved(name).ids[:, :11]
-    settings = dict(max_new_tokens=12, do_sample=False, eos_token_id=None)
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     with_cache = model.generate(prompt, use_cache=True, **settings)
     assert torch.equal(with_cache, model.generate(prompt, use_cache=False, **settings))
     # Token by token through the cache, the logits are those of one pass.
@@ -62,7 +62,7 @@ def test_left_padding_changes_nothing(name, saved, exported):
     batch = torch.cat([long, torch.cat([padding, short], dim=1)])
     mask = torch.ones_like(batch)
     mask[1, :5] = 0
-    settings = dict(max_new_tokens=8, do_sample=False, eos_token_id=None)
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     together = model.generate(batch, attention_mask=mask, **settings)
     assert torch.equal(together[:1], model.generate(long, **settings))
     assert torch.equal(together[1:, 5:], model.generate(short, **settings))
@@ -111,8 +111,11 @@ def no_expert_bias(model):
 def swapped_z_and_x(model):
     for module in of_kind(model, "in_proj"):
         z, x, rest = module.in_proj.weight.data.split(
-            [module.intermediate_size, module.intermediate_size, module.conv_dim
-             - module.intermediate_size + module.num_heads]
+            [
+                module.intermediate_size,
+                module.intermediate_size,
+                module.conv_dim - module.intermediate_size + module.num_heads,
+            ]
         )
         module.in_proj.weight.data = torch.cat([x, z, rest])
 

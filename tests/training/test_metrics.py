@@ -182,8 +182,8 @@ def test_tensorboard_gets_the_numbers(tmp_path):
         writer.write(train_record(2, loss=1.5))
         writer.write(ValidationRecord(step=2, loss=1.0))
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    loss = {event.step: event.value for event in events.Scalars("train/loss")}
-    assert loss == {1: 3.0, 2: 1.5}
+    loss = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert loss == [(1, 3.0), (2, 1.5)]
     assert [event.value for event in events.Scalars("validation/loss")] == [1.0]
 
 

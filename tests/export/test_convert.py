@@ -1,0 +1,157 @@
+"""The exported folder: its files, dtypes, shards, and what happens when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from equilibrium_mcore.config.load import save_config
+from equilibrium_mcore.export.convert import export_hugging_face, find_checkpoint
+from equilibrium_mcore.export.verify import TOLERANCE, verify_export
+from tests.export.conftest import MODELS
+
+ROOT = Path(__file__).parents[2]
+KEPT = ("A_log", "mixer.D", "dt_bias", "correction_bias")
+
+
+def dtypes_in(file: Path) -> dict[str, torch.dtype]:
+    with safe_open(file, framework="pt") as tensors:
+        return {name: tensors.get_tensor(name).dtype for name in tensors.keys()}  # noqa: SIM118
+
+
+def test_bfloat16_keeps_the_small_sensitive_tensors_in_float32(saved, tmp_path):
+    done = []
+    report = export_hugging_face(
+        saved("hybrid").directory,
+        tmp_path / "out",
+        dtype="bfloat16",
+        progress=lambda *counts: done.append(counts),
+    )
+    found = dtypes_in(tmp_path / "out" / "model.safetensors")
+    for name, dtype in found.items():
+        assert dtype == (torch.float32 if name.endswith(KEPT) else torch.bfloat16), name
+    assert done[-1] == (len(found), len(found))
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size > report.weights.bytes
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert model.dtype == torch.bfloat16
+    assert model.model.layers[0].mixer.A_log.dtype == torch.float32
+    assert model.model.layers[0].mixer.D.dtype == torch.float32
+    with torch.no_grad():
+        logits = model(saved("hybrid").ids).logits
+    assert (logits - saved("hybrid").logits).abs().mean() < 0.1
+
+
+def test_shards_hold_at_most_what_is_asked_and_load(saved, exported, tmp_path):
+    case = saved("deepseek")
+    report = export_hugging_face(
+        case.directory, tmp_path / "out", dtype="float32", max_shard_bytes=60_000
+    )
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) == report.weights.files > 2
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert (
+        index["weight_map"].keys() == dtypes_in(exported("deepseek") / "model.safetensors").keys()
+    )
+    for file in files:
+        assert file.stat().st_size < 60_000 + 10_000 or len(dtypes_in(file)) == 1
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    with torch.no_grad():
+        torch.testing.assert_close(model(case.ids).logits, case.logits, rtol=0, atol=TOLERANCE)
+
+
+def test_the_folder_has_what_a_release_needs(saved, exported):
+    folder = exported("hybrid")
+    assert {path.name for path in folder.iterdir()} == {
+        "README.md",
+        "config.json",
+        "configuration_equilibrium.py",
+        "generation_config.json",
+        "model.safetensors",
+        "modeling_equilibrium.py",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    }
+    card = (folder / "README.md").read_text()
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in card
+    assert "Licence: not chosen" in card and "code: 75.0%" in card and "{" not in card
+    assert config.vocab_size == MODELS["hybrid"].vocab_size < MODELS["hybrid"].padded_vocab_size
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == config.eos_token_id == 1
+
+
+def test_saving_and_loading_again_changes_nothing(saved, exported, tmp_path):
+    """transformers' own save_pretrained of a loaded model writes the same values."""
+    model = AutoModelForCausalLM.from_pretrained(exported("deepseek"), trust_remote_code=True)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    with torch.no_grad():
+        assert torch.equal(again(saved("deepseek").ids).logits, model(saved("deepseek").ids).logits)
+
+
+def test_training_the_exported_model_reaches_every_weight(saved, exported):
+    model = AutoModelForCausalLM.from_pretrained(exported("hybrid"), trust_remote_code=True)
+    ids = saved("hybrid").ids
+    loss = model.train()(ids, labels=ids).loss
+    loss.backward()
+    assert loss.isfinite()
+    assert not [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+def test_a_failed_export_leaves_nothing(saved, tmp_path):
+    case = saved("hybrid")
+    broken = tmp_path / "step_00000020"
+    shutil.copytree(case.directory, broken)
+    moe = case.config.model.moe.model_copy(update={"expert_ffn_hidden_size": 20})
+    model = case.config.model.model_copy(update={"moe": moe})
+    save_config(case.config.model_copy(update={"model": model}), broken / "config.yaml")
+    with pytest.raises(ValueError, match=r"gate_up_proj of shape \(8, 48, 48\).*\(8, 40, 48\)"):
+        export_hugging_face(broken, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000020"]
+
+
+def test_an_existing_folder_is_replaced_only_when_asked(saved, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("precious")
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        export_hugging_face(saved("mamba2").directory, tmp_path / "out")
+    assert (tmp_path / "out" / "mine").read_text() == "precious"
+    export_hugging_face(saved("mamba2").directory, tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "mine").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_without_a_checkpoint_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        find_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_verify_accepts_a_good_folder_and_refuses_a_bad_one(dtype, saved, tmp_path):
+    case = saved("hybrid")
+    export_hugging_face(case.directory, tmp_path / "out", dtype=dtype)
+    assert verify_export(case.directory, tmp_path / "out") <= TOLERANCE
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    values["routed_scaling_factor"] = 1.0
+    (tmp_path / "out" / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="computes other logits"):
+        verify_export(case.directory, tmp_path / "out")
+
+
+def test_the_tool_converts_and_verifies(saved, tmp_path):
+    command = [sys.executable, "tools/convert_checkpoint.py", "--output", str(tmp_path / "out")]
+    options = ["--checkpoint", str(saved("llama").directory), "--dtype", "float32", "--verify"]
+    done = subprocess.run(command + options, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "verified: logits differ" in done.stdout
+    again = subprocess.run(command + options, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 1 and "error:" in again.stderr and "Traceback" not in again.stderr

@@ -1,0 +1,112 @@
+"""The same numbers in every layout: from one checkpoint, losses and gradient norms agree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.runs import MODEL, tiny_run, train_steps
+
+# Re-ordered sums in float32 differ by some 1e-6; the issue allows 1e-4 over five steps.
+TOLERANCE = 1e-4
+STEPS = 5
+
+GQA_MODEL = {
+    **MODEL,
+    "layer_pattern": "M-|*E",
+    "mla": None,
+    "attention": {"num_heads": 4, "num_query_groups": 2, "head_dim": 16, "qkv_bias": True},
+    "tie_embeddings": True,
+    "moe": {**MODEL["moe"], "score_function": "sigmoid", "expert_bias": True},
+}
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "dp2": (2, {}),
+    "dp2_undistributed_optimizer": (2, {"distributed_optimizer": False}),
+    "tp2_sp": (2, {"tensor": 2, "sequence": True}),
+    "pp2": (2, {"pipeline": 2}),
+    "pp2_vpp2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "ep2": (2, {"expert": 2}),
+    "etp2": (2, {"expert_tensor": 2}),
+    "cp2": (2, {"context": 2}),
+    "tp2_cp2_pp2_ep2": (
+        8,
+        {"tensor": 2, "sequence": True, "context": 2, "pipeline": 2, "expert": 2},
+    ),
+}
+GQA_LAYOUTS = {name: LAYOUTS[name] for name in ("dp2", "tp2_sp", "pp2", "ep2", "cp2")}
+GQA_LAYOUTS["cp4"] = (4, {"context": 4})  # more ranks than key/value heads
+
+
+class Reference:
+    """A checkpoint after two steps, and five more steps on one rank."""
+
+    def __init__(self, ranks, data: dict, folder: Path, model: dict) -> None:
+        self.data, self.folder, self.model = data, folder, model
+        start = tiny_run(data, folder / "start", model=model)
+        ranks.run(1, train_steps, start, 2, True)
+        self.checkpoint = folder / "start"
+        self.curve = self.train(ranks, 1, {})
+
+    def train(self, ranks, world_size: int, parallelism: dict, **changes: Any) -> dict[str, Any]:
+        """Five steps from the checkpoint's weights in a layout; rank 0's outcome."""
+        config = tiny_run(
+            self.data,
+            self.folder / "unused",
+            model=self.model,
+            parallelism={"world_size": world_size, **parallelism},
+            checkpoint={"initial_weights": str(self.checkpoint), "resume": "never"},
+            **changes,
+        )
+        outcomes = ranks.run(world_size, train_steps, config, STEPS)
+        assert all(outcome == outcomes[0] for outcome in outcomes), "ranks disagree"
+        return outcomes[0]
+
+
+@pytest.fixture(scope="module")
+def hybrid(ranks, data, tmp_path_factory) -> Reference:
+    return Reference(ranks, data, tmp_path_factory.mktemp("hybrid"), MODEL)
+
+
+@pytest.fixture(scope="module")
+def gqa(ranks, data, tmp_path_factory) -> Reference:
+    return Reference(ranks, data, tmp_path_factory.mktemp("gqa"), GQA_MODEL)
+
+
+def assert_same_curve(outcome: dict[str, Any], reference: dict[str, Any]) -> None:
+    for name in ("loss", "norm", "aux"):
+        assert outcome[name] == pytest.approx(reference[name], rel=TOLERANCE), name
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_hybrid_model_has_the_curve_of_one_rank(ranks, hybrid, name):
+    world_size, parallelism = LAYOUTS[name]
+    assert_same_curve(hybrid.train(ranks, world_size, parallelism), hybrid.curve)
+
+
+@pytest.mark.parametrize("name", GQA_LAYOUTS)
+def test_gqa_model_has_the_curve_of_one_rank(ranks, gqa, name):
+    world_size, parallelism = GQA_LAYOUTS[name]
+    assert_same_curve(gqa.train(ranks, world_size, parallelism), gqa.curve)
+
+
+@pytest.mark.parametrize(
+    "recompute",
+    [
+        {"recompute": "full"},
+        {"recompute": "selective", "recompute_modules": ["core_attn", "moe", "mla_up_proj"]},
+    ],
+    ids=["full", "selective"],
+)
+def test_recomputation_changes_nothing(ranks, hybrid, recompute):
+    outcome = hybrid.train(ranks, 1, {}, training=recompute)
+    assert_same_curve(outcome, hybrid.curve)
+
+
+def test_bf16_follows_fp32(ranks, hybrid):
+    """bfloat16 has 8 bits: a loss near 6 over a few hundred tokens agrees to about 1e-2."""
+    outcome = hybrid.train(ranks, 2, {"tensor": 2, "sequence": True}, training={"precision": "bf16"})
+    assert outcome["loss"] == pytest.approx(hybrid.curve["loss"], rel=1e-2)
+    assert outcome["loss"] != hybrid.curve["loss"]
