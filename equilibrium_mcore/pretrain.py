@@ -6,14 +6,14 @@ import sys
 
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.load import load_run_config
+from equilibrium_mcore.parallel import accelerator
+from equilibrium_mcore.parallel.host import describe_host
 
 
 def main(arguments: list[str]) -> int:
     """Check the config, then train in every rank; the exit status."""
     try:
-        config = load_run_config(arguments)
-
-        from equilibrium_mcore.parallel import accelerator
+        config = load_run_config(arguments, host=describe_host())
 
         accelerator.install()  # before megatron-core is imported
         accelerator.quiet_libraries()

@@ -32,6 +32,13 @@ if sys.version_info < (3, 12):
 print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null
 }
 
+# The version of .venv's Python, when .venv is a whole environment. bin/python alone is not enough:
+# without pyvenv.cfg it is the Python that it links to, and pip would install into that.
+venv_version_of() {
+  [ -f "$VENV/pyvenv.cfg" ] && version_of "$VENV/bin/python" &&
+    "$VENV/bin/python" -I -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)'
+}
+
 # Prints the path of the first Python that fits: 3.12 (tested), then 3.13, then any newer one.
 find_python() {
   local minor candidate pyenv_root="${PYENV_ROOT:-$HOME/.pyenv}"
@@ -68,7 +75,7 @@ if [ -n "${EQUILIBRIUM_PYTHON:-}" ]; then
     fail "EQUILIBRIUM_PYTHON=$EQUILIBRIUM_PYTHON is not a Python 3.12 or newer with the venv module."
 fi
 
-venv_version="$(version_of "$VENV/bin/python" || true)"
+venv_version="$(venv_version_of)" || venv_version=""
 if [ -n "$venv_version" ] && [ -f "$STAMP" ] && [ ! -e "$HALF_MADE" ] &&
   [ "${python_version:-$venv_version}" = "$venv_version" ] &&
   [ "$(cat "$STAMP")" = "$(fingerprint "$venv_version")" ]; then
@@ -102,7 +109,7 @@ if [ -z "$venv_version" ] || [ -e "$HALF_MADE" ]; then
   touch "$HALF_MADE"
   "$python" -m venv "$VENV" >"$LOG" 2>&1 ||
     fail "$python -m venv failed (see $LOG):" "$(tail -n 5 "$LOG")"
-  venv_version="$(version_of "$VENV/bin/python")" || fail "$VENV/bin/python does not run: remove $VENV"
+  venv_version="$(venv_version_of)" || fail "$VENV is not a working environment: remove it"
 else
   touch "$HALF_MADE"
 fi
@@ -113,7 +120,8 @@ if [ "$(uname -s)" = Linux ] && ! "$VENV/bin/python" -c 'import torch' 2>/dev/nu
 fi
 started=$(date +%s)
 # -I: packages on PYTHONPATH must not count as installed.
-if ! "$VENV/bin/python" -I -m pip --disable-pip-version-check install --progress-bar off \
+# --require-virtualenv: pip refuses to touch any other Python.
+if ! "$VENV/bin/python" -I -m pip --require-virtualenv --disable-pip-version-check install --progress-bar off \
   --constraint configs/constraints.txt --editable ".[$EXTRAS]" >"$LOG" 2>&1; then
   rm -f "$HALF_MADE"  # pip rolls back what it could not finish
   tail -n 15 "$LOG" >&2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.layout import train_samples
 from equilibrium_mcore.config.pattern import layers_of
 from equilibrium_mcore.config.schema import RunConfig
 
@@ -16,6 +17,16 @@ def check_resumable(saved: RunConfig, wanted: RunConfig, *, checkpoint: str) -> 
     """Raise ConfigError with every setting that differs and must not. The layout may differ."""
     problems = []
     before, now = _bound(saved), _bound(wanted)
+    horizon, asked = train_samples(saved), train_samples(wanted)
+    if horizon != asked:
+        # megatron-core shuffles for a given number of samples: another number is another order, in
+        # which documents that were seen come again and others never come.
+        problems.append(
+            f"the data would be ordered for {asked} sequences (data.train_samples, or training.steps "
+            f"* training.global_batch_size), the checkpoint's for {horizon}: set "
+            f"data.train_samples={horizon}, which allows any number of steps up to it, or start a new "
+            f"run in another output_directory with checkpoint.initial_weights={checkpoint}"
+        )
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             problems.append(

@@ -70,6 +70,12 @@ def global_batch_tokens(config: RunConfig) -> int:
     return config.training.global_batch_size * config.training.sequence_length
 
 
+def train_samples(config: RunConfig) -> int:
+    """Sequences that the order of the training data is made for."""
+    training = config.training
+    return config.data.train_samples or training.steps * training.global_batch_size
+
+
 def divisors(number: int) -> list[int]:
     """All divisors, ascending."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]

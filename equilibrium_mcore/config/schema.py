@@ -155,6 +155,11 @@ class DataConfig(Section):
     split: str = setting(
         "98,1,1", "shares of documents for train, validation and test, e.g. 98,1,1"
     )
+    train_samples: PositiveInt | None = setting(
+        None,
+        "sequences that the order of the data is made for; null: training.steps * "
+        "training.global_batch_size. Set it higher at the start of a run that may be prolonged",
+    )
     cache_directory: Path | None = setting(None, "where index caches go; null: beside the data")
     num_workers: NonNegativeInt = setting(0, "loader processes per rank")
 

@@ -58,6 +58,19 @@ def stop_is_within_the_run(subject: Subject) -> Iterator[str]:
         )
 
 
+@rule("data", "training")
+def data_lasts_the_run(subject: Subject) -> Iterator[str]:
+    """The order of the data has to be made for at least as many sequences as the run takes."""
+    training, samples = subject.config.training, subject.config.data.train_samples
+    needed = training.steps * training.global_batch_size
+    if samples is not None and samples < needed:
+        yield (
+            f"data.train_samples={samples} is less than training.steps={training.steps} * "
+            f"training.global_batch_size={training.global_batch_size} = {needed}: use {needed} or "
+            "more, or null"
+        )
+
+
 @rule("model", "training")
 def recompute_has_its_layers(subject: Subject) -> Iterator[str]:
     training = subject.config.training

@@ -28,9 +28,15 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     if isinstance(tokenizer, SentencePieceTokenizer):
         backend = sentencepiece_to_tokenizers(tokenizer)
         backend.save(str(folder / "tokenizer.json"))
-    settings = folder / "tokenizer_config.json"
-    if not settings.is_file():
-        settings.write_text(json.dumps(_settings(tokenizer), indent=2, ensure_ascii=False) + "\n")
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    # In training, text that spells a control token is plain text to SentencePiece, and that token
+    # to `tokenizers`.
+    splits = isinstance(tokenizer, SentencePieceTokenizer)
+    if settings is None or settings.get("split_special_tokens", False) != splits:
+        settings = (settings or _settings(tokenizer)) | {"split_special_tokens": splits}
+        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        path.write_text(text, encoding="utf-8")
     check_same_ids(tokenizer, folder, [PROBE])
 
 
@@ -52,8 +58,6 @@ def _settings(tokenizer: Tokenizer) -> dict[str, Any]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{key: _piece(tokenizer, index) for key, index in names.items() if index is not None},
         "clean_up_tokenization_spaces": False,
-        # In training, text that spells a control token is plain text.
-        "split_special_tokens": isinstance(tokenizer, SentencePieceTokenizer),
         "padding_side": "left",
         "model_input_names": ["input_ids", "attention_mask"],
     }
@@ -143,10 +147,12 @@ def _merges(pieces: dict[int, str], scores: list[float]) -> list[tuple[str, str]
 
 def check_same_ids(tokenizer: Tokenizer, folder: Path, texts: list[str]) -> None:
     """Raise ValueError unless the tokenizer in `folder` gives `tokenizer`'s ids and text back."""
-    from transformers import PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, PreTrainedConfig
 
-    # AutoTokenizer makes the same class, but asks first whether to run the folder's own code.
-    released = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    # With a config given, AutoTokenizer does not ask whether to run the folder's modelling code.
+    released = AutoTokenizer.from_pretrained(
+        str(folder), config=PreTrainedConfig(), local_files_only=True
+    )
     for text in texts:
         expected, found = tokenizer.encode(text), released.encode(text, add_special_tokens=False)
         if expected != found:
@@ -159,8 +165,12 @@ def check_same_ids(tokenizer: Tokenizer, folder: Path, texts: list[str]) -> None
                 f"{tokenizer.decode(expected[:place])[-40:]!r} it gives {found[place : place + 5]} "
                 f"instead of {expected[place : place + 5]}"
             )
-        if released.decode(found) != tokenizer.decode(expected):
+        back, text_back = (
+            tokenizer.decode(expected),
+            released.decode(found, skip_special_tokens=True),
+        )
+        if text_back != back:
             raise ValueError(
                 f"the tokenizer written to {folder} gives other text back than {tokenizer.path}: "
-                f"{released.decode(found)!r} instead of {tokenizer.decode(expected)!r}"
+                f"{text_back!r} instead of {back!r}"
             )

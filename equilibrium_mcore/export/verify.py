@@ -77,8 +77,8 @@ def megatron_logits(
         groups = initialize_groups(layout)
         seed_everything(0)  # megatron-core builds no model without its random states
         model = build_model(config.model, layout, training, groups).eval()
-        wanted = model.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp})
-        model.load_state_dict(dist_checkpointing.load(wanted, str(checkpoint)))
+        wanted = {"model": model.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp})}
+        model.load_state_dict(dist_checkpointing.load(wanted, str(checkpoint))["model"])
         for name, parameter in model.named_parameters():
             if not name.endswith(KEPT_IN_FLOAT32):
                 parameter.data = parameter.data.to(rounded_to).float()

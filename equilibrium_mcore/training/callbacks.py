@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import time
 
-import numpy as np
 import torch
 
 from equilibrium_mcore.checkpoint.sharded import save_checkpoint
 from equilibrium_mcore.config.schema import RunConfig
-from equilibrium_mcore.data.entropy import ngram_baseline
+from equilibrium_mcore.data.entropy import ngram_baseline, validation_pairs
 from equilibrium_mcore.models.flops import training_flops_per_token
 from equilibrium_mcore.training.loop import Callback
 from equilibrium_mcore.training.metrics import (
@@ -53,8 +51,8 @@ class LogCallback(Callback):
                 run_config=config.model_dump(mode="json"),
                 console=lambda line: print(line, flush=True),
             )
-            layout = {k: v for k, v in config.parallelism.model_dump().items() if v not in (1, None)}
-            details = {"ranks": torch.distributed.get_world_size(), "layout": str(layout)}
+            layout = config.parallelism.model_dump(exclude_defaults=True, exclude={"world_size"})
+            details = {"ranks": torch.distributed.get_world_size(), **layout}
             if run.resumed_from is not None:
                 details["from"] = str(run.resumed_from)
             self.event("start" if resumed is None else "resume", run, **details)
@@ -168,7 +166,6 @@ def _entropies(run: Run) -> dict[str, float]:
     """Unigram and bigram entropy of the very tokens that validation scores."""
     training = run.config.training
     count = training.validation_batches * training.global_batch_size
-    samples = itertools.islice((run.datasets.validation[i] for i in range(count)), count)
-    pairs = ((np.asarray(s["tokens"]), np.asarray(s["labels"])) for s in samples)
+    pairs = validation_pairs(run.datasets.validation, count)
     baseline = ngram_baseline(run.config.data, pairs, vocab_size=run.config.model.vocab_size)
     return {"unigram_entropy": baseline.unigram, "bigram_entropy": baseline.bigram}

@@ -18,7 +18,11 @@ from equilibrium_mcore.checkpoint.directory import latest_checkpoint
 from equilibrium_mcore.checkpoint.sharded import load_checkpoint, load_weights
 from equilibrium_mcore.config import rules
 from equilibrium_mcore.config.errors import ConfigError
-from equilibrium_mcore.config.layout import data_parallel_size, micro_batches_per_step
+from equilibrium_mcore.config.layout import (
+    data_parallel_size,
+    micro_batches_per_step,
+    train_samples,
+)
 from equilibrium_mcore.config.load import save_config
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.blend import Datasets, build_datasets
@@ -133,7 +137,7 @@ def build_run_datasets(config: RunConfig) -> Datasets:
     return build_datasets(
         config.data,
         sequence_length=training.sequence_length,
-        train_samples=training.steps * training.global_batch_size,
+        train_samples=train_samples(config),
         validation_samples=training.validation_batches * training.global_batch_size * validates,
         seed=training.seed,
         tokenizer=tokenizer,

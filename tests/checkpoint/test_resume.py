@@ -93,6 +93,16 @@ def test_a_config_that_does_not_fit_is_refused_with_every_difference(ranks, data
         assert text in str(caught.value)
 
 
+def test_more_steps_would_reorder_the_data_and_need_a_horizon(ranks, data, tmp_path):
+    start = tiny_run({**data, "train_samples": 200}, tmp_path)
+    ranks.run(1, train_steps, start, 2, True)
+    longer = {"steps": 40}
+    with pytest.raises(RankError, match="data.train_samples=200"):
+        ranks.run(1, train_steps, tiny_run(data, tmp_path, training=longer), 1)
+    prolonged = tiny_run({**data, "train_samples": 200}, tmp_path, training=longer)
+    assert ranks.run(1, train_steps, prolonged, 1)[0]["start"] == 2
+
+
 def _die_while_saving(place: Place, config: RunConfig) -> None:
     """Train two steps and save; rank 1 ends as a killed process would, in the middle of the save."""
     import os

@@ -222,6 +222,12 @@ CASES = [
         {**GQA, "parallelism": {"context": 4, "tensor": 2, "sequence": True}},
     ),
     (
+        "data_lasts_the_run",
+        {"data.train_samples": 10},
+        ["data.train_samples=10", "or more, or null"],
+        {"data.train_samples": 10**9},
+    ),
+    (
         "sequence_length_divides",
         {"parallelism.context": 2, "training.sequence_length": 66},
         ["sequence_length=66", "context=2", "64 or 68"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -150,8 +151,10 @@ def test_verify_accepts_a_good_folder_and_refuses_a_bad_one(dtype, saved, tmp_pa
 def test_the_tool_converts_and_verifies(saved, tmp_path):
     command = [sys.executable, "tools/convert_checkpoint.py", "--output", str(tmp_path / "out")]
     options = ["--checkpoint", str(saved("llama").directory), "--dtype", "float32", "--verify"]
-    done = subprocess.run(command + options, cwd=ROOT, capture_output=True, text=True)
+    settings = {"cwd": ROOT, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+    settings |= {"capture_output": True, "text": True}
+    done = subprocess.run(command + options, **settings)
     assert done.returncode == 0, done.stderr
     assert "verified: logits differ" in done.stdout
-    again = subprocess.run(command + options, cwd=ROOT, capture_output=True, text=True)
+    again = subprocess.run(command + options, **settings)
     assert again.returncode == 1 and "error:" in again.stderr and "Traceback" not in again.stderr

@@ -43,14 +43,16 @@ def test_auto_tokenizer_gives_the_same_ids_and_text(ours, exported):
 
 
 def test_a_hugging_face_tokenizer_is_copied(ours, tmp_path):
+    """A tokenizer.json reads special tokens in a text, in training as in the release."""
     source, target, second = tmp_path / "source", tmp_path / "target", tmp_path / "second"
-    source.mkdir(), target.mkdir(), second.mkdir()
+    for folder in (source, target, second):
+        folder.mkdir()
     write_tokenizer(ours, source)
     config = TokenizerConfig(type="HuggingFaceTokenizer", model=source)
     write_tokenizer(load_tokenizer(config), target)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (target / name).read_bytes() == (source / name).read_bytes()
-    # Without the settings beside it, they are written anew.
+    assert (target / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    assert AutoTokenizer.from_pretrained(target)("a<|endoftext|>")["input_ids"][-1] == ours.eod
+    # Where no settings lie beside it, they are made.
     (source / "tokenizer_config.json").unlink()
     write_tokenizer(load_tokenizer(config), second)
     assert AutoTokenizer.from_pretrained(second).eos_token == "<|endoftext|>"

@@ -1,0 +1,275 @@
+"""The table, Muon, AdamW's kinds, ownership and schedules, against plain references."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from equilibrium_mcore.config.load import load_model
+from equilibrium_mcore.config.schema import MuonConfig, ScheduleConfig
+from equilibrium_mcore.optim.muon import Muon, _join_rows, _split_rows
+from equilibrium_mcore.optim.ownership import assign_owners, work
+from equilibrium_mcore.optim.parameters import Parameter
+from equilibrium_mcore.optim.schedule import learning_rate_factor
+from equilibrium_mcore.optim.table import rule_for
+from equilibrium_mcore.parallel.launch import Place
+from tests.support.runs import tiny_run
+
+
+class Group:
+    """A process group that is only asked for its size and rank."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def size(self) -> int:
+        return self._size
+
+    def rank(self) -> int:
+        return 0
+
+
+ONE_RANK = Group(1)
+
+
+def matrix(tensor: torch.Tensor, parts=None) -> Parameter:
+    """A whole matrix on one rank."""
+    return Parameter(
+        name="m",
+        model=tensor,
+        kind="matrix",
+        parts=parts,
+        data_group=ONE_RANK,
+        tensor_group=ONE_RANK,
+        partition_dim=None,
+        counts_in_norm=True,
+        is_matrix=True,
+        main=tensor,
+    )
+
+
+# ---------------------------------------------------------------------------------- the table
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("embedding.word_embeddings.weight", "embedding"),
+        ("output_layer.weight", "output"),
+        ("decoder.layers.0.mixer.A_log", "ssm"),
+        ("decoder.layers.0.mixer.D", "ssm"),
+        ("decoder.layers.0.mixer.dt_bias", "ssm"),
+        ("decoder.layers.0.mixer.conv1d_weight", "conv"),
+        ("decoder.layers.0.mixer.conv1d_bias", "conv"),
+        ("decoder.layers.0.mixer.norm.weight", "norm"),
+        ("decoder.final_norm.weight", "norm"),
+        ("decoder.layers.1.self_attention.kv_layernorm.weight", "norm"),
+        ("decoder.layers.1.self_attention.linear_qkv.bias", "bias"),
+        ("decoder.layers.1.mlp.router.weight", "router"),
+        ("decoder.layers.0.mixer.in_proj.weight", "matrix"),
+        ("decoder.layers.1.mlp.experts.local_experts.3.linear_fc1.weight", "matrix"),
+        ("decoder.layers.1.mlp.experts.linear_fc2.weight7", "matrix"),
+        ("decoder.layers.1.self_attention.linear_q_down_proj.weight", "matrix"),
+    ],
+)
+def test_kind_of_parameter(name, kind):
+    assert rule_for(name).kind == kind
+
+
+def test_a_parameter_without_a_row_is_named():
+    with pytest.raises(KeyError, match="decoder.layers.0.mixer.mystery"):
+        rule_for("decoder.layers.0.mixer.mystery")
+
+
+def test_parts_fill_their_matrices():
+    model = load_model("equilibrium_3b")
+    blocks, sizes = rule_for("x.in_proj.weight").parts(model)
+    assert blocks * sum(sizes) == 2 * 3072 + 2 * 8 * 128 + 48
+    assert rule_for("x.shared_experts.linear_fc1.weight").parts(model) == (1, [640, 640])
+    assert rule_for("x.experts.linear_fc1.weight0").parts(model) == (1, [320, 320])
+    blocks, sizes = rule_for("x.linear_qkv.weight").parts(load_model("llama_1b"))
+    assert (blocks, sizes) == (8, [256, 64, 64])
+
+
+@pytest.mark.parametrize("parts", [None, (1, [4, 2, 6]), (3, [2, 1, 1])])
+def test_cutting_and_joining_rows_is_the_identity(parts):
+    whole = torch.arange(12.0).view(12, 1)
+    pieces = _split_rows(whole, parts)
+    assert torch.equal(_join_rows(pieces, parts), whole)
+    if parts == (3, [2, 1, 1]):  # q rows of every group come together
+        assert pieces[0].flatten().tolist() == [0, 1, 4, 5, 8, 9]
+
+
+# -------------------------------------------------------------------------------------- Muon
+
+
+def reference_muon_step(weight, gradient, momentum, config: MuonConfig):
+    """Muon on one matrix, by its description, in float64 with the quintic coefficients."""
+    momentum = config.momentum * momentum + (1 - config.momentum) * gradient
+    direction = config.momentum * momentum + (1 - config.momentum) * gradient
+    x = direction / direction.norm()
+    wide = x.shape[0] <= x.shape[1]
+    x = x if wide else x.T
+    for a, b, c in [
+        (4.0848, -6.8946, 2.9270),
+        (3.9505, -6.3029, 2.6377),
+        (3.7418, -5.5913, 2.3037),
+        (2.8769, -3.1427, 1.2046),
+        (2.8366, -3.0525, 1.2012),
+    ]:
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    x = x if wide else x.T
+    x = x * max(x.shape) ** 0.5 * config.extra_scale
+    weight = weight * (1 - config.learning_rate * config.weight_decay)
+    return weight - config.learning_rate * x, momentum
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (16, 16)])
+def test_muon_follows_its_description(shape):
+    torch.manual_seed(0)
+    config = MuonConfig(learning_rate=0.02, extra_scale=0.2, weight_decay=0.1)
+    weight = torch.randn(shape)
+    optimizer = Muon([matrix(weight)], config)
+    expected, momentum = weight.double().clone(), torch.zeros(shape, dtype=torch.float64)
+    for _ in range(3):
+        gradient = torch.randn(shape)
+        weight.grad = gradient
+        optimizer.step()
+        expected, momentum = reference_muon_step(expected, gradient.double(), momentum, config)
+    torch.testing.assert_close(weight.double(), expected, rtol=0, atol=1e-4)
+
+
+def test_muon_orthogonalises_each_part_by_itself():
+    torch.manual_seed(0)
+    config = MuonConfig(weight_decay=0.0)
+    whole, parts = torch.randn(12, 20), (1, [4, 8])
+    apart = [part.clone() for part in whole.split([4, 8])]
+    gradient = torch.randn(12, 20)
+    optimizer = Muon([matrix(whole, parts)], config)
+    whole.grad = gradient
+    optimizer.step()
+    for part, part_gradient in zip(apart, gradient.split([4, 8]), strict=True):
+        part.grad = part_gradient
+        Muon([matrix(part)], config).step()
+    torch.testing.assert_close(whole, torch.cat(apart), rtol=0, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------- ownership
+
+
+def test_owners_share_the_work_evenly():
+    group = Group(4)
+    parameters = []
+    for index in range(40):
+        parameter = matrix(torch.empty(64 + 8 * (index % 5), 96))
+        parameter.data_group = group
+        parameters.append(parameter)
+    assign_owners(parameters, distributed=True)
+    loads = [sum(work(p) for p in parameters if p.owner == rank) for rank in range(4)]
+    assert max(loads) <= 1.05 * min(loads)
+    assign_owners(parameters, distributed=False)
+    assert {p.owner for p in parameters} == {0}
+
+
+# --------------------------------------------------------------------------------- schedules
+
+
+def factors(steps: int = 100, **settings) -> list[float]:
+    schedule = ScheduleConfig(**settings)
+    return [learning_rate_factor(schedule, step=s, total_steps=steps) for s in range(steps)]
+
+
+def test_cosine_rises_then_falls_to_its_floor():
+    values = factors(kind="cosine", warmup_steps=9, minimum_ratio=0.1)
+    assert values[:3] == pytest.approx([0.1, 0.2, 0.3])
+    assert values[9] == 1.0
+    middle = 9 + 91 // 2
+    assert values[middle] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 45 / 91)))
+    assert values[-1] == pytest.approx(0.1, abs=1e-3)
+    assert all(a > b for a, b in zip(values[9:], values[10:], strict=False))
+
+
+@pytest.mark.parametrize("form", ["linear", "cosine", "sqrt"])
+def test_wsd_is_flat_then_falls(form):
+    values = factors(
+        kind="wsd", warmup_steps=10, decay_steps=20, decay_form=form, minimum_ratio=0.0
+    )
+    assert values[10:80] == [1.0] * 70
+    assert values[-1] == pytest.approx(0.0, abs=1e-12)
+    assert all(a > b for a, b in zip(values[79:], values[80:], strict=False))
+
+
+def test_constant_stays():
+    assert set(factors(kind="constant", warmup_steps=5)[5:]) == {1.0}
+
+
+# ----------------------------------------------------------------------------- the whole of it
+
+
+def _groups_of_a_model(place: Place, config) -> dict:
+    """Which kind each parameter has, and the learning rate that it is updated with."""
+    from equilibrium_mcore.training.setup import setup, teardown
+    from equilibrium_mcore.training.step import train_step
+
+    run = setup(config, place)
+    before = {p.name: p.model.detach().clone() for p in run.optimizer.parameters}
+    train_step(run)
+    rates = {}
+    for optimizer in run.optimizer._optimizers:
+        for group in optimizer.param_groups:
+            for main in group["params"]:
+                rates[id(main)] = (type(optimizer).__name__, group["lr"], group.get("weight_decay"))
+    seen = {p.name: (p.kind, *rates[id(p.main)]) for p in run.optimizer.parameters}
+    moved = {p.name for p in run.optimizer.parameters if not torch.equal(before[p.name], p.model)}
+    teardown(run)
+    return {"seen": seen, "moved": moved}
+
+
+def test_every_parameter_is_updated_by_its_optimizer_at_its_rate(ranks, data, tmp_path):
+    config = tiny_run(
+        data,
+        tmp_path,
+        optimizer={
+            "muon": {"learning_rate": 3e-3},
+            "adamw": {
+                "learning_rate": 1e-3,
+                "learning_rates": {"embedding": 5e-3, "ssm": 2e-4},
+                "weight_decay": 0.05,
+            },
+            "schedule": {"kind": "constant"},
+        },
+    )
+    result = ranks.run(1, _groups_of_a_model, config)[0]
+    expected = {
+        "matrix": ("Muon", 3e-3, None),
+        "embedding": ("AdamW", 5e-3, 0.05),
+        "output": ("AdamW", 1e-3, 0.05),
+        "router": ("AdamW", 1e-3, 0.05),
+        "ssm": ("AdamW", 2e-4, 0.0),
+        "conv": ("AdamW", 1e-3, 0.0),
+        "norm": ("AdamW", 1e-3, 0.0),
+    }
+    assert {seen[0] for seen in result["seen"].values()} == set(expected)
+    for name, (kind, *rest) in result["seen"].items():
+        assert tuple(rest) == expected[kind], name
+    assert result["moved"] == set(result["seen"])
+
+
+def _plant_infinity(place: Place, config) -> None:
+    from equilibrium_mcore.training.setup import setup
+
+    run = setup(config, place)
+    for parameter in run.optimizer.parameters:
+        parameter.gradient.zero_()
+    run.optimizer.parameters[5].gradient.view(-1)[0] = math.inf
+    name = run.optimizer.parameters[5].name
+    with pytest.raises(FloatingPointError, match="not finite") as caught:
+        run.optimizer.step()
+    assert name in str(caught.value)
+
+
+def test_a_gradient_that_is_not_finite_is_named(ranks, data, tmp_path):
+    ranks.run(1, _plant_infinity, tiny_run(data, tmp_path))
