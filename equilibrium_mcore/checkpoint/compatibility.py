@@ -22,10 +22,10 @@ def check_resumable(saved: RunConfig, wanted: RunConfig, *, checkpoint: str) -> 
         # megatron-core shuffles for a given number of samples: another number is another order, in
         # which documents that were seen come again and others never come.
         problems.append(
-            f"the data would be ordered for {asked} sequences (data.train_samples, or training.steps "
-            f"* training.global_batch_size), the checkpoint's for {horizon}: set "
-            f"data.train_samples={horizon}, which allows any number of steps up to it, or start a new "
-            f"run in another output_directory with checkpoint.initial_weights={checkpoint}"
+            f"the data would be ordered for {asked} sequences (data.train_samples, or "
+            f"training.steps * training.global_batch_size), the checkpoint's for {horizon}: set "
+            f"data.train_samples={horizon}, which allows any number of steps up to it, or start a "
+            f"new run in another output_directory with checkpoint.initial_weights={checkpoint}"
         )
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
@@ -42,8 +42,8 @@ def check_same_model(saved: RunConfig, wanted: RunConfig, *, checkpoint: str) ->
     """Raise ConfigError with every difference between the models, for weights alone."""
     before, now = _model(saved), _model(wanted)
     problems = [
-        f"{key}={now.get(key)!r} differs from the {before.get(key)!r} of the weights: name the model "
-        "that they were trained with"
+        f"{key}={now.get(key)!r} differs from the {before.get(key)!r} of the weights: name the "
+        "model that they were trained with"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
     ]

@@ -3,8 +3,8 @@
     <output_directory>/checkpoints/step_00000100/   config.yaml, state.json, megatron-core's files
     <output_directory>/checkpoints/latest           the name of the newest whole one
 
-A checkpoint is written under a name that ends in `.partial` and renamed when every rank is done, so a
-folder with a final name is whole. Only the standard library is used here.
+A checkpoint is written under a name that ends in `.partial` and renamed when every rank is done, so
+a folder with a final name is whole. Only the standard library is used here.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def latest_checkpoint(directory: str | Path) -> Path | None:
     if not (path / STATE_FILE).is_file():
         others = ", ".join(p.name for p in list_checkpoints(directory)) or "none"
         raise FileNotFoundError(
-            f"{pointer} names {path.name}, which is not there. Whole checkpoints: {others}. Write the "
-            f"name of one of them into {pointer}, or remove it to start from the beginning"
+            f"{pointer} names {path.name}, which is not there. Whole checkpoints: {others}. Write "
+            f"the name of one of them into {pointer}, or remove it to start from the beginning"
         )
     return path
 
@@ -81,7 +81,9 @@ def publish(final: Path, *, keep_last: int) -> None:
         os.fsync(file.fileno())
     os.replace(aside, final.parent / LATEST)
     _sync_directory(final.parent)
-    for old in [p for p in list_checkpoints(final.parent.parent) if p != final][: -keep_last + 1 or None]:
+    for old in [p for p in list_checkpoints(final.parent.parent) if p != final][
+        : -keep_last + 1 or None
+    ]:
         shutil.rmtree(old)
 
 

@@ -109,7 +109,11 @@ def load_checkpoint(
 
 
 def load_weights(
-    path: Path, *, config: RunConfig, chunks: list[torch.nn.Module], optimizer: HybridOptimizer | None
+    path: Path,
+    *,
+    config: RunConfig,
+    chunks: list[torch.nn.Module],
+    optimizer: HybridOptimizer | None,
 ) -> None:
     """Load the model's weights alone, and make the optimizer take them as its main weights."""
     folder = directory.latest_checkpoint(path)

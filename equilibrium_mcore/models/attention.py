@@ -75,7 +75,9 @@ class TorchCoreAttention(torch.nn.Module):
         cp_size = self.cp_group.size()
         if groups % cp_size:  # fewer key/value heads than CP ranks: each query head brings its own
             key, value = (t.repeat_interleave(heads // groups, dim=2) for t in (key, value))
-        query, key, value = (self._whole_sequence(t, packed_seq_params) for t in (query, key, value))
+        query, key, value = (
+            self._whole_sequence(t, packed_seq_params) for t in (query, key, value)
+        )
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # (b, n, s, d)
         mask = _document_mask(packed_seq_params)
         context = F.scaled_dot_product_attention(

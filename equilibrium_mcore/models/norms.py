@@ -48,8 +48,11 @@ class GroupRMSNorm(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x of shape (..., channels); channels may be a CP rank's part of whole groups."""
         grouped = x.unflatten(-1, (-1, self.group_size))
-        normed = F.rms_norm(grouped.float() if x.dtype != torch.float64 else grouped,
-                            (self.group_size,), eps=self.eps)
+        normed = F.rms_norm(
+            grouped.float() if x.dtype != torch.float64 else grouped,
+            (self.group_size,),
+            eps=self.eps,
+        )
         return normed.flatten(-2).to(x.dtype) * self.weight
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets=(), metadata=None) -> dict:

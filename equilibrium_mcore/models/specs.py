@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
@@ -21,13 +22,13 @@ from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.multi_latent_attention import (
     MLASelfAttention,
     MLASelfAttentionSubmodules,
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
     MoETransformerLayer,
     TransformerLayer,
@@ -72,13 +73,32 @@ def transformer_engine_backend(*, has_mamba_ssm: bool) -> Backend:
     """Transformer Engine's modules, and mamba-ssm's fused scan where it is installed."""
     from megatron.core.extensions import transformer_engine as te
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+    from transformer_engine.pytorch import RMSNorm as EngineRMSNorm
+
+    class EngineNorm(EngineRMSNorm):
+        """Transformer Engine's RMSNorm, which brings nothing but its weight into a checkpoint.
+
+        Its extra state describes quantized outputs, which no norm of ours has; a checkpoint of the
+        PyTorch backend has no such key and could not be loaded.
+        """
+
+        get_extra_state = torch.nn.Module.get_extra_state
+        set_extra_state = torch.nn.Module.set_extra_state
+
+        def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+            super().__init__(
+                hidden_size,
+                eps=eps,
+                sequence_parallel=config.sequence_parallel,
+                **te._get_extra_te_kwargs(config),
+            )
 
     return Backend(
         name="transformer_engine",
         column_linear=te.TEColumnParallelLinear,
         row_linear=te.TERowParallelLinear,
         duplicated_linear=te.TELinear,
-        norm=te.TENorm,
+        norm=EngineNorm,
         core_attention=te.TEDotProductAttention,
         mamba_mixer=MambaMixer if has_mamba_ssm else TorchMambaMixer,
         experts=TESpecProvider(),

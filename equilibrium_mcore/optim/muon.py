@@ -1,8 +1,8 @@
 """Muon on whole matrices: the update does not depend on the layout.
 
-Source: K. Jordan et al. 2024 (kellerjordan.github.io/posts/muon), scaling from arXiv 2502.16982. The
-orthogonalisation is emerging-optimizers' Newton-Schulz. What is orthogonalised is a matrix that acts
-as one linear map (`optim.table`), put together from all tensor-parallel slices.
+Source: K. Jordan et al. 2024 (kellerjordan.github.io/posts/muon), scaling from arXiv 2502.16982.
+The orthogonalisation is emerging-optimizers' Newton-Schulz. What is orthogonalised is a matrix that
+acts as one linear map (`optim.table`), put together from all tensor-parallel slices.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from torch import Tensor
 
 from equilibrium_mcore.config.schema import MuonConfig
 from equilibrium_mcore.optim.parameters import Parameter
+
+# Elements that are orthogonalised at once. All of a 3B model's experts in one batch would need more
+# memory than its weights.
+BATCH_ELEMENTS = 128 * 2**20
 
 
 class Muon(torch.optim.Optimizer):
@@ -46,17 +50,32 @@ class Muon(torch.optim.Optimizer):
         self.init_state()
         config = self.config
         for group in self.param_groups:
-            directions = {}
-            for main in group["params"]:
-                momentum = self.state[main]["momentum"]
-                momentum.lerp_(main.grad, 1 - config.momentum)
-                directions[main] = (
-                    main.grad.lerp(momentum, config.momentum) if config.nesterov else momentum
-                )
-            updates = self._orthogonalise(directions)
-            for main, update in updates.items():
-                main.mul_(1 - group["lr"] * config.weight_decay)
-                main.add_(update.to(main.dtype), alpha=-group["lr"])
+            for batch in self._batches(group["params"]):
+                directions = {}
+                for main in batch:
+                    momentum = self.state[main]["momentum"]
+                    momentum.lerp_(main.grad, 1 - config.momentum)
+                    directions[main] = (
+                        main.grad.lerp(momentum, config.momentum) if config.nesterov else momentum
+                    )
+                updates = self._orthogonalise(directions)
+                for main, update in updates.items():
+                    main.mul_(1 - group["lr"] * config.weight_decay)
+                    main.add_(update.to(main.dtype), alpha=-group["lr"])
+
+    def _batches(self, parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+        """Parameters of one shape together, up to BATCH_ELEMENTS of them (at least one parameter).
+
+        Dense ones first: tensor-parallel ranks own the same dense parameters, but not always the
+        same experts, and must gather in the same order.
+        """
+        by_shape: dict[tuple[bool, torch.Size], list[Tensor]] = defaultdict(list)
+        for main in parameters:
+            by_shape[self._info[main].is_expert, main.shape].append(main)
+        for key in sorted(by_shape, key=lambda key: key[0]):
+            members, count = by_shape[key], max(1, BATCH_ELEMENTS // key[1].numel())
+            for start in range(0, len(members), count):
+                yield members[start : start + count]
 
     def _orthogonalise(self, directions: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """Scaled orthogonal factors of this rank's slices; matrices of one shape go in a batch."""
@@ -70,7 +89,9 @@ class Muon(torch.optim.Optimizer):
             for shape, places in by_shape.items():
                 stack = torch.stack([parts[main][index] for main, index in places]).float()
                 orthogonal = newton_schulz(
-                    stack, self.config.newton_schulz_steps, coefficient_type=self.config.coefficients
+                    stack,
+                    self.config.newton_schulz_steps,
+                    coefficient_type=self.config.coefficients,
                 )
                 scale = get_muon_scale_factor(*shape, mode=self.config.scale)
                 orthogonal = orthogonal * (scale * self.config.extra_scale)

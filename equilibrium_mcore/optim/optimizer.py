@@ -1,8 +1,8 @@
 """The optimizer of a run: Muon and AdamW by the table, layer-wise distributed over data ranks.
 
 megatron-core's DDP reduces gradients to every rank; each parameter's owner updates its main weight
-and shares the result. State is saved under the parameter's own sharding, so a checkpoint loads in any
-layout.
+and shares the result. State is saved under the parameter's own sharding, so a checkpoint loads in
+any layout.
 """
 
 from __future__ import annotations
@@ -137,7 +137,9 @@ class HybridOptimizer:
             gradient = parameter.gradient.to(parameter.main.dtype)
             if self.scaler is not None:
                 gradient = gradient * inverse
-            parameter.main.grad = gradient * factor if factor != 1.0 else gradient
+            # In place: the buffer is cleared before the next step, and a copy of all gradients
+            # would be as large as the main weights.
+            parameter.main.grad = gradient.mul_(factor) if factor != 1.0 else gradient
         rate = learning_rate_factor(
             self.settings.schedule, step=self.steps_done, total_steps=self.config.training.steps
         )
@@ -171,13 +173,10 @@ class HybridOptimizer:
         bad = [p.name for p in self.parameters if not p.gradient.isfinite().all()]
         where = f"first here: {bad[0]}" if bad else "none on this rank"
         return (
-            f"step {self.steps_done + 1}: the gradient norm is not finite ({len(bad)} parameters on "
-            f"this rank, {where}). Nothing was updated. Resume from the latest checkpoint with a "
-            "lower learning rate or a longer warmup, or look at the data of this step"
+            f"step {self.steps_done + 1}: the gradient norm is not finite ({len(bad)} parameters "
+            f"on this rank, {where}). Nothing was updated. Resume from the latest checkpoint with "
+            "a lower learning rate or a longer warmup, or look at the data of this step"
         )
-
-    def zero_grad(self) -> None:
-        """Gradients live in DDP's buffers, which the training step clears; nothing to do here."""
 
     # --------------------------------------------------------------------------------- state
 
@@ -269,7 +268,9 @@ class HybridOptimizer:
         for parameter in self.parameters:
             if parameter.data_group.size() > 1:
                 for tensor in self._state_of(parameter).values():
-                    source = torch.distributed.get_global_rank(parameter.data_group, parameter.owner)
+                    source = torch.distributed.get_global_rank(
+                        parameter.data_group, parameter.owner
+                    )
                     torch.distributed.broadcast(tensor, source, group=parameter.data_group)
 
 
@@ -281,6 +282,6 @@ def _main_weight(model: Tensor) -> Tensor:
 
 
 def _written_by_owner(shard):
-    """The shard with its data-parallel replica number set to 0: its owner is the one that writes."""
+    """The shard with its data-parallel replica number set to 0: its owner is what writes it."""
     replica = shard.replica_id
     return replace(shard, replica_id=0 if isinstance(replica, int) else (*replica[:-1], 0))

@@ -26,6 +26,7 @@ class Parameter:
     tensor_group: ProcessGroup  # ranks with the other slices
     partition_dim: int | None  # None where every tensor rank has the whole
     counts_in_norm: bool  # whether this copy is the one that counts
+    is_expert: bool  # whether it belongs to routed experts, whose groups are others
     is_matrix: bool  # whether the matrix optimizer updates it
     owner: int = 0  # rank in data_group that keeps its main weight and optimizer state
     main: Tensor | None = None  # float32 (or float64) weight, on the owner
@@ -65,7 +66,7 @@ def describe_parameters(
 
 
 def layout_free_names(chunk: torch.nn.Module) -> list[tuple[str, Tensor]]:
-    """(name, tensor) with layers and experts numbered over the whole model, not this rank's part."""
+    """(name, tensor), with layers and experts numbered over the whole model."""
     modules = dict(chunk.named_modules())
     named = []
     for name, tensor in chunk.named_parameters():
@@ -108,5 +109,6 @@ def _describe(
         tensor_group=tensor_group,
         partition_dim=tensor.partition_dim if is_split else None,
         counts_in_norm=(is_split or tensor_group.rank() == 0) and not is_shared_copy,
+        is_expert=is_expert,
         is_matrix=rule.kind == "matrix" and optimizer.matrices != "adamw",
     )

@@ -1,8 +1,8 @@
 """The device that this process computes on: a CUDA GPU, or the CPU through an adapter.
 
-megatron-core names `torch.cuda` everywhere. Where a CUDA device exists nothing is touched. Where none
-exists, `install()` maps those names to the CPU once per process, so that the very same megatron-core
-code runs on gloo ranks. Call it before megatron-core is imported.
+megatron-core names `torch.cuda` everywhere. Where a CUDA device exists nothing is touched. Where
+none exists, `install()` maps those names to the CPU once per process, so that the very same
+megatron- core code runs on gloo ranks. Call it before megatron-core is imported.
 """
 
 from __future__ import annotations

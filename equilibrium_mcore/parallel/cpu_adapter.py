@@ -179,7 +179,7 @@ def _install_tensors() -> None:
 
 
 def _install_collectives() -> None:
-    """gloo's all-to-all takes split sizes as ints only; the MoE dispatcher passes tensors on a CPU."""
+    """gloo's all-to-all takes split sizes as ints; on a CPU the MoE dispatcher passes tensors."""
     plain = torch.distributed.all_to_all_single
 
     @functools.wraps(plain)

@@ -8,7 +8,13 @@ from importlib.metadata import PackageNotFoundError, version
 from equilibrium_mcore.config.rule_kit import Host
 from equilibrium_mcore.parallel import accelerator
 
-FAST_PACKAGES = ("transformer-engine", "mamba-ssm", "causal-conv1d", "flash-attn", "nvidia-modelopt")
+FAST_PACKAGES = (
+    "transformer-engine",
+    "mamba-ssm",
+    "causal-conv1d",
+    "flash-attn",
+    "nvidia-modelopt",
+)
 
 
 def describe_host() -> Host:

@@ -5,6 +5,7 @@ A rank that fails takes the job down within seconds, and its traceback is what i
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -46,8 +47,9 @@ def place_from_environment(environment: Mapping[str, str]) -> Place | None:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in environment:
                 raise ConfigError(
-                    f"{name} is not set, so {environment['SLURM_STEP_NUM_TASKS']} Slurm tasks cannot "
-                    "find each other: export it in the batch script, as slurm/pretrain_3b.sh does"
+                    f"{name} is not set, so {environment['SLURM_STEP_NUM_TASKS']} Slurm tasks "
+                    "cannot find each other: export it in the batch script, as "
+                    "slurm/pretrain_3b.sh does"
                 )
         return Place(
             rank=int(environment["SLURM_PROCID"]),
@@ -80,8 +82,9 @@ def launch(layout: ParallelismConfig, run_rank: Callable[[Place], None]) -> int:
 
         if accelerator.has_cuda():
             raise ConfigError(
-                f"the layout needs {world_size} ranks, and on a host with a GPU a launcher starts them: "
-                f"torchrun --nproc-per-node {world_size} -m equilibrium_mcore.pretrain RUN.yaml"
+                f"the layout needs {world_size} ranks, and on a host with a GPU a launcher starts "
+                f"them: torchrun --nproc-per-node {world_size} -m equilibrium_mcore.pretrain "
+                "RUN.yaml"
             )
         return start_ranks(places, run_rank, folder=Path(folder))
 
@@ -99,8 +102,8 @@ def _run_launched(place: Place, run_rank: Callable[[Place], None]) -> int:
 def start_ranks(places: list[Place], run_rank: Callable[[Place], None], *, folder: Path) -> int:
     """Fork one process per place and wait; 0 if all succeed.
 
-    The first rank that fails ends the others after GRACE_SECONDS; its traceback is printed first, the
-    rest of the failures in a line each.
+    The first rank that fails ends the others after GRACE_SECONDS; its traceback is printed first,
+    the rest of the failures in a line each.
     """
     threads = max(1, (os.cpu_count() or 1) // len(places))
     children: dict[int, Place] = {}
@@ -198,7 +201,5 @@ def _report(failed: list[tuple[Place, int]], folder: Path) -> None:
 
 
 def _send(pid: int, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass

@@ -44,7 +44,12 @@ def initialize_groups(layout: ParallelismConfig) -> ProcessGroupCollection:
 
 
 def initialize_distributed(
-    *, rank: int, world_size: int, local_rank: int, timeout_minutes: int, init_method: str = "env://"
+    *,
+    rank: int,
+    world_size: int,
+    local_rank: int,
+    timeout_minutes: int,
+    init_method: str = "env://",
 ) -> None:
     """Join the default process group; on a CUDA host, take GPU `local_rank`."""
     if accelerator.has_cuda():

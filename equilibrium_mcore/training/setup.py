@@ -90,8 +90,10 @@ class Run:
         ]
 
 
-def setup(config: RunConfig, place: Place) -> Run:
+def setup(config: RunConfig, place: Place, *, datasets: Datasets | None = None) -> Run:
     """Groups, data, model, optimizer, and the checkpoint to go on from. Collective.
+
+    `datasets` stand in for those that `config.data` describes, e.g. made-up tokens in a benchmark.
 
     Raises ConfigError before anything is built when this host cannot do what the config asks for.
     """
@@ -107,7 +109,8 @@ def setup(config: RunConfig, place: Place) -> Run:
     )
     groups = process_groups.initialize_groups(config.parallelism)
     process_groups.seed_everything(config.training.seed)
-    datasets = build_run_datasets(config)
+    if datasets is None:
+        datasets = build_run_datasets(config)
     transformer, chunks = build_chunks(config, groups)
     optimizer = HybridOptimizer(chunks, groups, config)
     transformer.grad_scale_func = optimizer.scale_loss

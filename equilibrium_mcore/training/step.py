@@ -1,4 +1,4 @@
-"""One training step: forward and backward over micro-batches by megatron-core's schedule, update."""
+"""One training step: megatron-core's schedule over micro-batches, then the update."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def sum_of_losses(losses: Tensor, *, loss_mask: Tensor) -> tuple[Tensor, Tensor,
 
 
 def rank_batch(batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
-    """The batch on this rank's device, cut to its part of the sequence under context parallelism."""
+    """The batch on this rank's device, cut to its part of the sequence under CP."""
     device = accelerator.device()
     names = ("tokens", "labels", "loss_mask", "position_ids")
     batch = {name: batch[name].to(device, non_blocking=True) for name in names}

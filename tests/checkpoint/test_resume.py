@@ -104,7 +104,7 @@ def test_more_steps_would_reorder_the_data_and_need_a_horizon(ranks, data, tmp_p
 
 
 def _die_while_saving(place: Place, config: RunConfig) -> None:
-    """Train two steps and save; rank 1 ends as a killed process would, in the middle of the save."""
+    """Train two steps and save; rank 1 ends as if killed, in the middle of the save."""
     import os
 
     from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -146,7 +146,9 @@ def test_resume_must_needs_a_checkpoint(ranks, data, tmp_path):
         ranks.run(1, train_steps, config, 1)
 
 
-def test_latest_that_names_a_lost_folder_is_an_error_with_a_way_out(ranks, data, first_half, tmp_path):
+def test_latest_that_names_a_lost_folder_is_an_error_with_a_way_out(
+    ranks, data, first_half, tmp_path
+):
     shutil.copytree(first_half / "checkpoints", tmp_path / "checkpoints")
     (tmp_path / "checkpoints" / "latest").write_text("step_00000099\n")
     with pytest.raises(FileNotFoundError, match="step_00000010"):

@@ -53,7 +53,7 @@ def test_generation_with_cache_equals_without(name, saved, exported):
     )
 
 
-@pytest.mark.parametrize("name", ["hybrid", "deepseek", "nemotron"])
+@pytest.mark.parametrize("name", ["hybrid", "deepseek", "nemotron", "mamba2"])
 def test_left_padding_changes_nothing(name, saved, exported):
     model = load(exported(name))
     long = saved(name).ids[:1, :11]

@@ -87,15 +87,18 @@ def small_model() -> Callable[..., ModelConfig]:
 @pytest.fixture
 def build(single_rank: Any) -> Callable[..., Any]:
     """`build(model)`: the real model on one rank, float64 or `dtype`, every parameter random."""
-    from equilibrium_mcore.models.provider import build_model, cast_parameters
+    from equilibrium_mcore.models.provider import build_model
+    from equilibrium_mcore.models.transformer_config import build_transformer_config
 
     def make(model: ModelConfig, *, dtype: torch.dtype = torch.float64, **training: Any) -> Any:
         values = dict(sequence_length=64, global_batch_size=1, steps=1, precision="fp32")
         numerics = TrainingConfig(**values | {"backend": "torch"} | training)
-        on_gpu = accelerator.has_cuda()
-        module = build_model(model, ParallelismConfig(), numerics, single_rank, on_gpu=on_gpu)
-        module = module.to(accelerator.device())
-        cast_parameters(module, dtype)
+        layout, on_gpu = ParallelismConfig(), accelerator.has_cuda()
+        config = build_transformer_config(model, layout, numerics, on_gpu=on_gpu)
+        config.params_dtype = dtype
+        module = build_model(
+            model, layout, numerics, single_rank, on_gpu=on_gpu, transformer_config=config
+        ).to(accelerator.device())
         generator = torch.Generator().manual_seed(1)
         for parameter in module.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)

@@ -121,11 +121,8 @@ def test_the_chunk_size_does_not_change_the_function(seq_idx):
 
 def test_without_the_skip_connection():
     v = inputs(9, groups=2)
-    skip = v.pop("D")[:, None] * v["x"]
-    with_skip = chunked(*v.values(), torch.zeros(HEADS, dtype=torch.float64), chunk_size=4)
-    torch.testing.assert_close(ssd_scan(*v.values(), chunk_size=4), with_skip)
-    torch.testing.assert_close(with_skip, recurrence(**v), rtol=1e-10, atol=1e-10)
-    assert skip.abs().max() > 0.1  # so that a forgotten D would have shown above
+    del v["D"]
+    torch.testing.assert_close(ssd_scan(*v.values(), chunk_size=4), recurrence(**v))
 
 
 def test_strong_decay_neither_overflows_nor_poisons_gradients():

@@ -45,6 +45,7 @@ def matrix(tensor: torch.Tensor, parts=None) -> Parameter:
         tensor_group=ONE_RANK,
         partition_dim=None,
         counts_in_norm=True,
+        is_expert=False,
         is_matrix=True,
         main=tensor,
     )

@@ -10,7 +10,9 @@ import torch
 
 from equilibrium_mcore.parallel import accelerator
 
-pytestmark = pytest.mark.skipif(accelerator.has_cuda(), reason="the adapter is for hosts without a GPU")
+pytestmark = pytest.mark.skipif(
+    accelerator.has_cuda(), reason="the adapter is for hosts without a GPU"
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,7 +26,9 @@ def test_installing_again_changes_nothing():
     assert before == (torch.empty, torch.Tensor.to, torch.distributed.all_to_all_single)
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda"), torch.device("cuda", 3)])
+@pytest.mark.parametrize(
+    "device", ["cuda", "cuda:0", torch.device("cuda"), torch.device("cuda", 3)]
+)
 def test_tensors_asked_for_on_cuda_are_on_the_cpu(device):
     made = [
         torch.empty(2, device=device),

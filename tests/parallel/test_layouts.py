@@ -107,6 +107,8 @@ def test_recomputation_changes_nothing(ranks, hybrid, recompute):
 
 def test_bf16_follows_fp32(ranks, hybrid):
     """bfloat16 has 8 bits: a loss near 6 over a few hundred tokens agrees to about 1e-2."""
-    outcome = hybrid.train(ranks, 2, {"tensor": 2, "sequence": True}, training={"precision": "bf16"})
+    outcome = hybrid.train(
+        ranks, 2, {"tensor": 2, "sequence": True}, training={"precision": "bf16"}
+    )
     assert outcome["loss"] == pytest.approx(hybrid.curve["loss"], rel=1e-2)
     assert outcome["loss"] != hybrid.curve["loss"]

@@ -5,5 +5,5 @@ from equilibrium_mcore.parallel import accelerator
 accelerator.install()
 accelerator.quiet_libraries()
 
-import equilibrium_mcore.training.callbacks  # noqa: E402, F401
+import equilibrium_mcore.training.callbacks  # noqa: E402
 import equilibrium_mcore.training.loop  # noqa: E402, F401

@@ -291,7 +291,8 @@ class EquilibriumForCausalLM(EquilibriumPreTrainedModel, NemotronHForCausalLM):
 
     def generate(self, inputs=None, **kwargs):
         settings = kwargs.get("generation_config") or self.generation_config
-        if kwargs.get("use_cache", settings.use_cache) and kwargs.get("past_key_values") is None:
+        use_cache = kwargs.get("use_cache", settings.use_cache)  # None stands for True
+        if use_cache is not False and kwargs.get("past_key_values") is None:
             kwargs["past_key_values"] = new_cache(self.config)
         return super().generate(inputs, **kwargs)
 
