@@ -19,7 +19,9 @@ def generate(
     """The continuation of `prompt` and its number of tokens; temperature 0 takes the likeliest."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # of loading weights: it would stand before the text
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     model.eval()

@@ -22,9 +22,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "model", metavar="MODEL", help="a YAML file, or a name from configs/models"
-    )
+    parser.add_argument("model", metavar="MODEL", help="a YAML file, or a name from configs/models")
     parser.add_argument(
         "--json", action="store_true", help="print one object: total, active, by_kind"
     )

@@ -93,6 +93,19 @@ def rope_widths_are_even(subject: Subject) -> Iterator[str]:
 
 
 @rule("model")
+def channel_mixers_share_an_activation(subject: Subject) -> Iterator[str]:
+    """megatron-core has one activation for all channel mixers of a model."""
+    model = subject.config.model
+    if not (uses(subject, "mlp") and uses(subject, "moe") and model.mlp and model.moe):
+        return
+    if model.mlp.activation != model.moe.activation:
+        yield (
+            f"model.mlp.activation={model.mlp.activation!r} and model.moe.activation="
+            f"{model.moe.activation!r} differ, and megatron-core has one for both: use the same"
+        )
+
+
+@rule("model")
 def router_can_choose(subject: Subject) -> Iterator[str]:
     moe = subject.config.model.moe
     if moe is None:

@@ -46,8 +46,8 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```
 
 `trust_remote_code=True` runs `modeling_equilibrium.py` of this folder, which composes transformers'
-own blocks. It was run with transformers 5.23.0. Batches of unequal length are padded on the left.
-Special tokens written out in a prompt are{not_parsed} read as such.
+own blocks. It was run with transformers 5.16.1, 5.19.0 and 5.23.0. Batches of unequal length are
+padded on the left. Special tokens written out in a prompt are{not_parsed} read as such.
 
 ## Architecture
 

@@ -18,7 +18,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import random as mcore_random
 
 # Registers torch's `fake` backend: groups of any size in one process, without communication.
-from torch.testing._internal.distributed import fake_pg  # noqa: F401
+from torch.testing._internal.distributed import fake_pg
 
 from equilibrium_mcore.config.pattern import LAYER_KINDS, layers_of
 from equilibrium_mcore.config.schema import ModelConfig, ParallelismConfig, TrainingConfig

@@ -66,7 +66,7 @@ def build_model(
         post_process=stage == stages - 1,
         share_embeddings_and_output_weights=model.tie_embeddings,
         position_embedding_type="rope" if rope_base else "none",
-        rotary_base=int(rope_base) if rope_base else 10000,
+        rotary_base=rope_base or 10000,
         pg_collection=groups,
         vp_stage=virtual_stage,
     )

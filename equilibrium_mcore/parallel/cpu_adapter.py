@@ -150,6 +150,9 @@ def _install_random() -> None:
 
 
 def _install_tensors() -> None:
+    # `with torch.device("meta")` recognises the factories by identity. Filled now, its table holds
+    # the plain functions, which the wrappers below call.
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     for name in _METHODS:

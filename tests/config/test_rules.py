@@ -73,6 +73,15 @@ CASES = [
         ["head_dim=9"],
         {**GQA, "model.attention": {**TINY_ATTENTION, "head_dim": 9, "rope_base": None}},
     ),
+    (
+        "channel_mixers_share_an_activation",
+        {
+            "model.layer_pattern": "ME|M-",
+            "model.mlp": {"ffn_hidden_size": 64, "activation": "gelu"},
+        },
+        ["model.mlp.activation='gelu'", "'swiglu'"],
+        {"model.layer_pattern": "ME|M-", "model.mlp": {"ffn_hidden_size": 64}},
+    ),
     ("router_can_choose", {"model.moe.top_k": 9}, ["top_k=9", "num_experts=8"], {}),
     (
         "router_can_choose",

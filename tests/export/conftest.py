@@ -11,7 +11,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-import torch.utils._device
 from torch import Tensor
 
 from equilibrium_mcore.config.load import save_config
@@ -37,10 +36,6 @@ from equilibrium_mcore.export.verify import _world_of_one
 from equilibrium_mcore.parallel import accelerator
 
 accelerator.install()
-# Whatever wraps torch's factory functions, `with torch.device("meta")` must still know the plain
-# ones: transformers loads models under it.
-_constructors = torch.utils._device._device_constructors()
-_constructors |= {f.__wrapped__ for f in _constructors if hasattr(f, "__wrapped__")}
 
 VOCABULARY = 600  # padded to 640
 MAMBA = MambaConfig(num_heads=4, head_dim=16, state_dim=8, num_groups=2, chunk_size=8)

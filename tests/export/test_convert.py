@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -148,13 +147,16 @@ def test_verify_accepts_a_good_folder_and_refuses_a_bad_one(dtype, saved, tmp_pa
         verify_export(case.directory, tmp_path / "out")
 
 
-def test_the_tool_converts_and_verifies(saved, tmp_path):
-    command = [sys.executable, "tools/convert_checkpoint.py", "--output", str(tmp_path / "out")]
-    options = ["--checkpoint", str(saved("llama").directory), "--dtype", "float32", "--verify"]
-    settings = {"cwd": ROOT, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
-    settings |= {"capture_output": True, "text": True}
-    done = subprocess.run(command + options, **settings)
-    assert done.returncode == 0, done.stderr
-    assert "verified: logits differ" in done.stdout
-    again = subprocess.run(command + options, **settings)
-    assert again.returncode == 1 and "error:" in again.stderr and "Traceback" not in again.stderr
+def run_tool(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(str(ROOT / "tools" / "convert_checkpoint.py"), run_name="__main__")
+    return exit_.value.code
+
+
+def test_the_tool_converts_and_verifies(saved, tmp_path, monkeypatch, capsys):
+    arguments = ["--checkpoint", saved("llama").directory, "--output", tmp_path / "out"]
+    assert run_tool(monkeypatch, *arguments, "--dtype", "float32", "--verify") == 0
+    assert "verified: logits differ" in capsys.readouterr().out
+    assert run_tool(monkeypatch, *arguments) == 1
+    assert "error:" in capsys.readouterr().err

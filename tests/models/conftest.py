@@ -1,4 +1,4 @@
-"""One rank and small models. Modules are tested in this process: float64 or float32, no GPU needed."""
+"""One rank in this process, and small models in float64 or float32."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def logits_of() -> Callable[..., torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def packing() -> Callable[..., Any]:
-    """`packing([3, 5])`: PackedSeqParams of documents with these lengths, as training makes them."""
+    """`packing([3, 5])`: PackedSeqParams of documents with these lengths."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
     def make(lengths: list[int], *, with_documents: bool = True) -> Any:

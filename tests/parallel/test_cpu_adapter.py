@@ -50,6 +50,9 @@ def test_tensors_asked_for_on_cuda_are_on_the_cpu(device):
 def test_other_devices_are_left_alone():
     assert torch.empty(2, device="meta").is_meta
     assert torch.empty(2).to("meta").is_meta
+    with torch.device("meta"):  # transformers loads models under it
+        made = [torch.empty(2), torch.arange(3), torch.nn.Linear(2, 2).weight]
+    assert all(tensor.is_meta for tensor in made)
 
 
 def test_parameters_are_recognised_by_their_cuda_names():

@@ -179,3 +179,35 @@ def test_what_the_host_lacks_is_told_before_anything_is_built(started):
     assert job.returncode == 2
     assert "training.precision" in job.stderr and "needs a CUDA GPU" in job.stderr
     assert not folder.exists()
+
+
+def test_torchrun_uses_its_ranks_and_goes_on_where_plain_ranks_stopped(started):
+    command, folder = started
+    settings = command[3:]
+    plain = subprocess.run(
+        [*command, "training.stop_after_steps=2", "parallelism.expert=1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert plain.returncode == 0, plain.stderr
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    job = subprocess.run(
+        [
+            *launcher,
+            "--nproc-per-node=2",
+            "-m",
+            "equilibrium_mcore.pretrain",
+            *settings,
+            "training.stop_after_steps=4",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert job.returncode == 0, job.stderr
+    records = read_metrics(folder / "metrics.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3, 4]

@@ -31,7 +31,7 @@ SBATCH_OPTIONS = (
     "--ntasks-per-node=2",
     "--cpus-per-task=1",
     "--gpus-per-node=0",
-    "--time=10",
+    "--time=30",
     "--partition=low",
 )
 OVERRIDES = (
@@ -176,19 +176,19 @@ def test_a_preempted_job_is_queued_again_and_resumes(
 ) -> None:
     run = tmp_path / "run"
     job = cluster.submit(*OVERRIDES, *dataset, output_directory=run)
-    cluster.wait(job, "at step 5", lambda: len(read(run, "train")) >= 5, seconds=120)
+    cluster.wait(job, "at step 5", lambda: len(read(run, "train")) >= 5, seconds=300)
 
     # A job of a higher partition takes the node: Slurm sends SIGTERM to the ranks.
     cluster.call(
         *("sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     )
-    cluster.wait(job, "queued again", lambda: cluster.facts(job).get("Restarts") == "1", seconds=90)
+    cluster.wait(job, "queued again", lambda: cluster.facts(job).get("Restarts") == "1", seconds=180)
     signals = [event for event in read(run, "event") if event["event"] == "signal"]
     assert len(signals) == 1, cluster.log(job)
     assert 5 <= signals[0]["step"] < STEPS
 
     cluster.wait(
-        job, "completed", lambda: cluster.facts(job)["JobState"] == "COMPLETED", seconds=180
+        job, "completed", lambda: cluster.facts(job)["JobState"] == "COMPLETED", seconds=300
     )
     assert cluster.facts(job)["Restarts"] == "1", cluster.log(job)
     train, events = read(run, "train"), read(run, "event")
@@ -203,7 +203,7 @@ def test_a_preempted_job_is_queued_again_and_resumes(
 
 def test_a_failed_run_is_not_queued_again(cluster: Cluster, tmp_path: Path) -> None:
     job = cluster.submit("training.steps=0", output_directory=tmp_path / "run")
-    cluster.wait(job, "failed", lambda: cluster.facts(job)["JobState"] == "FAILED", seconds=90)
+    cluster.wait(job, "failed", lambda: cluster.facts(job)["JobState"] == "FAILED", seconds=180)
     assert cluster.facts(job)["Restarts"] == "0"
     log = cluster.log(job)
     assert "training.steps" in log
@@ -215,10 +215,10 @@ def test_a_cancelled_job_stays_cancelled(
 ) -> None:
     run = tmp_path / "run"
     job = cluster.submit(*OVERRIDES, *dataset, "training.steps=100000", output_directory=run)
-    cluster.wait(job, "at step 2", lambda: len(read(run, "train")) >= 2, seconds=120)
+    cluster.wait(job, "at step 2", lambda: len(read(run, "train")) >= 2, seconds=300)
     cluster.call("scancel", job)
     cluster.wait(
-        job, "cancelled", lambda: cluster.facts(job)["JobState"] == "CANCELLED", seconds=60
+        job, "cancelled", lambda: cluster.facts(job)["JobState"] == "CANCELLED", seconds=120
     )
     time.sleep(2)
     assert cluster.facts(job)["Restarts"] == "0", cluster.log(job)

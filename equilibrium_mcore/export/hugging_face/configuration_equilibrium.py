@@ -1,6 +1,7 @@
 """Configuration of an Equilibrium model: a pattern of Mamba-2, attention, MLP and MoE layers.
 
-This file travels with the weights and needs transformers alone. Run with transformers 5.23.0.
+This file travels with the weights and needs transformers alone. Run with transformers 5.16.1,
+5.19.0 and 5.23.0.
 """
 
 from typing import ClassVar

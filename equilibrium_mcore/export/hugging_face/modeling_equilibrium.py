@@ -2,7 +2,7 @@
 
 The blocks are transformers' own (NemotronH, DeepSeek-V3, Llama); this file puts them together and
 sets what differs. It travels with the weights and needs torch and transformers alone. Run with
-transformers 5.23.0.
+transformers 5.16.1, 5.19.0 and 5.23.0.
 """
 
 import torch

@@ -1,0 +1,1 @@
+"""Setup, the training step, the loop and what happens along it."""

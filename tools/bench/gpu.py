@@ -1,0 +1,54 @@
+"""Measure this device's roofs, then train a model on made-up tokens, and compare."""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+# Long and short tensors alternate over a step; segments that can grow keep memory from splintering.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+from equilibrium_mcore.parallel import accelerator
+
+PARTS = {"roofs": (), "bf16": ("bf16",), "fp8": ("fp8",), "all": ("bf16", "fp8")}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Print a Markdown table for docs/performance.md: matrix and copy roofs, and "
+        "tokens/s, model TFLOP/s, share of the roof and peak memory of real training steps.",
+        epilog="example: python tools/bench/gpu.py --part bf16 --steps 8 --json bf16.json",
+    )
+    parser.add_argument("--part", choices=PARTS, default="all", help="what to measure")
+    parser.add_argument("--model", metavar="MODEL", help="default equilibrium_3b")
+    parser.add_argument("--sequence-length", type=int, help="tokens per sequence; default 4096")
+    parser.add_argument("--steps", type=int, help="measured steps, after the warmup; default 8")
+    parser.add_argument("--rehearse", action="store_true", help="a tiny model, on any host")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures here too")
+    arguments = parser.parse_args()
+    accelerator.install()  # before megatron-core is imported
+    accelerator.quiet_libraries()
+    if not arguments.rehearse and not accelerator.has_cuda():
+        parser.error("this host has no CUDA device: --rehearse runs every part at a tiny size")
+    from equilibrium_mcore.training.benchmark import REHEARSAL, Plan, run_benchmark
+    from equilibrium_mcore.training.benchmark_report import markdown
+
+    chosen = {
+        name: value
+        for name in ("model", "sequence_length", "steps")
+        if (value := getattr(arguments, name)) is not None
+    }
+    plan = replace(REHEARSAL if arguments.rehearse else Plan(), **chosen)
+    report = run_benchmark(plan, precisions=PARTS[arguments.part])
+    print(markdown(report))
+    if arguments.json:
+        aside = arguments.json.with_suffix(".partial")
+        aside.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
+        os.replace(aside, arguments.json)
+    return 1 if report.not_run and not arguments.rehearse else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
