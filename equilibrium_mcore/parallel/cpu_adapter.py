@@ -13,6 +13,7 @@ import functools
 import logging
 
 import torch
+import torch.utils._device
 
 _CPU = torch.device("cpu")
 
