@@ -131,12 +131,13 @@ def test_paths_in_the_text_exist(document):
 
 
 def commands(document: Path) -> list[list[str]]:
-    """Command lines in the document's shell blocks and its inline code, as words."""
+    """Command lines in the document's shell blocks, indented lines and inline code, as words."""
     lines: list[str] = []
     for block in fenced(document, "bash", "console", "sh", ""):
         lines += block.replace("\\\n", " ").splitlines()
-    starts = ("bash ", "python ", "sbatch ", "torchrun ")
-    lines += [code for code in inline_code(document) if code.startswith(starts)]
+    indented = [line[4:] for line in read(document).splitlines() if line.startswith("    ")]
+    start = re.compile(r"([A-Z_]+=\S+ )*(bash|python|sbatch|torchrun) ")
+    lines += filter(start.match, [*indented, *inline_code(document)])
     found = []
     for line in lines:
         for part in re.split(r"&&|;|\|", line):

@@ -87,7 +87,9 @@ def _mla_values(model: ModelConfig) -> dict:
         rotary_base=mla.rope_base,
         rotary_scaling_factor=1.0,
         mscale_all_dim=0.0,
-        qk_layernorm=True,
+        # The specs name the latent norms themselves. True would make megatron-core add up the query
+        # latent norm's gradient over tensor ranks, each of which has the whole without SP.
+        qk_layernorm=False,
     )
 
 

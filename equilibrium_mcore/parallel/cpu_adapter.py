@@ -183,21 +183,50 @@ def _install_tensors() -> None:
 
 
 def _install_collectives() -> None:
-    """gloo's all-to-all takes split sizes as ints; on a CPU the MoE dispatcher passes tensors."""
-    plain = torch.distributed.all_to_all_single
+    """What NCCL takes and gloo does not: sizes as tensors, and parts of unequal size.
 
-    @functools.wraps(plain)
+    megatron-core's MoE dispatcher uses both, the second with expert tensor parallelism.
+    """
+    plain_exchange = torch.distributed.all_to_all_single
+    plain_gather, plain_scatter = torch.distributed.all_gather, torch.distributed.reduce_scatter
+
+    @functools.wraps(plain_exchange)
     def all_to_all_single(
         output, input, output_split_sizes=None, input_split_sizes=None, *args, **kwargs
     ):
         def ints(sizes):
             return None if sizes is None else [int(size) for size in sizes]
 
-        return plain(
+        return plain_exchange(
             output, input, ints(output_split_sizes), ints(input_split_sizes), *args, **kwargs
         )
 
+    @functools.wraps(plain_gather)
+    def all_gather(tensor_list, tensor, group=None, async_op=False):
+        rows = [part.shape[0] if part.dim() else 0 for part in tensor_list]
+        if len(set(rows)) == 1:
+            return plain_gather(tensor_list, tensor, group=group, async_op=async_op)
+        padded = tensor.new_zeros(max(rows), *tensor.shape[1:])
+        padded[: tensor.shape[0]] = tensor
+        gathered = [torch.empty_like(padded) for _ in rows]
+        plain_gather(gathered, padded, group=group)
+        for part, whole, count in zip(tensor_list, gathered, rows, strict=True):
+            part.copy_(whole[:count])
+        return None
+
+    @functools.wraps(plain_scatter)
+    def reduce_scatter(output, input_list, op=torch.distributed.ReduceOp.SUM, group=None, **kwargs):
+        rows = [part.shape[0] if part.dim() else 0 for part in input_list]
+        if len(set(rows)) == 1:
+            return plain_scatter(output, input_list, op=op, group=group, **kwargs)
+        whole = torch.cat(input_list)
+        torch.distributed.all_reduce(whole, op=op, group=group)
+        output.copy_(whole.split(rows)[torch.distributed.get_rank(group)])
+        return None
+
     torch.distributed.all_to_all_single = all_to_all_single
+    torch.distributed.all_gather = all_gather
+    torch.distributed.reduce_scatter = reduce_scatter
 
 
 def _uncompiled(model=None, **options):

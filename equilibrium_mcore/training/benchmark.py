@@ -194,7 +194,7 @@ def run_config(
     config = run_from_mapping(
         {
             "name": "benchmark",
-            "output_directory": tempfile.mkdtemp(prefix="equilibrium_bench_"),
+            "output_directory": no_file,  # replaced when the run starts
             "model": model.model_dump(mode="json"),
             "data": {
                 "name": no_file,
@@ -231,6 +231,7 @@ def _train_once(
     )
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="equilibrium_bench_") as folder:
+        config = config.model_copy(update={"output_directory": Path(folder)})
         place = Place(0, 1, 0, f"file://{Path(folder) / 'rendezvous'}")
         try:
             run = setup(config, place, datasets=Datasets(tokens, None, None))

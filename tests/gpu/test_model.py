@@ -14,10 +14,10 @@ pytestmark = pytest.mark.gpu
 # scores are nearly equal, and each flip changes a token's logits; so the norm over all tokens is
 # compared, and not the largest difference. On a CPU, PyTorch's bf16 against its float32: 0.010.
 LOGITS = {"fp32": 1e-2, "bf16": 4e-2}
-# Relative error of every parameter's gradient, where a lost gradient has 1: (routed experts and their
-# routers, everything else). An expert sees about 64 tokens here, so a few flips already show. Worst
-# on a CPU, PyTorch's bf16 against its float32: (0.19, 0.06). FP8 has 3 bits of mantissa forward and
-# 2 backward, and flips more.
+# Relative error of every parameter's gradient, where a lost gradient has 1: (routed experts and
+# their routers, everything else). An expert sees about 64 tokens here, so a few flips already show.
+# Worst on a CPU, PyTorch's bf16 against its float32: (0.19, 0.06). FP8 has 3 bits of mantissa
+# forward and 2 backward, and flips more.
 GRADIENTS = {"fp32": (0.15, 0.05), "bf16": (0.4, 0.12), "fp8": (0.85, 0.5)}
 
 

@@ -111,6 +111,7 @@ def train_steps(place: Place, config: RunConfig, steps: int, save: bool = False)
 
     run = setup(config, place)
     start = run.progress.step
+    squares = _note_gradients(run)
     outcomes = [train_step(run) for _ in range(steps)]
     if save:
         CheckpointCallback(config, LogCallback(config)).on_end(run, reason="stop")
@@ -120,4 +121,23 @@ def train_steps(place: Place, config: RunConfig, steps: int, save: bool = False)
         "loss": [outcome.loss for outcome in outcomes],
         "norm": [outcome.gradient_norm for outcome in outcomes],
         "aux": [outcome.aux_loss for outcome in outcomes],
+        "gradient_squares": squares,
     }
+
+
+def _note_gradients(run: Any) -> dict[str, float]:
+    """Filled in the first step: the sum of squares of every gradient of which this rank's copy
+    counts. Added up over ranks it does not depend on the layout."""
+    squares: dict[str, float] = {}
+    update = run.optimizer.step
+
+    def noted() -> Any:
+        if not squares:
+            for parameter in run.optimizer.parameters:
+                if parameter.counts_in_norm and parameter.is_owned:
+                    square = parameter.gradient.double().square().sum().item()
+                    squares[parameter.name] = squares.get(parameter.name, 0.0) + square
+        return update()
+
+    run.optimizer.step = noted
+    return squares
