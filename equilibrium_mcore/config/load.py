@@ -51,8 +51,9 @@ def load_run_config(arguments: Sequence[str], *, host: Host | None = None) -> Ru
     """The run that the command line `RUN.yaml [key=value ...]` asks for.
 
     Under a launcher (torchrun, srun) its number of ranks is checked too, and so is what `host`
-    has, if that is given. Raises ConfigError with
-    every problem; `--help` and `--check` print and raise SystemExit(0).
+    has, if that is given. Raises ConfigError with every problem; `--help` and `--check` print and
+    raise SystemExit(0). `--check` does not ask what this host has: a run for a cluster can be
+    checked on a laptop.
     """
     if any(argument in ("-h", "--help") for argument in arguments):
         print(usage())
@@ -75,7 +76,7 @@ def load_run_config(arguments: Sequence[str], *, host: Host | None = None) -> Ru
         raise ConfigError(problems, source="the command line")
     overrides = [word for word in words if "=" in word]
     world_size = launched_world_size(os.environ)
-    config = load_run(paths[0], overrides, world_size=world_size, host=host)
+    config = load_run(paths[0], overrides, world_size=world_size, host=None if check_only else host)
     if check_only:
         sys.stdout.write(to_yaml(config.model_dump(mode="json")))
         raise SystemExit(0)

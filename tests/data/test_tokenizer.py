@@ -7,7 +7,6 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from equilibrium_mcore.config.schema import TokenizerConfig
-from equilibrium_mcore.data.release_tokenizer import save_release_tokenizer
 from equilibrium_mcore.data.tokenizer import load_tokenizer
 from equilibrium_mcore.data.train_tokenizer import train_tokenizer
 
@@ -151,27 +150,3 @@ def test_training_errors(tmp_path, write_jsonl, texts):
     with pytest.raises(FileNotFoundError, match=r"no\.jsonl"):
         train_tokenizer(inputs=[tmp_path / "no.jsonl"], output=output, vocab_size=600)
     assert not output.exists()
-
-
-def test_release_gives_the_same_ids(tmp_path, tokenizer, texts):
-    transformers = pytest.importorskip("transformers")
-    save_release_tokenizer(tokenizer, tmp_path, max_length=512)
-    released = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert released.eos_token_id == tokenizer.eod
-    assert released.pad_token_id == tokenizer.pad_id
-    assert released.model_max_length == 512
-    assert len(released) == tokenizer.vocab_size
-    # Hugging Face finds control tokens in text, and takes the mark of a space for one.
-    for text in HARD_TEXTS[:9] + texts:
-        if "<|" in text or "\u2581" in text:
-            continue
-        ids = released(text, add_special_tokens=False).input_ids
-        assert ids == tokenizer.encode(text)
-        assert released.decode(ids) == text
-
-
-def test_release_copies_a_hugging_face_tokenizer(tmp_path, byte_level_folder):
-    loaded = load_tokenizer(TokenizerConfig(type="HuggingFaceTokenizer", model=byte_level_folder))
-    written = save_release_tokenizer(loaded, tmp_path, max_length=512)
-    for path in written:
-        assert path.read_bytes() == (byte_level_folder / path.name).read_bytes()

@@ -20,7 +20,7 @@ SEQUENCE = 128
 # rounding, and the choices of experts that it flips. Muon normalises every update, so differences
 # neither grow fast nor shrink. On a CPU, PyTorch's bf16 came within 0.0033 of its float32, while a
 # Muon rate that is 10% higher is 0.042 away, and routed experts without any gradient 0.022: so bf16
-# gets 0.02, room for other orders of summation. FP8 rounds 16 times as coarsely (3 bits of mantissa),
+# gets 0.02, room for other orders of summation. FP8 rounds 16 times as coarsely (3 bits),
 # and what its curve cannot tell is left to the gradients in test_model.py.
 TOLERANCE = {"bf16": 0.02, "fp8": 0.1}
 
