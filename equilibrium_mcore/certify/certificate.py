@@ -16,7 +16,7 @@ import megatron.core
 import torch
 
 import equilibrium_mcore
-from equilibrium_mcore.certify.compare import Verdict, compare, compare_states
+from equilibrium_mcore.certify.compare import Verdict, compare, compare_states, main_weights
 from equilibrium_mcore.certify.packing import compare_packing
 from equilibrium_mcore.certify.trace import Trace, read_trace, trace_rank
 from equilibrium_mcore.certify.twin import STEPS, Layout, in_layout, make_twin
@@ -140,6 +140,15 @@ class _Bench:
         start = start.model_copy(update={"output_directory": self.folder / name})
         trace = self._trace(name, start, layout, save_last=True, fault=True)
         found = compare(trace, reference)
+        sharp = start.model_copy(
+            update={
+                "training": start.training.model_copy(update={"precision": "bf16"}),
+                "output_directory": self.folder / f"{name}_bf16",
+            }
+        )
+        found.append(
+            main_weights(self._trace(f"{name}_bf16", sharp, layout, steps=0, fault=True))
+        )
         # A save in one layout, a load in the other, both ways: the values themselves.
         resumed = in_layout(self.twin, layout, resume="must")
         resumed = self._resumable(resumed, last, name + "_loaded")

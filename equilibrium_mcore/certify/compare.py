@@ -13,8 +13,8 @@ from equilibrium_mcore.certify.trace import Trace
 from equilibrium_mcore.certify.whole import Whole
 
 LOSS = 1e-5
-GRADIENT = 1e-4
-UPDATE = 2e-2
+GRADIENT = 5e-5
+UPDATE = 2e-3
 STATE = 0.0
 CHOICES = 2e-3
 
@@ -59,6 +59,16 @@ def compare(layout: Trace, reference: Trace) -> list[Verdict]:
             )
     verdicts.append(_replicas(layout))
     return verdicts
+
+
+def main_weights(found: Trace) -> Verdict:
+    """bf16: after weights alone were loaded, the optimizer's main weights are those weights."""
+    return _tensors(
+        "bf16: main weights after loading weights alone",
+        found.state.get("main", {}),
+        {name: whole for name, whole in found.weights[0].items() if name in found.state["main"]},
+        STATE,
+    )
 
 
 def compare_states(what: str, found: Trace, expected: Trace) -> list[Verdict]:

@@ -167,7 +167,9 @@ def shrink_model(model: ModelConfig, *, stages: int, largest: dict[str, int]) ->
         mamba = model.mamba
         ratio = min(2, mamba.num_heads // mamba.num_groups)
         # Fewer groups than ranks are repeated over CP ranks: another path, kept where it is taken.
-        groups = tensor if mamba.num_groups < ranks else max(ranks, min(2, mamba.num_groups))
+        # Two groups on a rank, where there are several: one alone cannot show a norm over both.
+        several = 2 if mamba.num_groups >= 2 * ranks else 1
+        groups = tensor if mamba.num_groups < ranks else several * ranks
         heads = math.lcm(groups * ratio, ranks)
         values["mamba"].update(
             num_heads=heads, head_dim=16, state_dim=16, num_groups=groups, chunk_size=16

@@ -1,0 +1,150 @@
+"""Faults as users of such systems report them, planted in a rank one at a time.
+
+Each function breaks the code of the process it runs in. `python -m tests.certify.faults OUT` certifies
+every one of them, and the healthy code, and writes what the certificates said as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+def context_split_over_the_wrong_group() -> None:
+    from types import SimpleNamespace
+
+    from equilibrium_mcore.training import step
+
+    cut = step.rank_batch
+    step.rank_batch = lambda batch, run: cut(
+        batch, SimpleNamespace(groups=SimpleNamespace(cp=run.groups.tp))
+    )
+
+
+def norm_gradients_not_summed_under_sequence_parallelism() -> None:
+    from equilibrium_mcore.models.norms import RMSNorm
+
+    build = RMSNorm.__init__
+
+    def broken(self, config, hidden_size, eps=1e-5):
+        build(self, config, hidden_size, eps)
+        self.weight.sequence_parallel = False
+
+    RMSNorm.__init__ = broken
+
+
+def expert_gradients_off_by_expert_parallel() -> None:
+    from equilibrium_mcore.training import setup
+
+    finish = setup.finalize_model_grads
+
+    def broken(model, *args, **kwargs):
+        finish(model, *args, **kwargs)
+        for chunk in model:
+            for name, parameter in chunk.named_parameters():
+                if ".local_experts." in name:
+                    parameter.main_grad *= 2
+
+    setup.finalize_model_grads = broken
+
+
+def gate_norm_over_the_wrong_group() -> None:
+    from equilibrium_mcore.models.norms import GroupRMSNorm
+
+    build = GroupRMSNorm.__init__
+
+    def broken(self, hidden_size, *args, **kwargs):
+        build(self, hidden_size, *args, **kwargs)
+        self.group_size = hidden_size  # all channels of the rank: fewer under tensor parallelism
+
+    GroupRMSNorm.__init__ = broken
+
+
+def documents_not_told_apart_when_packed() -> None:
+    from equilibrium_mcore.models import mamba
+
+    mamba._documents_of = lambda packed_seq_params: None
+
+
+def rope_not_offset_under_context_parallelism() -> None:
+    from megatron.core.models.common.embeddings import rotary_pos_embedding
+
+    rotary_pos_embedding.get_pos_emb_on_this_cp_rank = lambda emb, seq_dim, cp_group: emb[
+        : emb.shape[0] // cp_group.size()
+    ]
+
+
+def blockwise_muon() -> None:
+    import torch
+
+    from equilibrium_mcore.optim import muon
+
+    muon.whole_parts = lambda local, parameter: [local]
+    muon.local_slice = lambda parts, parameter: torch.cat(parts)
+
+
+def main_weights_not_refreshed() -> None:
+    from equilibrium_mcore.optim.optimizer import HybridOptimizer
+
+    HybridOptimizer.refresh_main_weights = lambda self: None
+
+
+def momentum_not_resumed() -> None:
+    from equilibrium_mcore.optim.optimizer import HybridOptimizer
+
+    load = HybridOptimizer.load_state_dict
+
+    def broken(self, state):
+        load(self, state)
+        for parameter in self.parameters:
+            if parameter.is_owned:
+                for key, tensor in self._state_of(parameter).items():
+                    if key == "momentum":
+                        tensor.zero_()
+
+    HybridOptimizer.load_state_dict = broken
+
+
+def healthy() -> None:
+    """Nothing is broken."""
+
+
+# fault -> (layout, the quantity in which it first shows, a parameter or place that is named there)
+EXPECTED: dict[Callable[[], None], tuple[str, str, str]] = {
+    healthy: ("tp=2,cp=2,ep=2", "", ""),
+    context_split_over_the_wrong_group: ("tp=2,cp=2", "loss of every step", "step 1"),
+    norm_gradients_not_summed_under_sequence_parallelism: ("tp=2", "gradients", "norm"),
+    expert_gradients_off_by_expert_parallel: ("ep=2", "gradients", "mlp.experts.experts"),
+    gate_norm_over_the_wrong_group: ("tp=2", "loss of every step", "step 1"),
+    documents_not_told_apart_when_packed: ("tp=2", "packed documents", "document 1"),
+    rope_not_offset_under_context_parallelism: ("cp=2", "gradients", "embedding"),
+    blockwise_muon: ("tp=2", "weights after 1 step", "decoder.layers.0.mixer"),
+    main_weights_not_refreshed: ("tp=2", "bf16: main weights", "decoder.layers"),
+    momentum_not_resumed: ("tp=2", "optimizer momentum", "decoder.layers.0.mixer"),
+}
+
+
+def main() -> int:
+    """Certify every case of EXPECTED in this process."""
+    from equilibrium_mcore.parallel import accelerator
+
+    accelerator.install()
+    accelerator.quiet_libraries()
+    from equilibrium_mcore.certify.certificate import certify
+    from equilibrium_mcore.certify.twin import parse_layout
+    from equilibrium_mcore.config.load import load_run
+
+    root = Path(__file__).parents[2]
+    config = load_run(root / "configs" / "runs" / "quickstart.yaml")
+    said = {}
+    for fault, (layout, _, _) in EXPECTED.items():
+        layouts = [parse_layout(layout, base=config.parallelism)]
+        said[fault.__name__] = certify(config, layouts, prepare=fault).as_dict()
+    Path(sys.argv[1]).write_text(json.dumps(said))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""The certificate passes healthy layouts, and catches and names every planted fault."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from equilibrium_mcore.certify.twin import make_twin, parse_layout, shrink_layout, shrink_pattern
+from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.load import load_run
+from tests.certify.faults import EXPECTED, healthy
+
+ROOT = Path(__file__).parents[2]
+CASES = {fault.__name__: expected for fault, expected in EXPECTED.items() if fault is not healthy}
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory) -> dict[str, dict]:
+    """The certificates of all cases, made in one process that forks ranks."""
+    output = tmp_path_factory.mktemp("certificates") / "said.json"
+    job = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.certify.faults", str(output)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert job.returncode == 0, job.stderr[-4000:]
+    return json.loads(output.read_text())
+
+
+def verdicts(certificate: dict) -> list[dict]:
+    (found,) = certificate["layouts"].values()
+    return found
+
+
+def test_healthy_layouts_pass(said):
+    certificate = said["healthy"]
+    assert certificate["passed"], [v for v in verdicts(certificate) if not v["passed"]]
+    # Not because nothing was compared: float32 sums in another order do differ a little.
+    gradients = next(v for v in verdicts(certificate) if v["what"] == "gradients")
+    assert 0 < gradients["worst_relative_difference"] < gradients["tolerance"] / 5
+
+
+@pytest.mark.parametrize("fault", CASES)
+def test_planted_fault_is_caught_and_named(said, fault):
+    _, what, where = CASES[fault]
+    certificate = said[fault]
+    assert not certificate["passed"]
+    failed = [v for v in verdicts(certificate) if not v["passed"]]
+    assert any(what in v["what"] and where in v["where"] for v in failed), failed
+
+
+def test_a_fault_of_the_optimizer_leaves_the_gradients_alone(said):
+    """What is named is the cause, not only that something differs."""
+    first = {
+        v["what"]: v["passed"]
+        for v in verdicts(said["blockwise_muon"])
+        if v["what"] in ("gradients", "weights loaded")
+    }
+    assert all(first.values())
+
+
+# ------------------------------------------------------------------------------------ the twin
+
+
+@pytest.fixture
+def run_3b():
+    return load_run(ROOT / "configs" / "runs" / "pretrain_3b.yaml")
+
+
+def test_layout_names():
+    base = load_run(ROOT / "configs" / "runs" / "quickstart.yaml").parallelism
+    layout = parse_layout("tp=2,cp=2,pp=2,ep=2", base=base)
+    assert layout.world_size == 8
+    assert layout.settings["sequence"] is True
+    assert parse_layout("ep=4", base=base).world_size == 4
+    assert parse_layout("dp=2,tp=2,sp=0", base=base).settings["sequence"] is False
+    with pytest.raises(ConfigError, match="NAME=NUMBER"):
+        parse_layout("tq=2", base=base)
+
+
+def test_every_dimension_above_one_stays_above_one(run_3b):
+    values = {"tensor": 4, "sequence": True, "pipeline": 4, "context": 2, "expert": 8}
+    wide = run_3b.model_copy(
+        update={"parallelism": run_3b.parallelism.model_copy(update={**values, "world_size": 64})}
+    )
+    layouts = shrink_layout(wide)
+    assert all(layout.world_size <= 8 for layout in layouts)
+    for name in ("tensor", "pipeline", "context", "expert"):
+        assert any(layout.settings.get(name) == 2 for layout in layouts)
+    assert any("dp=2" in layout.name for layout in layouts)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_the_twin_keeps_every_kind_and_cut(run_3b, tmp_path, stages):
+    pattern = shrink_pattern(run_3b.model.layer_pattern, stages)
+    assert pattern.count("|") == stages - 1
+    assert set(pattern) - {"|"} == set(run_3b.model.layer_pattern) - {"|"}
+    layouts = [parse_layout(f"pp={stages},tp=2,ep=2", base=run_3b.parallelism)]
+    twin = make_twin(run_3b, layouts, folder=tmp_path)
+    assert twin.model.moe.score_function == run_3b.model.moe.score_function
+    assert twin.optimizer.muon.scale == run_3b.optimizer.muon.scale
+    assert twin.model.hidden_size == 64
+
+
+def test_tool_writes_the_certificate_and_tells_by_its_status(tmp_path):
+    output = tmp_path / "certificate.json"
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "certify_layout.py")]
+    config = str(ROOT / "configs" / "runs" / "quickstart.yaml")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    job = subprocess.run(
+        [*command, config, "--json", str(output)], env=environment, capture_output=True, text=True
+    )
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert "the same numbers in every layout" in job.stdout
+    certificate = json.loads(output.read_text())
+    assert certificate["passed"] and certificate["not_certified"] and certificate["versions"]
+    wrong = subprocess.run(
+        [*command, config, "--layouts", "tp=two"], env=environment, capture_output=True, text=True
+    )
+    assert wrong.returncode == 2 and "NAME=NUMBER" in wrong.stderr
