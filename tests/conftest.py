@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.support.pool import RankPool
@@ -11,11 +9,9 @@ from tests.support.runs import make_data
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[RankPool]:
+def ranks() -> RankPool:
     """Processes that play the ranks of a job: `ranks.run(4, function, *arguments)`."""
-    pool = RankPool()
-    yield pool
-    pool.close()
+    return RankPool()
 
 
 @pytest.fixture(scope="session")

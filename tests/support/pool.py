@@ -1,13 +1,15 @@
-"""A pool of processes that play the ranks of many small jobs, one job after another.
+"""Processes that play the ranks of many small jobs, one job after another.
 
-Starting ranks is what a multi-rank test costs, so the ranks are forked once, from a server that has
-imported torch and megatron-core, and every test runs its function in the first N of them.
+Starting ranks is what a multi-rank test costs: importing torch and megatron-core takes seconds. So
+they are forked from a server that has imported both. Every job gets new ones: process groups that
+a job leaves behind keep their threads, and hundreds of those slow a machine down.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -27,64 +29,61 @@ class RankPool:
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["tests.support.preload"])
-        self._workers: list[tuple[Any, Any]] = []
 
     def run(self, world_size: int, function: Callable, *arguments: object) -> list[Any]:
-        """Results by rank. Raises RankError with tracebacks, and renews the pool, on failure."""
-        while len(self._workers) < world_size:
-            self._workers.append(self._start())
+        """Results by rank. Raises RankError with the tracebacks of the ranks that failed."""
         with tempfile.TemporaryDirectory(prefix="ranks_") as folder:
             meeting_point = f"file://{Path(folder) / 'rendezvous'}"
+            ranks = []
             for rank in range(world_size):
-                self._workers[rank][1].send((rank, world_size, meeting_point, function, arguments))
-            answers = [self._answer(rank) for rank in range(world_size)]
+                ours, theirs = self._context.Pipe()
+                work = (theirs, rank, world_size, meeting_point, function, arguments)
+                process = self._context.Process(target=_play, args=work, daemon=True)
+                process.start()
+                theirs.close()
+                ranks.append((process, ours))
+            try:
+                answers = [_answer(rank, pipe) for rank, (_, pipe) in enumerate(ranks)]
+            finally:
+                for process, pipe in ranks:
+                    pipe.close()
+                    process.kill()
+                    process.join()
         failures = [text for kind, text in answers if kind != "result"]
         if failures:
-            self.close()
             raise RankError("\n".join(failures))
         return [value for _, value in answers]
 
-    def _start(self) -> tuple[Any, Any]:
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
-        process.start()
-        theirs.close()
-        return process, ours
 
-    def _answer(self, rank: int) -> tuple[str, Any]:
-        _, pipe = self._workers[rank]
-        if not pipe.poll(TIMEOUT_SECONDS):
-            return "hang", f"rank {rank} gave no answer in {TIMEOUT_SECONDS} s"
-        try:
-            return pipe.recv()
-        except EOFError:
-            return "death", f"rank {rank} died"
-
-    def close(self) -> None:
-        """End all ranks; the next `run` starts new ones."""
-        for process, pipe in self._workers:
-            pipe.close()
-            process.kill()
-            process.join()
-        self._workers.clear()
+def _answer(rank: int, pipe: Any) -> tuple[str, Any]:
+    if not pipe.poll(TIMEOUT_SECONDS):
+        return "hang", f"rank {rank} gave no answer in {TIMEOUT_SECONDS} s"
+    try:
+        return pickle.loads(pipe.recv_bytes())
+    except EOFError:
+        return "death", f"rank {rank} died"
 
 
-def _serve(pipe: Any) -> None:
+def _play(
+    pipe: Any,
+    rank: int,
+    world_size: int,
+    meeting_point: str,
+    function: Callable,
+    arguments: tuple[object, ...],
+) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from equilibrium_mcore.parallel import process_groups
     from equilibrium_mcore.parallel.launch import Place
 
-    while True:
-        try:
-            rank, world_size, meeting_point, function, arguments = pipe.recv()
-        except EOFError:
-            os._exit(0)
-        try:
-            result = function(Place(rank, world_size, rank, meeting_point), *arguments)
-            pipe.send(("result", result))
-        except BaseException:
-            pipe.send(("error", f"rank {rank}:\n{traceback.format_exc()}"))
-        finally:
-            process_groups.destroy()
+    try:
+        result = function(Place(rank, world_size, rank, meeting_point), *arguments)
+        answer = ("result", result)
+    except BaseException:
+        answer = ("error", f"rank {rank}:\n{traceback.format_exc()}")
+    # Plain pickling copies tensors; the pipe's own would share memory that ends with this process.
+    pipe.send_bytes(pickle.dumps(answer))
+    # Leaving in order would wait for ranks that may never come.
+    pipe.close()
+    os._exit(0)
