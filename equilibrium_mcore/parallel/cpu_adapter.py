@@ -229,6 +229,16 @@ def _install_collectives() -> None:
     torch.distributed.reduce_scatter = reduce_scatter
 
 
+def _give_storage(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Put `source`'s data into the emptied storage of `target`, which autograd has saved.
+
+    On storages, so that no version counter moves; megatron-core's own shares instead of copying.
+    """
+    storage, given = target.untyped_storage(), source.untyped_storage()
+    storage.resize_(given.nbytes())
+    storage.copy_(given)
+
+
 def _uncompiled(model=None, **options):
     """A stand-in for torch.compile, as decorator with or without options."""
     return model if model is not None else lambda function: function
@@ -271,4 +281,6 @@ def _install_megatron() -> None:
 
     # This one sets the state through the CUDA driver's queue, which a CPU host never runs.
     mcore_random._set_cuda_rng_state = _set_rng_state
+    # This one compiles C++ at run time, for which a laptop may have no compiler.
+    mcore_random._get_share_storage = lambda: _give_storage
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_CpuGeneratorIsMeant())
