@@ -1,0 +1,213 @@
+"""Certifies that a run learns the same in every layout: the twin, its traces, the verdicts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import megatron.core
+import torch
+
+import equilibrium_mcore
+from equilibrium_mcore.certify.compare import Verdict, compare, compare_states
+from equilibrium_mcore.certify.packing import compare_packing
+from equilibrium_mcore.certify.trace import Trace, read_trace, trace_rank
+from equilibrium_mcore.certify.twin import STEPS, Layout, in_layout, make_twin
+from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.parallel.launch import Place, start_ranks
+
+NOT_CERTIFIED = (
+    "NCCL, Transformer Engine, Triton and FP8 kernels: the twin runs their PyTorch references over "
+    "gloo; on a GPU host tests/gpu compares the kernels with those",
+    "rounding of bf16 training: the twin trains in float32",
+    "activation recomputation, which the twin leaves out",
+    "packed documents under context parallelism, which need Transformer Engine's index kernel",
+)
+
+
+@dataclass
+class Certificate:
+    """The outcome for one run config."""
+
+    run: str
+    config_hash: str
+    layouts: dict[str, list[Verdict]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        return all(verdict.passed for verdicts in self.layouts.values() for verdict in verdicts)
+
+    def as_dict(self) -> dict:
+        """Plain values for JSON."""
+        return {
+            "run": self.run,
+            "config_hash": self.config_hash,
+            "passed": self.passed,
+            "layouts": {
+                name: [
+                    {
+                        "what": v.what,
+                        "worst_relative_difference": v.difference,
+                        "tolerance": v.tolerance,
+                        "where": v.where,
+                        "passed": v.passed,
+                    }
+                    for v in verdicts
+                ]
+                for name, verdicts in self.layouts.items()
+            },
+            "not_certified": list(NOT_CERTIFIED),
+            "steps": STEPS,
+            "seconds": round(self.seconds, 1),
+            "versions": {
+                "equilibrium_mcore": equilibrium_mcore.__version__,
+                "megatron-core": megatron.core.__version__,
+                "torch": torch.__version__,
+            },
+        }
+
+    def table(self) -> str:
+        """What, worst relative difference, where, verdict: one line each."""
+        lines = []
+        for name, verdicts in self.layouts.items():
+            lines.append(f"layout {name}")
+            width = max(len(v.what) for v in verdicts)
+            for v in verdicts:
+                mark = "ok  " if v.passed else "FAIL"
+                lines.append(
+                    f"  {mark} {v.what:<{width}}  {v.difference:9.2e} (<= {v.tolerance:.0e})  {v.where}"
+                )
+        lines.append("cannot certify:")
+        lines += [f"  - {text}" for text in NOT_CERTIFIED]
+        failed = [v for verdicts in self.layouts.values() for v in verdicts if not v.passed]
+        if failed:
+            lines.append(f"NOT the same numbers: first in {failed[0].what}, at {failed[0].where}")
+        else:
+            lines.append(f"the same numbers in every layout ({self.seconds:.0f} s)")
+        return "\n".join(lines)
+
+
+def certify(
+    config: RunConfig,
+    layouts: list[Layout],
+    *,
+    prepare: Callable[[], None] | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Certificate:
+    """Certify `layouts` of `config` on CPU ranks that this process forks.
+
+    `prepare` runs in every rank of a layout, but not of the reference, before anything is built; tests
+    plant faults with it. Raises RuntimeError when ranks fail.
+    """
+    started = time.monotonic()
+    digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()
+    certificate = Certificate(config.name, digest)
+    with tempfile.TemporaryDirectory(prefix="certificate_") as folder:
+        bench = _Bench(Path(folder), config, layouts, prepare)
+        progress("one rank, the reference")
+        reference = bench.reference()
+        for layout in layouts:
+            progress(f"layout {layout.name}, {layout.world_size} ranks")
+            certificate.layouts[layout.name] = bench.verdicts(layout, reference)
+    certificate.seconds = time.monotonic() - started
+    return certificate
+
+
+class _Bench:
+    """Runs the twin in its layouts, with checkpoints passed between them."""
+
+    def __init__(self, folder: Path, config: RunConfig, layouts: list[Layout], prepare) -> None:
+        self.folder, self.prepare = folder, prepare
+        self.twin = make_twin(config, layouts, folder=folder / "reference")
+
+    def reference(self) -> Trace:
+        one = Layout("one rank", {}, 1)
+        return self._trace("reference", self.twin, one, save_first=True, save_last=True)
+
+    def verdicts(self, layout: Layout, reference: Trace) -> list[Verdict]:
+        name = layout.name.replace(",", "_").replace("=", "")
+        first = self.folder / "reference" / "checkpoints" / "step_00000000"
+        last = self.folder / "reference" / "checkpoints" / f"step_{STEPS:08d}"
+        start = in_layout(self.twin, layout, initial_weights=str(first))
+        start = start.model_copy(update={"output_directory": self.folder / name})
+        trace = self._trace(name, start, layout, save_last=True, fault=True)
+        found = compare(trace, reference)
+        # A save in one layout, a load in the other, both ways: the values themselves.
+        resumed = in_layout(self.twin, layout, resume="must")
+        resumed = self._resumable(resumed, last, name + "_loaded")
+        loaded = self._trace(name + "_loaded", resumed, layout, steps=0, fault=True)
+        found += compare_states("saved by one rank, loaded in the layout", loaded, reference)
+        back = self._resumable(
+            self.twin.model_copy(
+                update={"checkpoint": self.twin.checkpoint.model_copy(update={"resume": "must"})}
+            ),
+            self.folder / name / "checkpoints" / f"step_{STEPS:08d}",
+            name + "_back",
+        )
+        one = Layout("one rank", {}, 1)
+        returned = self._trace(name + "_back", back, one, steps=0)
+        found += compare_states("saved in the layout, loaded by one rank", returned, trace)
+        found += compare_packing(start, self._ranks, layout.world_size, self.folder / f"{name}_packed")
+        return found
+
+    def _resumable(self, config: RunConfig, checkpoint: Path, name: str) -> RunConfig:
+        """`config` in a folder of its own whose latest checkpoint is `checkpoint`."""
+        checkpoints = self.folder / name / "checkpoints"
+        checkpoints.mkdir(parents=True)
+        (checkpoints / checkpoint.name).symlink_to(checkpoint)
+        (checkpoints / "latest").write_text(checkpoint.name)
+        return config.model_copy(update={"output_directory": self.folder / name})
+
+    def _trace(
+        self,
+        name: str,
+        config: RunConfig,
+        layout: Layout,
+        *,
+        steps: int = STEPS,
+        save_first: bool = False,
+        save_last: bool = False,
+        fault: bool = False,
+    ) -> Trace:
+        folder = self.folder / f"{name}_trace"
+        work = partial(
+            _traced,
+            config=config,
+            folder=folder,
+            steps=steps,
+            save_first=save_first,
+            save_last=save_last,
+            prepare=self.prepare if fault else None,
+        )
+        self._ranks(work, layout.world_size)
+        return read_trace(folder, layout.world_size)
+
+    def _ranks(self, work: Callable[[Place], None], world_size: int) -> None:
+        with tempfile.TemporaryDirectory(dir=self.folder) as meeting:
+            point = f"file://{Path(meeting) / 'rendezvous'}"
+            places = [Place(rank, world_size, rank, point) for rank in range(world_size)]
+            if start_ranks(places, work, folder=Path(meeting)):
+                raise RuntimeError(
+                    f"a rank of {world_size} failed while certifying; its traceback is above"
+                )
+
+
+def _traced(place: Place, *, prepare: Callable[[], None] | None, **arguments) -> None:
+    if prepare is not None:
+        prepare()
+    trace_rank(place, **arguments)
+
+
+def write_certificate(certificate: Certificate, path: Path) -> None:
+    """Write the JSON aside, then give it its name."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(certificate.as_dict(), indent=2) + "\n", encoding="utf-8")
+    os.replace(aside, path)
