@@ -100,7 +100,7 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
 
 
 def build_on_meta(model: ModelConfig) -> HybridModel:
-    """The whole model as one rank has it, of PyTorch's modules, its matrices on `meta`.
+    """The whole model as one rank has it, of PyTorch's modules, on `meta`.
 
     Transformer Engine's modules have the same parameters, and need a GPU to be built.
     """

@@ -28,8 +28,8 @@ def main() -> int:
     parser.add_argument("--rehearse", action="store_true", help="a tiny model, on any host")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures here too")
     arguments = parser.parse_args()
-    accelerator.install()  # before megatron-core is imported
     accelerator.quiet_libraries()
+    accelerator.install()  # before megatron-core is imported
     if not arguments.rehearse and not accelerator.has_cuda():
         parser.error("this host has no CUDA device: --rehearse runs every part at a tiny size")
     from equilibrium_mcore.training.benchmark import REHEARSAL, Plan, run_benchmark
