@@ -155,7 +155,9 @@ class _Bench:
         one = Layout("one rank", {}, 1)
         returned = self._trace(name + "_back", back, one, steps=0)
         found += compare_states("saved in the layout, loaded by one rank", returned, trace)
-        found += compare_packing(start, self._ranks, layout.world_size, self.folder / f"{name}_packed")
+        found += compare_packing(
+            start, self._ranks, self.folder / f"{name}_packed", prepare=self.prepare
+        )
         return found
 
     def _resumable(self, config: RunConfig, checkpoint: Path, name: str) -> RunConfig:

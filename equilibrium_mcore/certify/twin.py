@@ -135,6 +135,8 @@ def make_twin(config: RunConfig, layouts: list[Layout], *, folder: Path) -> RunC
         backend="torch",
     )
     values["optimizer"]["schedule"] = {"kind": "constant"}
+    # Products in bfloat16 would hide a fault below their rounding.
+    values["optimizer"]["muon"]["matmul_precision"] = "highest"
     values["checkpoint"] = {"resume": "never"}
     values["logging"] = {"tensorboard": False}
     return run_from_mapping(values)

@@ -1,0 +1,58 @@
+"""Certify that a run learns the same numbers in its layout as on one rank, without a GPU.
+
+The run is shrunk to a twin that keeps what a layout could get wrong, and trained on CPU ranks: the loss
+of every step, every gradient, every weight, the routing, and the state after a save in one layout and a
+load in the other are compared.
+
+    python tools/certify_layout.py configs/runs/pretrain_3b.yaml
+    python tools/certify_layout.py configs/runs/pretrain_3b.yaml \\
+        --layouts tp=2,cp=2,pp=2,ep=2 tp=4,ep=4 --json certificate.json
+
+The exit status is 0 when every layout passes, 1 when one does not, 2 for a config that cannot be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.load import load_run
+from equilibrium_mcore.parallel import accelerator
+
+
+def main() -> int:
+    """Parse the command line, certify, print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a run's YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for pretraining")
+    parser.add_argument(
+        "--layouts", nargs="+", default=[], metavar="tp=2,cp=2", help="layouts beside the run's own"
+    )
+    parser.add_argument("--world-size", type=int, help="ranks of the real run, if not in the config")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the certificate here")
+    options = parser.parse_args()
+    accelerator.install()  # before megatron-core is imported
+    accelerator.quiet_libraries()
+    from equilibrium_mcore.certify.certificate import certify, write_certificate
+    from equilibrium_mcore.certify.twin import parse_layout, shrink_layout
+
+    try:
+        config = load_run(options.config, options.overrides, world_size=options.world_size)
+        layouts = shrink_layout(config, options.world_size)
+        layouts += [parse_layout(text, base=config.parallelism) for text in options.layouts]
+        certificate = certify(config, layouts, progress=lambda text: print(f"... {text}", flush=True))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(certificate.table())
+    if options.json:
+        write_certificate(certificate, options.json)
+    return 0 if certificate.passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
