@@ -20,6 +20,11 @@ from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -34,6 +39,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
 )
+from torch import Tensor
 
 from equilibrium_mcore.config.schema import ModelConfig
 from equilibrium_mcore.models.attention import TorchCoreAttention
@@ -183,11 +189,33 @@ def _attention_layer(attention: type, submodules: Any, norm: type) -> ModuleSpec
 
 
 class MultiLatentSelfAttention(MLASelfAttention):
-    """MLASelfAttention that builds exactly the projections and norms which its spec names.
+    """MLASelfAttention with the projections and norms that its spec names, and whole gradients.
 
     megatron-core re-derives them and refuses a latent norm when there is no query latent, which
     DeepSeek-V2-Lite has.
     """
+
+    def _qkv_down_projection(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents of the query, and of key and value with the shared rope key, whole in width.
+
+        The rope key serves the heads of every TP rank, so each rank's gradient of it is partial.
+        megatron-core 0.19.2 adds them up only where a whole projection meets sequence parallelism;
+        elsewhere the rope rows of this projection would learn from one rank's heads.
+        """
+        query, key_value = super()._qkv_down_projection(hidden_states)
+        group, config = self.tp_group, self.config
+        if group.size() == 1:
+            return query, key_value
+        widths = [config.kv_lora_rank, config.qk_pos_emb_head_dim]
+        if key_value.size(-1) != sum(widths):  # a column-parallel projection: a slice per rank
+            key_value = gather_from_tensor_model_parallel_region(key_value, group=group)
+            if config.sequence_parallel:  # megatron-core gathers the rope key again, with its sum
+                key_value = scatter_to_sequence_parallel_region(key_value, group=group)
+        if not config.sequence_parallel:
+            latent, rope = key_value.split(widths, dim=-1)
+            rope = copy_to_tensor_model_parallel_region(rope, group=group)  # backward: the sum
+            key_value = torch.cat([latent, rope], dim=-1)
+        return query, key_value
 
     def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
         return {

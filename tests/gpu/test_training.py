@@ -16,13 +16,13 @@ pytestmark = pytest.mark.gpu
 
 STEPS = 20
 SEQUENCE = 128
-VOCABULARY = 4096
-# Nats. Equal weights and equal batches; what differs is rounding, and the choices of experts that it
-# flips. Muon normalises every update, so small differences neither grow fast nor shrink. On a CPU,
-# PyTorch's bf16 stayed within 0.02 of its float32 over these steps; the limits leave room for other
-# orders of summation, and for FP8's 3 bits of mantissa, and are far below what a wrong scale,
-# a lost gradient or a weight cache that is not refreshed would cost (the loss falls by over 1.5).
-TOLERANCE = {"bf16": 0.06, "fp8": 0.25}
+# Nats, the largest distance over all steps. Equal weights and equal batches; what differs is rounding,
+# and the choices of experts that it flips. Muon normalises every update, so differences neither
+# grow fast nor shrink. On a CPU, PyTorch's bf16 came within 0.0033 of its float32, while a Muon rate
+# that is 10% higher is 0.042 away, and routed experts without any gradient 0.022: so bf16 gets 0.02,
+# room for other orders of summation. FP8 rounds 16 times as coarsely (3 bits of mantissa), and what
+# its curve cannot tell is left to the gradients in test_model.py.
+TOLERANCE = {"bf16": 0.02, "fp8": 0.1}
 
 
 class Counting(torch.utils.data.Dataset):

@@ -55,7 +55,7 @@ start() {
   read -r control_port node_port < <(free_ports)
   host="$(hostname -s)"
   user="$(id -un)"
-  cpus="$(nproc)"
+  cpus="$(env -u OMP_NUM_THREADS nproc)"  # nproc would print that variable
   mkdir -p "$dir/state" "$dir/spool"
   # munged insists on folders that others cannot write to, and on a secret key.
   mkdir -m 755 "$dir/munge"

@@ -182,7 +182,9 @@ def test_a_preempted_job_is_queued_again_and_resumes(
     cluster.call(
         *("sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     )
-    cluster.wait(job, "queued again", lambda: cluster.facts(job).get("Restarts") == "1", seconds=180)
+    cluster.wait(
+        job, "queued again", lambda: cluster.facts(job).get("Restarts") == "1", seconds=180
+    )
     signals = [event for event in read(run, "event") if event["event"] == "signal"]
     assert len(signals) == 1, cluster.log(job)
     assert 5 <= signals[0]["step"] < STEPS
