@@ -233,7 +233,7 @@ class SoapConfig(Section):
 
 
 class CosmosConfig(Section):
-    """COSMOS for matrices: SOAP on the leading eigen-subspace, Muon on the rest, arXiv 2502.17410."""
+    """COSMOS for matrices: SOAP on the leading eigen-subspace, Muon beside it, arXiv 2502.17410."""
 
     learning_rate: PositiveFloat = setting(3e-3, "peak learning rate")
     rank: PositiveInt = setting(

@@ -53,8 +53,9 @@ def treatment_of(
         why = f"optimizer.overrides: {override.pattern}"
     if chosen != "adamw" and len(shape) != 2:
         raise ConfigError(
-            f"optimizer.overrides: {override.pattern!r} gives {name} to {chosen}, which updates "
-            f"matrices, but its shape is {tuple(shape)}: use optimizer: adamw, or a narrower pattern"
+            f"optimizer.overrides: {override.pattern!r} gives {name} to {chosen}, which "
+            f"updates matrices, but its shape is {tuple(shape)}: use optimizer: adamw, or a "
+            "narrower pattern"
         )
     rate, decay = _rate_and_decay(chosen, rule.kind, optimizer)
     if override is not None:
