@@ -9,10 +9,10 @@ square (`update_rms` here, `lr_ratio` there).
 from __future__ import annotations
 
 import torch
-from emerging_optimizers.utils.eig import eigh_with_fallback
 from torch import Tensor
 
 from equilibrium_mcore.config.schema import CosmosConfig
+from equilibrium_mcore.optim.eigenbasis import DAMPING, first_basis, gram
 from equilibrium_mcore.optim.matrix import MatrixOptimizer, WholeState
 from equilibrium_mcore.optim.newton_schulz import orthogonalise
 from equilibrium_mcore.optim.parameters import Parameter
@@ -76,12 +76,14 @@ class Cosmos(MatrixOptimizer):
         before, beta2 = state["subspace"], self.config.beta2
         moment = torch.zeros_like(state["subspace_moment"])
         if self.steps == 1:
-            eigenvectors = eigh_with_fallback(gradient.mT @ gradient)[1]
-            subspace = eigenvectors[..., : before.size(-1)].contiguous()
+            eigenvectors = first_basis(gram(gradient))
+            subspace = eigenvectors[..., : before.size(-1)].to(before.dtype)
         else:
             moved = before @ state["subspace_moment"]
-            moved = moved.lerp(gradient.mT @ (gradient @ before), 1 - beta2)
-            subspace = torch.linalg.qr(moved).Q
+            moved = moved.lerp(gradient.mT @ (gradient @ before), 1 - beta2).double()
+            # As in `eigenbasis`: a direction that no gradient has stays what it was.
+            size = torch.linalg.vector_norm(moved, dim=(-2, -1), keepdim=True)
+            subspace = torch.linalg.qr(moved + DAMPING * size * before).Q.to(before.dtype)
             turn = before.mT @ subspace
             moment = turn.mT @ state["subspace_moment"] @ turn
         projected = gradient @ subspace

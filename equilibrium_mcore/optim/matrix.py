@@ -76,7 +76,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     continue
                 self.state[main]["momentum"] = torch.zeros_like(main)
                 self.whole_state[main] = [
-                    self.new_whole_state(*shape, like=main) for shape in self.part_shapes(main)
+                    self.new_whole_state(*shape, like=main)
+                    for shape in self._info[main].part_shapes
                 ]
 
     @torch.no_grad()
@@ -89,15 +90,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 for main, direction in self.directions(batch).items():
                     main.mul_(1 - group["lr"] * group["weight_decay"])
                     main.add_(direction.to(main.dtype), alpha=-group["lr"])
-
-    def part_shapes(self, main: Tensor) -> list[tuple[int, int]]:
-        """(rows, columns) of the whole parts of a matrix."""
-        parameter = self._info[main]
-        rows, columns = parameter.whole_shape
-        parts = parameter.treatment.parts
-        if parts is None:
-            return [(rows, columns)]
-        return [(size * parts.blocks, columns) for size in parts.sizes]
 
     def part_names(self, main: Tensor) -> tuple[str, ...]:
         """Names of the parts, for keys of saved state."""

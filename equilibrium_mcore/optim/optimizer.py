@@ -244,10 +244,11 @@ class HybridOptimizer:
     def state_of(self, parameter: Parameter) -> dict[str, Tensor]:
         """The tensors of parameter-like shape that its owner keeps."""
         tensors = {}
-        if parameter.main is not parameter.model:
+        if self.schedule_free is not None:  # `main` is what a release is made of
+            tensors["main"] = self.schedule_free.average(parameter)
+            tensors["fast"] = parameter.main
+        elif parameter.main is not parameter.model:
             tensors["main"] = parameter.main
-        if self.schedule_free is not None:
-            tensors["average"] = self.schedule_free.average(parameter)
         for optimizer in self._optimizers:
             for key, value in optimizer.state.get(parameter.main, {}).items():
                 if key != "step":

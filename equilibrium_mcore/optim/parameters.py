@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from equilibrium_mcore.config.schema import ModelConfig, OptimizerConfig
+from equilibrium_mcore.optim.parts import part_shapes
 from equilibrium_mcore.optim.treatment import Treatment, check_overrides_match, treatment_of
 
 
@@ -55,6 +56,11 @@ class Parameter:
         if self.partition_dim is not None:
             shape[self.partition_dim] *= self.tensor_group.size()
         return tuple(shape)
+
+    @property
+    def part_shapes(self) -> list[tuple[int, int]]:
+        """(rows, columns) of the whole maps of a matrix."""
+        return part_shapes(self.whole_shape, self.treatment.parts)
 
 
 def describe_parameters(

@@ -25,6 +25,14 @@ class Parts:
     shared_out: bool = False
 
 
+def part_shapes(whole: tuple[int, ...], parts: Parts | None) -> list[tuple[int, int]]:
+    """(rows, columns) of the parts of a matrix of shape `whole`."""
+    rows, columns = whole
+    if parts is None:
+        return [(rows, columns)]
+    return [(size * parts.blocks, columns) for size in parts.sizes]
+
+
 def whole_parts(
     local: Tensor, parts: Parts | None, *, group: ProcessGroup, dim: int | None
 ) -> list[Tensor]:

@@ -9,10 +9,10 @@ full updates.) Preconditioners belong to a whole map, not to a tensor-parallel s
 from __future__ import annotations
 
 import torch
-from emerging_optimizers.utils.eig import eigh_with_fallback, orthogonal_iteration
 from torch import Tensor
 
 from equilibrium_mcore.config.schema import SoapConfig
+from equilibrium_mcore.optim.eigenbasis import first_basis, gram, renewed_basis
 from equilibrium_mcore.optim.matrix import MatrixOptimizer, WholeState
 from equilibrium_mcore.optim.parameters import Parameter
 
@@ -65,27 +65,24 @@ class Soap(MatrixOptimizer):
             first = rotate(momentum, state) / (1 - self.momentum_decay**adam_steps)
             denominator = (second / (1 - config.beta2**adam_steps)).sqrt_().add_(config.epsilon)
             update = rotate_back(first / denominator, state)
-        for side, outer in (
-            ("left", lambda: gradient @ gradient.mT),
-            ("right", lambda: gradient.mT @ gradient),
-        ):
+        for side, columns in zip(SIDES, (gradient.mT, gradient), strict=True):
             if f"{side}_basis" in state:
                 preconditioner = state[f"{side}_preconditioner"]
-                preconditioner.lerp_(outer(), 1 - config.preconditioner_beta)
-                self._renew_basis(side, state)
+                preconditioner.lerp_(columns.mT @ columns, 1 - config.preconditioner_beta)
+                self._renew_basis(side, columns, state)
         return update
 
-    def _renew_basis(self, side: str, state: WholeState) -> None:
+    def _renew_basis(self, side: str, columns: Tensor, state: WholeState) -> None:
         """Eigenvectors at the first step; one power iteration and a QR at intervals later."""
         preconditioner, basis = state[f"{side}_preconditioner"], state[f"{side}_basis"]
         if self.steps == 1:
-            state[f"{side}_basis"] = eigh_with_fallback(preconditioner)[1]
+            state[f"{side}_basis"] = first_basis(gram(columns)).to(basis.dtype)
         elif (self.steps - 1) % self.config.basis_interval_steps == 0:
             # Largest first, so that QR keeps what is certain; the second moment moves along.
             eigenvalues = (basis * (preconditioner @ basis)).sum(dim=-2)
             order = eigenvalues.argsort(dim=-1, descending=True, stable=True)
             basis = basis.take_along_dim(order.unsqueeze(-2), dim=-1)
-            state[f"{side}_basis"] = orthogonal_iteration(preconditioner, basis, 1)
+            state[f"{side}_basis"] = renewed_basis(preconditioner, basis)
             along = order.unsqueeze(-1 if side == "left" else -2)
             dim = -2 if side == "left" else -1
             state["second_moment"] = state["second_moment"].take_along_dim(along, dim=dim)

@@ -9,50 +9,13 @@ import torch
 
 from equilibrium_mcore.config.load import load_model
 from equilibrium_mcore.config.schema import MuonConfig, ScheduleConfig
-from equilibrium_mcore.optim.muon import Muon
 from equilibrium_mcore.optim.ownership import assign_owners, work
-from equilibrium_mcore.optim.parameters import Parameter
 from equilibrium_mcore.optim.parts import Parts, join_rows, split_rows
 from equilibrium_mcore.optim.schedule import learning_rate_factor
 from equilibrium_mcore.optim.table import rule_for
-from equilibrium_mcore.optim.treatment import Treatment
 from equilibrium_mcore.parallel.launch import Place
+from tests.optim.support import Group, matrix
 from tests.support.runs import tiny_run
-
-
-class Group:
-    """A process group that is only asked for its size and rank."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-
-    def size(self) -> int:
-        return self._size
-
-    def rank(self) -> int:
-        return 0
-
-
-ONE_RANK = Group(1)
-
-
-def matrix(tensor: torch.Tensor, config, parts: Parts | None = None) -> Parameter:
-    """A whole matrix on one rank, updated as the optimizer section `config` says."""
-    treatment = Treatment(
-        "matrix", "muon", config.learning_rate, config.weight_decay, parts, "a test"
-    )
-    return Parameter(
-        name="m",
-        model=tensor,
-        treatment=treatment,
-        data_group=ONE_RANK,
-        tensor_group=ONE_RANK,
-        partition_dim=None,
-        counts_in_norm=True,
-        is_expert=False,
-        main=tensor,
-    )
-
 
 # ---------------------------------------------------------------------------------- the table
 
@@ -112,61 +75,6 @@ def test_cutting_and_joining_rows_is_the_identity(parts):
     assert torch.equal(join_rows(pieces, parts), whole)
     if parts is not None and parts.blocks == 3:  # q rows of every group come together
         assert pieces[0].flatten().tolist() == [0, 1, 4, 5, 8, 9]
-
-
-# -------------------------------------------------------------------------------------- Muon
-
-
-def reference_muon_step(weight, gradient, momentum, config: MuonConfig):
-    """Muon on one matrix, by its description, in float64 with the quintic coefficients."""
-    momentum = config.momentum * momentum + (1 - config.momentum) * gradient
-    direction = config.momentum * momentum + (1 - config.momentum) * gradient
-    x = direction / direction.norm()
-    wide = x.shape[0] <= x.shape[1]
-    x = x if wide else x.T
-    for a, b, c in [
-        (4.0848, -6.8946, 2.9270),
-        (3.9505, -6.3029, 2.6377),
-        (3.7418, -5.5913, 2.3037),
-        (2.8769, -3.1427, 1.2046),
-        (2.8366, -3.0525, 1.2012),
-    ]:
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    x = x if wide else x.T
-    x = x * max(x.shape) ** 0.5 * config.extra_scale
-    weight = weight * (1 - config.learning_rate * config.weight_decay)
-    return weight - config.learning_rate * x, momentum
-
-
-@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (16, 16)])
-def test_muon_follows_its_description(shape):
-    torch.manual_seed(0)
-    config = MuonConfig(learning_rate=0.02, extra_scale=0.2, weight_decay=0.1)
-    weight = torch.randn(shape)
-    optimizer = Muon([matrix(weight, config)], config)
-    expected, momentum = weight.double().clone(), torch.zeros(shape, dtype=torch.float64)
-    for _ in range(3):
-        gradient = torch.randn(shape)
-        weight.grad = gradient
-        optimizer.step()
-        expected, momentum = reference_muon_step(expected, gradient.double(), momentum, config)
-    torch.testing.assert_close(weight.double(), expected, rtol=0, atol=1e-4)
-
-
-def test_muon_orthogonalises_each_part_by_itself():
-    torch.manual_seed(0)
-    config = MuonConfig(weight_decay=0.0)
-    whole, parts = torch.randn(12, 20), Parts(("a", "b"), (4, 8))
-    apart = [part.clone() for part in whole.split([4, 8])]
-    gradient = torch.randn(12, 20)
-    optimizer = Muon([matrix(whole, config, parts)], config)
-    whole.grad = gradient
-    optimizer.step()
-    for part, part_gradient in zip(apart, gradient.split([4, 8]), strict=True):
-        part.grad = part_gradient
-        Muon([matrix(part, config)], config).step()
-    torch.testing.assert_close(whole, torch.cat(apart), rtol=0, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------- ownership
