@@ -33,8 +33,8 @@ def main() -> int:
     options = parser.parse_intermixed_args()
     try:
         config = load_run(options.config, options.overrides)
-        accelerator.install()  # before megatron-core is imported
         accelerator.quiet_libraries()
+        accelerator.install()  # before megatron-core is imported
         from equilibrium_mcore.certify.sanity.ladder import run_ladder
 
         report = run_ladder(

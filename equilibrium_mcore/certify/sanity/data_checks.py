@@ -210,14 +210,14 @@ def check_validation_split(datasets: Datasets) -> Check:
     problems, train_hashes, validation_hashes = [], set(), []
     sizes = {"train": 0, "validation": 0}
     for train, validation in zip(parts(datasets.train), parts(datasets.validation), strict=True):
-        both = np.intersect1d(train.indexed_indices, validation.indexed_indices)
+        both = np.intersect1d(train.indices, validation.indices)
         if both.size:
             problems.append(
                 f"{both.size:,} documents of {train.dataset_path} are in both splits, the first is "
                 f"number {both[0]}"
             )
-        sizes["train"] += len(train.indexed_indices)
-        sizes["validation"] += len(validation.indexed_indices)
+        sizes["train"] += len(train.indices)
+        sizes["validation"] += len(validation.indices)
         train_hashes |= set(_hashes(train))
         validation_hashes += _hashes(validation)
     twice = float(np.mean([item in train_hashes for item in validation_hashes]))
@@ -237,7 +237,7 @@ def check_validation_split(datasets: Datasets) -> Check:
 
 def _hashes(part: Any) -> list[bytes]:
     """A hash of each document of one source's split, of at most DOCUMENTS_COMPARED of them."""
-    numbers = part.indexed_indices
+    numbers = part.indices
     numbers = numbers[:: -(-len(numbers) // DOCUMENTS_COMPARED) or 1]
     return [hashlib.md5(part.dataset[int(n)].tobytes()).digest() for n in numbers]
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from equilibrium_mcore.certify.sanity import data_checks, learning_checks, model_checks
-from equilibrium_mcore.certify.sanity.verdict import Check, SanityReport, skipped
+from equilibrium_mcore.certify.sanity.verdict import Check, SanityReport, Verdict, skipped
 from equilibrium_mcore.certify.sanity.workbench import observe, opened, sanity_config, varied
 from equilibrium_mcore.certify.tokens import MadeUpTokens
 from equilibrium_mcore.config.errors import ConfigError
@@ -49,7 +50,7 @@ def run_ladder(
     if unknown:
         raise ConfigError(f"check {unknown[0]!r} is unknown; there are {', '.join(NAMES)}")
     with tempfile.TemporaryDirectory(prefix="equilibrium_sanity_") as folder:
-        small, changes = sanity_config(config, folder=Path(folder))
+        small, changes = sanity_config(config, folder=Path(folder), made_up_tokens=made_up_tokens)
         if made_up_tokens:
             changes.append("made-up tokens instead of the run's data")
         ladder = _Ladder(config, small, made_up_tokens, set(only) or set(NAMES), show)
@@ -110,11 +111,15 @@ class _Ladder:
     def _first_steps(self, datasets: Datasets, tokenizer: Tokenizer | None) -> None:
         # At the peak rate, so that a step moves every parameter by more than rounding.
         config = varied(
-            self.config, optimizer={"schedule": {"kind": "constant", "warmup_steps": 0}}
+            self.config,
+            optimizer={"schedule": {"kind": "constant", "warmup_steps": 0, "decay_steps": 0}},
         )
         with opened(config, datasets=datasets) as run:
             for name, check in (
-                ("batch_statistics", lambda: data_checks.check_batch_statistics(datasets, tokenizer)),
+                (
+                    "batch_statistics",
+                    lambda: data_checks.check_batch_statistics(datasets, tokenizer),
+                ),
                 ("data_order", lambda: data_checks.check_data_order(run)),
                 ("validation_split", lambda: data_checks.check_validation_split(datasets)),
             ):
@@ -123,7 +128,11 @@ class _Ladder:
                 self._try(name, check)
             if not self.wanted & set(NEEDS_STEPS):
                 return
-            seen = observe(run, steps=OBSERVED_STEPS)
+            try:
+                seen = observe(run, steps=OBSERVED_STEPS)
+            except Exception as error:  # e.g. gradients that are not finite
+                self._add(_raised("first_steps", error))
+                return
             self._try("alignment", lambda: data_checks.check_alignment(seen, tokenizer))
             self._try(
                 "initial_loss",
@@ -143,6 +152,23 @@ class _Ladder:
         if name not in self.wanted:
             return
         start = time.perf_counter()
-        done = dataclasses.replace(check(), seconds=time.perf_counter() - start)
+        try:
+            done = check()
+        except Exception as error:  # one check's failure must not hide the others
+            done = _raised(name, error)
+        self._add(dataclasses.replace(done, seconds=time.perf_counter() - start))
+
+    def _add(self, done: Check) -> None:
         self.report.checks.append(done)
         self.show(done.text())
+
+
+def _raised(name: str, error: Exception) -> Check:
+    lines = traceback.format_exception(error)[-1].strip().splitlines()
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return Check(
+        name,
+        Verdict.FAIL,
+        f"raised {lines[0]}",
+        details=[*lines[1:], f"at {where.filename}:{where.lineno} in {where.name}"],
+    )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from equilibrium_mcore.certify.sanity.verdict import Check, Verdict, judged
+from equilibrium_mcore.certify.sanity.verdict import Check, judged
 from equilibrium_mcore.certify.sanity.workbench import opened, varied
 from equilibrium_mcore.config.schema import OptimizerConfig, RunConfig
 from equilibrium_mcore.data.blend import Datasets
@@ -23,15 +23,22 @@ OVERFIT_LOSS = 0.2
 OVERFIT_RATES = {"muon": 2e-2}
 OVERFIT_RATE = 5e-3  # of every other optimizer
 PRECISION_STEPS = 20
-# Tolerated difference of the two curves, as a share of the float32 loss: bfloat16 rounds to 8
-# bits, 0.4 %, at every activation, and a curve that falls steeply turns a small lag into a gap.
-PRECISION_TOLERANCE = 0.02
+PRECISION_SEQUENCES = 2
+# CPUs without bfloat16 units need minutes for the products with a large vocabulary, so there ids
+# are taken modulo this.
+PRECISION_VOCABULARY = 4096
+# Tolerated difference of the two curves, as a share of the float32 loss. Sound bf16 runs stay
+# within 0.03 %, since rounding averages out over many activations; bf16 without float32 main
+# weights is at 0.4 %. fp8 has 4 bits fewer than bf16, so it is allowed 16 times as much.
+PRECISION_TOLERANCE = {"bf16": 0.002, "fp16": 0.002, "fp8": 0.032}
 
 
 class Repeated(Dataset):
-    """A few samples over and over, cut to `length` tokens each."""
+    """A few samples over and over, cut to `length` tokens each, ids modulo `vocabulary`."""
 
-    def __init__(self, dataset: Dataset, *, tokens: int, length: int, total: int) -> None:
+    def __init__(
+        self, dataset: Dataset, *, tokens: int, length: int, total: int, vocabulary: int
+    ) -> None:
         self._pieces: list[dict[str, torch.Tensor]] = []
         self._total = total
         number = 0
@@ -40,7 +47,7 @@ class Repeated(Dataset):
             number += 1
             whole = len(sample["tokens"]) // length * length
             for start in range(0, whole, length):
-                self._pieces.append(_cut(sample, start, length))
+                self._pieces.append(_cut(sample, start, length, vocabulary))
         del self._pieces[-(-tokens // length) :]
 
     def __len__(self) -> int:
@@ -54,10 +61,19 @@ class Repeated(Dataset):
         return "".join(tokenizer.decode(piece["tokens"].tolist()) for piece in self._pieces)
 
 
-def _cut(sample: dict[str, Any], start: int, length: int) -> dict[str, torch.Tensor]:
-    names = ("tokens", "labels", "loss_mask")
-    piece = {name: torch.as_tensor(sample[name])[start : start + length] for name in names}
-    return {**piece, "position_ids": torch.arange(length)}
+def _cut(
+    sample: dict[str, Any], start: int, length: int, vocabulary: int
+) -> dict[str, torch.Tensor]:
+    tokens, labels, mask = (
+        torch.as_tensor(sample[name])[start : start + length]
+        for name in ("tokens", "labels", "loss_mask")
+    )
+    return {
+        "tokens": tokens % vocabulary,
+        "labels": labels % vocabulary,
+        "loss_mask": mask,
+        "position_ids": torch.arange(length),
+    }
 
 
 def check_overfit(config: RunConfig, datasets: Datasets, tokenizer: Tokenizer | None) -> Check:
@@ -65,9 +81,16 @@ def check_overfit(config: RunConfig, datasets: Datasets, tokenizer: Tokenizer | 
     length = min(OVERFIT_LENGTH, config.training.sequence_length)
     sequences = -(-OVERFIT_TOKENS // length)
     total = OVERFIT_STEPS * sequences
-    few = Repeated(datasets.train, tokens=OVERFIT_TOKENS, length=length, total=total)
+    few = Repeated(
+        datasets.train,
+        tokens=OVERFIT_TOKENS,
+        length=length,
+        total=total,
+        vocabulary=config.model.vocab_size,
+    )
     fast = varied(
         config,
+        data={"train_samples": None},
         optimizer=_fast(config.optimizer),
         training={
             "sequence_length": length,
@@ -97,15 +120,16 @@ def check_overfit(config: RunConfig, datasets: Datasets, tokenizer: Tokenizer | 
 
 def _fast(optimizer: OptimizerConfig) -> dict[str, Any]:
     """High constant rates without decay of weights, for every optimizer that has them."""
-    changes: dict[str, Any] = {"schedule": {"kind": "constant", "warmup_steps": 5}}
+    changes: dict[str, Any] = {
+        "schedule": {"kind": "constant", "warmup_steps": 5, "decay_steps": 0}
+    }
     for name, section in optimizer.model_dump(mode="json").items():
         if isinstance(section, dict) and "learning_rate" in section:
-            changes[name] = {**section, "learning_rate": OVERFIT_RATES.get(name, OVERFIT_RATE)}
+            changes[name] = {"learning_rate": OVERFIT_RATES.get(name, OVERFIT_RATE)}
             for key, value in (("weight_decay", 0.0), ("learning_rates", {}), ("extra_scale", 0.2)):
                 if key in section:
                     changes[name][key] = value
-    if "scale" in changes.get("muon", {}):
-        changes["muon"]["scale"] = "spectral"
+    changes["muon"]["scale"] = "spectral"
     return changes
 
 
@@ -117,19 +141,31 @@ def check_precision(config: RunConfig, datasets: Datasets, *, asked: str) -> Che
     curves: dict[str, list[float]] = {}
     weights: dict[str, torch.Tensor] = {}
     length = min(OVERFIT_LENGTH, config.training.sequence_length)
-    samples = 8 * PRECISION_STEPS
-    short = Repeated(datasets.train, tokens=samples * length, length=length, total=samples)
+    samples = PRECISION_SEQUENCES * PRECISION_STEPS
+    vocabulary = config.model.vocab_size
+    if not describe_host().has_cuda:
+        vocabulary = min(vocabulary, PRECISION_VOCABULARY)
+    short = Repeated(
+        datasets.train,
+        tokens=samples * length,
+        length=length,
+        total=samples,
+        vocabulary=vocabulary,
+    )
     for name in ("fp32", precision):
         changed = varied(
             config,
+            model={"vocab_size": vocabulary},
+            data={"train_samples": None},
             training={
                 "precision": name,
                 "sequence_length": length,
-                "micro_batch_size": 8,
+                "micro_batch_size": PRECISION_SEQUENCES,
+                "global_batch_size": PRECISION_SEQUENCES,
                 "steps": PRECISION_STEPS,
                 "validation_interval_steps": 0,
             },
-            optimizer={"schedule": {"kind": "constant"}},
+            optimizer={"schedule": {"kind": "constant", "decay_steps": 0}},
         )
         with opened(changed, datasets=Datasets(short, None, None)) as run:
             parameters = dict(run.chunks[0].named_parameters())
@@ -143,11 +179,12 @@ def check_precision(config: RunConfig, datasets: Datasets, *, asked: str) -> Che
     pairs = list(zip(curves["fp32"], curves[precision], strict=True))
     gaps = [abs(b - a) / a for a, b in pairs]
     step = max(range(len(gaps)), key=gaps.__getitem__)
+    allowed = PRECISION_TOLERANCE[precision]
     seen = (
         f"{precision} is {gaps[step]:.2%} from fp32 at most, at step {step} of {PRECISION_STEPS} "
-        f"({pairs[step][1]:.4f}, {pairs[step][0]:.4f}); allowed {PRECISION_TOLERANCE:.0%}"
+        f"({pairs[step][1]:.4f}, {pairs[step][0]:.4f}); allowed {allowed:.1%}"
     )
-    problems = [] if gaps[step] <= PRECISION_TOLERANCE else [seen]
+    problems = [] if gaps[step] <= allowed else [seen]
     if not curves["fp32"][-1] < curves["fp32"][0]:
         problems.append(
             f"the loss does not fall in {PRECISION_STEPS} steps at the run's own rates: "
@@ -161,7 +198,7 @@ def check_precision(config: RunConfig, datasets: Datasets, *, asked: str) -> Che
 
 
 def show_schedule(config: RunConfig) -> Check:
-    """The learning rates at key steps of the run as it is configured; nothing is judged but form."""
+    """The learning rates at key steps of the run as configured; FAIL if the peak is not reached."""
     schedule, total = config.optimizer.schedule, config.training.steps
     marks = {0, schedule.warmup_steps, total // 4, total // 2, 3 * total // 4, total - 1}
     if schedule.kind == "wsd":
@@ -171,7 +208,8 @@ def show_schedule(config: RunConfig) -> Check:
     peaks = {
         name: section["learning_rate"]
         for name, section in config.optimizer.model_dump(mode="json").items()
-        if isinstance(section, dict) and "learning_rate" in section
+        if isinstance(section, dict)
+        and "learning_rate" in section
         and name in ("adamw", config.optimizer.matrices)
     }
     lines = [f"{'step':>9}  " + "  ".join(f"{name:>10}" for name in peaks)]
@@ -182,6 +220,3 @@ def show_schedule(config: RunConfig) -> Check:
         problems.append(f"the peak rate is never reached: at most {max(factors):.0%} of it")
     name = f"{schedule.kind}, {schedule.warmup_steps} warmup of {total} steps"
     return judged("schedule", problems, name, details=lines)
-
-
-__all__ = ["Verdict", "check_overfit", "check_precision", "show_schedule"]

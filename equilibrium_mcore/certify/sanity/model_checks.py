@@ -36,14 +36,18 @@ def check_initial_loss(run: Run, seen: Observed, full_model: ModelConfig) -> Che
     expected = uniform + spread
     upper = expected
     if model.tie_embeddings:
-        upper = float(torch.logaddexp(
-            torch.tensor(expected), torch.tensor(model.init_std * model.hidden_size)
-        ))
+        upper = float(
+            torch.logaddexp(
+                torch.tensor(expected), torch.tensor(model.init_std * model.hidden_size)
+            )
+        )
     problems = []
     if not uniform - INITIAL_LOSS_TOLERANCE <= loss <= upper + INITIAL_LOSS_TOLERANCE:
         side = (
             "below it something tells the answer (labels not shifted, a look ahead, a repeated "
-            "batch)" if loss < uniform else "above it weights start too large"
+            "batch)"
+            if loss < uniform
+            else "above it weights start too large"
         )
         problems.append(
             f"loss {loss:.3f} at step 0, expected {expected:.3f} = ln({model.padded_vocab_size:,}) "
@@ -78,8 +82,9 @@ def check_loss_alignment(run: Run, seen: Observed) -> Check:
         """Of the model's losses at [first, last) from those of `targets` there."""
         length = labels.shape[1]
         there = slice(first, length + last)
-        mine = F.cross_entropy(logits[:, there].float().flatten(0, 1), targets.flatten(),
-                               reduction="none")
+        mine = F.cross_entropy(
+            logits[:, there].float().flatten(0, 1), targets.flatten(), reduction="none"
+        )
         return float((losses[:, there].flatten().float() - mine).abs().max())
 
     here = difference(labels, 0, 0)
@@ -124,6 +129,9 @@ def check_causality(run: Run, seen: Observed) -> Check:
         if leak > LEAK_TOLERANCE:
             problems.append(f"{where} sees the future: {leak:.2g} of what it adds comes from there")
         mixes = letters[index] not in "E-"
+        if forward < 0:
+            problems.append(f"{where} sees nothing: it adds zero whatever comes in")
+            continue
         if mixes and forward < LEAK_TOLERANCE:
             problems.append(f"{where} does not see the past: it mixes no positions")
         if not mixes and forward > LEAK_TOLERANCE:
@@ -160,7 +168,7 @@ def _layer_leak(layer: torch.nn.Module, arguments: dict, places: list[int]) -> t
     """How much comes from the future, and how much goes from position p to those behind it.
 
     Row 0 stays, row k + 1 is another from places[k] on (first figure) or at places[k] alone
-    (second). Both as a share of what the layer adds to its input.
+    (second). Both as a share of what the layer adds to its input; (0, -1) where it adds nothing.
     """
     hidden = arguments["hidden_states"].clone()  # (sequence, batch, hidden)
     generator = torch.Generator().manual_seed(0)
@@ -175,7 +183,9 @@ def _layer_leak(layer: torch.nn.Module, arguments: dict, places: list[int]) -> t
         return (output[0] if isinstance(output, tuple) else output) - states
 
     plain, with_later, with_only = added(hidden), added(later), added(only)
-    scale = plain.std().item() + 1e-30
+    scale = plain.std().item()
+    if scale == 0:
+        return 0.0, -1.0
     leak = forward = 0.0
     for row, place in enumerate(places, start=1):
         leak = max(leak, _largest(with_later[:place, row] - plain[:place, 0]))
@@ -187,7 +197,7 @@ def _logit_leak(chunk: torch.nn.Module, base: dict[str, Tensor], places: list[in
     rows = len(places) + 1
     tokens = base["input_ids"].repeat(rows, 1)
     for row, place in enumerate(places, start=1):
-        tokens[row, place:] = tokens[row, place:].flip(0).roll(1)
+        tokens[row, place:] = (tokens[row, place:] + 1) % tokens.max()
     positions = base["position_ids"].expand(rows, -1)
     logits = chunk(input_ids=tokens, position_ids=positions, attention_mask=None)
     leaks = [_largest(logits[row, :p] - logits[0, :p]) for row, p in enumerate(places, start=1)]
@@ -246,7 +256,9 @@ def check_router(run: Run, seen: Observed) -> Check:
         balance = float(-(share * share.clamp_min(1e-30).log()).sum() / math.log(moe.num_experts))
         ratio = float(share.max() * moe.num_experts)
         unused = (load == 0).nonzero().flatten().tolist()
-        details.append(f"layer {layer:>3} {_bars(share)} balance {balance:.2f}, max/mean {ratio:.1f}")
+        details.append(
+            f"layer {layer:>3} {_bars(share)} balance {balance:.2f}, max/mean {ratio:.1f}"
+        )
         figures[str(layer)] = {"load": load.tolist(), "balance": balance, "max_over_mean": ratio}
         if unused and per_expert >= FEWEST_TOKENS_PER_EXPERT:
             problems.append(
@@ -285,11 +297,11 @@ def check_optimizer_groups(seen: Observed) -> Check:
     problems += _by_kind(twice, "in two optimizer groups")
     problems += [f"an optimizer updates a tensor of no parameter: {name}" for name in strange]
     still = [name for name in seen.unmoved if name not in missing]
-    problems += _by_kind(still, "has a gradient, but a step leaves it as it was")
+    problems += _by_kind(still, "has a gradient, but steps leave it as it was")
     return judged(
         "optimizer_groups",
         problems,
-        f"each of {len(seen.memberships)} parameters is in one group, and the first step moved it",
+        f"each of {len(seen.memberships)} parameters is in one group and moved",
     )
 
 

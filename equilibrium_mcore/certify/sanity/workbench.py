@@ -42,7 +42,9 @@ _ONE_RANK = {"tensor": 1, "sequence": False, "pipeline": 1, "virtual_pipeline": 
 _ONE_RANK |= {"expert_tensor": 1, "context": 1, "world_size": 1, "overlap_grad_reduce": False}
 
 
-def sanity_config(config: RunConfig, *, folder: Path) -> tuple[RunConfig, list[str]]:
+def sanity_config(
+    config: RunConfig, *, folder: Path, made_up_tokens: bool = False
+) -> tuple[RunConfig, list[str]]:
     """The run on one rank, small enough to check, and in words what was changed."""
     values = config.model_dump(mode="json")
     changes = ["one rank, no parallelism (layouts: tools/certify_layout.py)", "precision fp32"]
@@ -52,12 +54,13 @@ def sanity_config(config: RunConfig, *, folder: Path) -> tuple[RunConfig, list[s
         sizes = ("tensor", "context", "pipeline", "virtual_pipeline", "expert", "expert_tensor")
         model = shrink_model(config.model, stages=1, largest=dict.fromkeys(sizes, 1))
         model.update(hidden_size=TWIN_HIDDEN_SIZE)
-        # The user's data goes through it.
-        model.update({k: values["model"][k] for k in ("vocab_size", "vocab_size_multiple")})
+        if not made_up_tokens:  # the run's own data goes through the twin
+            model.update({k: values["model"][k] for k in ("vocab_size", "vocab_size_multiple")})
         values["model"] = model
         changes.append(
             f"{config.model.name} ({size:,} parameters) is shrunk to a twin: layers "
-            f"{model['layer_pattern']}, hidden size {TWIN_HIDDEN_SIZE}"
+            f"{model['layer_pattern']}, hidden size {TWIN_HIDDEN_SIZE}, vocabulary "
+            f"{model['vocab_size']:,}"
         )
     length = min(config.training.sequence_length, LONGEST_SEQUENCE)
     if length < config.training.sequence_length:
@@ -87,10 +90,18 @@ def sanity_config(config: RunConfig, *, folder: Path) -> tuple[RunConfig, list[s
 
 def varied(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
     """`config` with some settings of some sections changed, checked anew."""
-    values = config.model_dump(mode="json")
-    for name, changes in sections.items():
-        values[name].update(changes)
+    values = _merged(config.model_dump(mode="json"), sections)
     return run_from_mapping(_fitting(values))
+
+
+def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`values` with `changes` in it, mapping by mapping."""
+    result = dict(values)
+    for key, change in changes.items():
+        both = isinstance(change, dict) and isinstance(result.get(key), dict)
+        # An empty mapping takes the old one's place: rates of single kinds are set as a whole.
+        result[key] = _merged(result[key], change) if both and change else change
+    return result
 
 
 def _fitting(values: dict[str, Any]) -> dict[str, Any]:
@@ -131,7 +142,7 @@ class Observed:
             within each row (first dimension).
         non_finite: parameters with a gradient that was not finite.
         frozen: parameters that ask for no gradient.
-        unmoved: parameters with a gradient that the optimizer left as they were.
+        unmoved: parameters with a gradient that all steps left as they were.
         memberships: how often an optimizer holds each parameter in its groups.
         tokens_of_experts: by 0-based layer, the tokens that each expert was given.
     """
@@ -159,18 +170,15 @@ def observe(run: Run, *, steps: int) -> Observed:
     seen = Observed()
     named = dict(layout_free_names(run.chunks[0]))
     seen.frozen = [name for name, tensor in named.items() if not tensor.requires_grad]
+    before = {name: tensor.detach().clone() for name, tensor in named.items()}
     with _watching(run, named, seen):
         for _ in range(steps):
-            before = {name: tensor.detach().clone() for name, tensor in named.items()}
             seen.losses.append(train_step(run).loss)
-            if not seen.unmoved and len(seen.losses) == 1:
-                seen.unmoved = [
-                    name
-                    for name, tensor in named.items()
-                    if name in seen.gradient_sums
-                    and seen.gradient_sums[name].any()
-                    and torch.equal(before[name], tensor)
-                ]
+    seen.unmoved = [
+        name
+        for name, sums in seen.gradient_sums.items()
+        if sums.any() and torch.equal(before[name], named[name])
+    ]
     return seen
 
 
@@ -191,7 +199,9 @@ def _watching(run: Run, named: dict[str, Tensor], seen: Observed) -> Iterator[No
 
     def before_update(optimizer, args, kwargs) -> None:
         members = (p for group in optimizer.param_groups for p in group["params"])
-        stepped[id(optimizer)] = Counter(names.get(id(p), f"unknown {tuple(p.shape)}") for p in members)
+        stepped[id(optimizer)] = Counter(
+            names.get(id(p), f"unknown {tuple(p.shape)}") for p in members
+        )
 
     def step():
         for name, tensor in named.items():
