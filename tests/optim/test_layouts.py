@@ -216,3 +216,20 @@ def test_state_saved_in_one_layout_goes_on_in_another(ranks, data, tmp_path, nam
     for key in half["whole"].keys() & loaded["whole"].keys():
         assert torch.equal(half["whole"][key], loaded["whole"][key]), key
     assert bool(half["whole"]) == (name in ("soap", "cosmos"))
+
+
+def test_bf16_averages_are_resumed(ranks, data, tmp_path):
+    """In bfloat16 the model has rounded averages; the optimizer's own are what goes on."""
+
+    def run(folder: str, steps: int, save: bool = False) -> list[float]:
+        config = tiny_run(
+            data,
+            tmp_path / folder,
+            optimizer=CURVES["schedule_free"],
+            training={"precision": "bf16"},
+        )
+        return ranks.run(1, train_steps, config, steps, save)[0]["loss"]
+
+    straight = run("straight", 4)
+    assert run("half", 2, True) == straight[:2]
+    assert run("half", 2) == straight[2:]
