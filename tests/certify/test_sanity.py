@@ -196,7 +196,7 @@ def _no_end(sample, index):
 
 
 def _no_main_weights(sound):
-    return lambda model, **kwargs: model
+    return lambda model, *args, **kwargs: model
 
 
 FAULTS: dict[str, tuple[Plant, str, str]] = {
