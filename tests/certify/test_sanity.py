@@ -196,7 +196,12 @@ def _no_end(sample, index):
 
 
 def _no_main_weights(sound):
-    return lambda model, *args, **kwargs: model
+    def step(self):
+        result = sound(self)
+        self.refresh_main_weights()  # rounded to the model's precision after every step
+        return result
+
+    return step
 
 
 FAULTS: dict[str, tuple[Plant, str, str]] = {
@@ -247,7 +252,8 @@ FAULTS: dict[str, tuple[Plant, str, str]] = {
         _wrapped(optim_optimizer, "learning_rate_factor", lambda sound: lambda *a, **k: 1e-4),
         "overfit", "keeps it from learning"),
     "no float32 main weights": (
-        _wrapped(optim_optimizer, "_main_weight", _no_main_weights), "precision", "bf16 is"),
+        _wrapped(optim_optimizer.HybridOptimizer, "step", _no_main_weights), "precision",
+        "bf16 is"),
     "gradients that are not finite": (
         _wrapped(mamba, "ssd_scan", _scan(x=lambda x: x / 0)), "first_steps", "not finite"),
 }  # fmt: skip
