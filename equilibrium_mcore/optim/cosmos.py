@@ -47,10 +47,8 @@ class Cosmos(MatrixOptimizer):
 
     def directions(self, batch: list[Tensor]) -> dict[Tensor, Tensor]:
         """Both shares together, scaled to the chosen root mean square."""
-        for main in batch:
-            self.state[main]["momentum"].lerp_(main.grad, 1 - self.momentum_decay)
         gradients = self.gather({main: main.grad for main in batch})
-        momenta = self.gather({main: self.state[main]["momentum"] for main in batch})
+        momenta = self.gather({main: self.renew_momentum(main) for main in batch})
         return self.scatter(self.update_parts(gradients, momenta))
 
     def update_stack(self, gradient: Tensor, momentum: Tensor, state: WholeState) -> Tensor:

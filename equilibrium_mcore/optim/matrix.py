@@ -72,9 +72,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """Make the state of every parameter, so that it can be saved or loaded."""
         for group in self.param_groups:
             for main in group["params"]:
-                if "momentum" in self.state[main]:
+                if main in self.whole_state:
                     continue
-                self.state[main]["momentum"] = torch.zeros_like(main)
+                if self.momentum_decay > 0:
+                    self.state[main]["momentum"] = torch.zeros_like(main)
                 self.whole_state[main] = [
                     self.new_whole_state(*shape, like=main)
                     for shape in self._info[main].part_shapes
@@ -90,6 +91,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 for main, direction in self.directions(batch).items():
                     main.mul_(1 - group["lr"] * group["weight_decay"])
                     main.add_(direction.to(main.dtype), alpha=-group["lr"])
+
+    def renew_momentum(self, main: Tensor) -> Tensor:
+        """The momentum with the new gradient in it; the gradient itself where none is kept."""
+        if self.momentum_decay == 0:
+            return main.grad
+        return self.state[main]["momentum"].lerp_(main.grad, 1 - self.momentum_decay)
 
     def part_names(self, main: Tensor) -> tuple[str, ...]:
         """Names of the parts, for keys of saved state."""

@@ -36,7 +36,7 @@ class Muon(MatrixOptimizer):
         config, decay = self.config, self.momentum_decay
         momenta = {}
         for main in batch:
-            momentum = self.state[main]["momentum"].lerp_(main.grad, 1 - decay)
+            momentum = self.renew_momentum(main)
             momenta[main] = main.grad.lerp(momentum, decay) if config.nesterov else momentum
         parts = self.gather(momenta)
         for places in by_part_shape(parts):

@@ -44,14 +44,10 @@ class Soap(MatrixOptimizer):
 
     def directions(self, batch: list[Tensor]) -> dict[Tensor, Tensor]:
         """Adam's direction in the eigenbasis, rotated back."""
-        is_first = self.steps == 1
-        if not is_first:
-            for main in batch:
-                self.state[main]["momentum"].lerp_(main.grad, 1 - self.momentum_decay)
         gradients = self.gather({main: main.grad for main in batch})
         momenta = gradients
-        if not is_first:
-            momenta = self.gather({main: self.state[main]["momentum"] for main in batch})
+        if self.steps > 1:  # the first step only makes the bases
+            momenta = self.gather({main: self.renew_momentum(main) for main in batch})
         return self.scatter(self.update_parts(gradients, momenta))
 
     def update_stack(self, gradient: Tensor, momentum: Tensor, state: WholeState) -> Tensor:

@@ -1,7 +1,8 @@
 """Is the table's choice better? Muon as it is, MLA's maps joined, and Mamba's dt given to AdamW.
 
 Trains a small hybrid with the same data and seeds in each form and prints losses and differences to
-the table's form, seed by seed: pairs, because seeds differ more than forms do.
+the table's form, seed by seed: pairs, because seeds differ more than forms do. First it prints what
+joining does to an update: the root mean square of each map's rows, joined over by itself.
 
 Example:
     python examples/optimizer_shootout/ablations.py --steps 150 --seeds 3
@@ -28,16 +29,28 @@ accelerator.install()
 import torch  # noqa: E402
 
 from equilibrium_mcore.optim.muon import Muon  # noqa: E402
+from equilibrium_mcore.optim.newton_schulz import orthogonalise  # noqa: E402
+from equilibrium_mcore.optim.parts import split_rows  # noqa: E402
 from equilibrium_mcore.parallel import process_groups  # noqa: E402
 from equilibrium_mcore.parallel.launch import Place  # noqa: E402
 from equilibrium_mcore.training.setup import setup  # noqa: E402
 from equilibrium_mcore.training.step import train_step, validation_loss  # noqa: E402
 
-JOINED = (
-    'optimizer.overrides=[{pattern: "*.linear_q_up_proj.weight", split: false}, '
-    '{pattern: "*.linear_kv_*_proj.weight", split: false}]'
-)
-FORMS = {"table": [], "mla_joined": [JOINED], "dt_adamw": []}
+
+def joined(*weights: str) -> list[str]:
+    """The override that treats these weights as one matrix each."""
+    rows = ", ".join(f'{{pattern: "*.{name}.weight", split: false}}' for name in weights)
+    return [f"optimizer.overrides=[{rows}]"]
+
+
+FORMS = {
+    "table": [],
+    "mla_joined": joined("linear_q_up_proj", "linear_kv_*_proj"),
+    "q_up_joined": joined("linear_q_up_proj"),
+    "kv_up_joined": joined("linear_kv_up_proj"),
+    "kv_down_joined": joined("linear_kv_down_proj"),
+    "dt_adamw": [],
+}
 
 
 def dt_by_adamw(optimizer: Muon, rate: float) -> None:
@@ -62,6 +75,26 @@ def dt_by_adamw(optimizer: Muon, rate: float) -> None:
         return chosen
 
     optimizer.directions = directions
+
+
+def sizes_if_joined(optimizer: Muon) -> dict[str, dict[str, float]]:
+    """For every matrix of several maps: size of each map's update, joined over by itself."""
+    found: dict[str, dict[str, float]] = {}
+    settings = {"steps": 5, "coefficients": "quintic", "precision": "highest"}
+    for main, parameter in optimizer._info.items():
+        parts = parameter.treatment.parts
+        ending = parameter.name.split(".", 3)[-1]
+        if parts is None or ".local_experts." in parameter.name or ending in found:
+            continue
+        momentum = optimizer.state[main]["momentum"]
+        whole = orthogonalise(momentum[None], **settings)[0] * max(momentum.shape) ** 0.5
+        joined = split_rows(whole, parts)
+        found[ending] = {}
+        for name, part, mine in zip(parts.names, split_rows(momentum, parts), joined, strict=True):
+            apart = orthogonalise(part[None], **settings)[0] * max(part.shape) ** 0.5
+            ratio = mine.square().mean() / apart.square().mean()
+            found[ending][name] = round(ratio.item() ** 0.5, 3)
+    return found
 
 
 def final_loss(form: str, seed: int, steps: int) -> float:
@@ -89,6 +122,9 @@ def final_loss(form: str, seed: int, steps: int) -> float:
                 dt_by_adamw(muon, config.optimizer.adamw.learning_rate)
             for _ in range(steps):
                 train_step(run)
+            if (form, seed) == ("table", 1):
+                muon = next(o for o in run.optimizer._optimizers if isinstance(o, Muon))
+                print(json.dumps({"joined over by itself": sizes_if_joined(muon)}), flush=True)
             return validation_loss(run)
         finally:
             process_groups.destroy()
@@ -101,12 +137,13 @@ def main() -> int:
     )
     parser.add_argument("--steps", type=int, default=150, help="steps of 1,024 tokens")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     options = parser.parse_args()
     os.chdir(REPOSITORY)
     for seed in range(1, options.seeds + 1):
-        losses = {form: final_loss(form, seed, options.steps) for form in FORMS}
-        apart = {form: loss - losses["table"] for form, loss in losses.items()}
-        print(json.dumps({"seed": seed, "loss": losses, "minus_table": apart}), flush=True)
+        losses = {form: final_loss(form, seed, options.steps) for form in options.forms}
+        apart = {form: loss - losses[options.forms[0]] for form, loss in losses.items()}
+        print(json.dumps({"seed": seed, "loss": losses, "minus_first_form": apart}), flush=True)
     return 0
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-# All four keep an update about as large as AdamW's at the same rate, so one grid serves all.
-GRID = (2e-3, 4e-3, 8e-3)
-REST = "optimizer.adamw.learning_rate=4e-3"  # of embeddings, norms and the like beside matrices
+# All keep an update about as large as AdamW's at the same rate, so one grid serves all. Embeddings,
+# norms and the like have the same rate as the matrices, with every optimizer.
+GRID = (2e-3, 4e-3, 8e-3, 1.6e-2)
 CONSTANT = ["optimizer.schedule.kind=constant", "optimizer.schedule_free={}"]
 
 
@@ -16,7 +16,7 @@ def _matrices(name: str, *more: str) -> Callable[[float], list[str]]:
             f"optimizer.matrices={name}",
             f"optimizer.{name}.learning_rate={rate:g}",
             f"optimizer.{name}.weight_decay=0.01",
-            REST,
+            f"optimizer.adamw.learning_rate={rate:g}",
             *more,
         ]
 
