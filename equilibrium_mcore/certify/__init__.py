@@ -1,1 +1,1 @@
-"""Checks of a run before it costs anything."""
+"""Proofs about a run before it is trained: the certificate of layouts, and the sanity ladder."""

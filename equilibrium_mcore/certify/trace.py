@@ -141,11 +141,11 @@ def _weights(run: Run) -> list[Piece]:
 
 def _state(run: Run) -> dict[str, list[Piece]]:
     """Parameter-shaped optimizer state, as its owners hold it."""
-    run.optimizer._init_state()
+    run.optimizer.init_state()
     by_key: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for parameter in run.optimizer.parameters:
         if parameter.is_owned:
-            for key, value in run.optimizer._state_of(parameter).items():
+            for key, value in run.optimizer.state_of(parameter).items():
                 if value.shape == parameter.model.shape:
                     by_key[key][parameter.name] = value
     return {key: pieces_of(run, values) for key, values in by_key.items()}

@@ -62,13 +62,30 @@ def _bound(config: RunConfig) -> dict[str, Any]:
     training = config.training
     return {
         **_model(config),
-        "optimizer.matrices": config.optimizer.matrices,
+        **_optimizer_state(config),
         "training.precision": training.precision,
         "training.seed": training.seed,
         "training.sequence_length": training.sequence_length,
         "data.sources": {source.name: source.weight for source in config.data.sources},
         "data.split": config.data.split,
     }
+
+
+def _optimizer_state(config: RunConfig) -> dict[str, Any]:
+    """Settings that decide which state tensors there are, and their shapes."""
+    optimizer = config.optimizer
+    chosen = {o.pattern: (o.optimizer, o.split) for o in optimizer.overrides}
+    used = {optimizer.matrices} | {name for name, _ in chosen.values()}
+    bound = {
+        "optimizer.matrices": optimizer.matrices,
+        "optimizer.overrides": {p: c for p, c in chosen.items() if c != (None, None)},
+        "optimizer.schedule_free": "null" if optimizer.schedule_free is None else "used",
+    }
+    if "soap" in used:
+        bound["optimizer.soap.max_dimension"] = optimizer.soap.max_dimension
+    if "cosmos" in used:
+        bound["optimizer.cosmos.rank"] = optimizer.cosmos.rank
+    return bound
 
 
 def _flatten(values: dict, prefix: str) -> dict[str, Any]:

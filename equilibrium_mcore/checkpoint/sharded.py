@@ -53,8 +53,9 @@ def save_checkpoint(
     # A save that does not return before it is written needs no process to collect results in.
     if filesystem_async._results_queue is None:
         filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(_sharded_state(chunks, optimizer, groups, progress), str(aside))
-    torch.distributed.barrier()
+    with optimizer.evaluation_weights():
+        dist_checkpointing.save(_sharded_state(chunks, optimizer, groups, progress), str(aside))
+        torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
         save_config(config, aside / directory.CONFIG_FILE)
         directory.write_state(

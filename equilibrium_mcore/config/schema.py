@@ -215,6 +215,49 @@ class MuonConfig(Section):
     weight_decay: NonNegativeFloat = setting(0.1, "decoupled weight decay")
 
 
+class SoapConfig(Section):
+    """SOAP for matrices: Adam in the eigenbasis of Shampoo's preconditioner, arXiv 2409.11321."""
+
+    learning_rate: PositiveFloat = setting(3e-3, "peak learning rate")
+    beta1: Fraction = setting(0.95, "decay of the momentum")
+    beta2: Fraction = setting(0.95, "decay of the second moment in the eigenbasis")
+    preconditioner_beta: Fraction = setting(0.95, "decay of the preconditioners L and R")
+    epsilon: PositiveFloat = setting(1e-8, "added to the root of the second moment")
+    basis_interval_steps: PositiveInt = setting(
+        10, "steps between two refreshes of the eigenbases (one power iteration and a QR)"
+    )
+    max_dimension: PositiveInt = setting(
+        8192, "a side with more rows or columns than this keeps its own basis"
+    )
+    weight_decay: NonNegativeFloat = setting(0.1, "decoupled weight decay")
+
+
+class CosmosConfig(Section):
+    """COSMOS for matrices: SOAP on the leading eigen-subspace, Muon beside it, arXiv 2502.17410."""
+
+    learning_rate: PositiveFloat = setting(3e-3, "peak learning rate")
+    rank: PositiveInt = setting(
+        64, "dimensions of the leading subspace; at most half of a matrix's smaller side"
+    )
+    beta1: Fraction = setting(0.9, "decay of the momentum")
+    beta2: Fraction = setting(0.96, "decay of the subspace and of the second moment in it")
+    epsilon: PositiveFloat = setting(1e-8, "added to the root of the second moment")
+    muon_weight: NonNegativeFloat = setting(
+        0.2, "root mean square of Muon's share beside SOAP's (the paper's gamma)"
+    )
+    update_rms: PositiveFloat = setting(
+        0.2, "root mean square of an update at learning rate 1; 0.2 is AdamW's usual size"
+    )
+    newton_schulz_steps: PositiveInt = setting(5, "iterations of the orthogonalisation")
+    coefficients: Literal["simple", "quintic", "polar_express", "cans", "aol"] = setting(
+        "simple", "coefficients of the iteration, by emerging-optimizers' names"
+    )
+    matmul_precision: Literal["highest", "high", "medium"] = setting(
+        "highest", "precision of float32 products in the iteration; medium may use bfloat16"
+    )
+    weight_decay: NonNegativeFloat = setting(0.1, "decoupled weight decay")
+
+
 class AdamWConfig(Section):
     """AdamW for everything that is not a matrix between two features."""
 
@@ -243,13 +286,48 @@ class ScheduleConfig(Section):
     minimum_ratio: Fraction = setting(0.1, "factor at the end")
 
 
+class ScheduleFreeConfig(Section):
+    """Schedule-free training: averaged weights instead of a decaying rate, arXiv 2405.15682."""
+
+    beta: Fraction = setting(
+        0.9, "gradients are taken at beta * average + (1 - beta) * fast weights"
+    )
+    matrix_momentum: Fraction = setting(
+        0.0,
+        "momentum inside the matrix optimizer, instead of its own; 0: averaging is the only one",
+    )
+
+
+class OverrideConfig(Section):
+    """Parameters that are treated otherwise than the table says; what is null stays."""
+
+    pattern: str = setting(
+        doc="parameter names, with * for any text, e.g. *.linear_kv_down_proj.weight; "
+        "tools/show_param_groups.py prints them"
+    )
+    optimizer: Literal["muon", "soap", "cosmos", "adamw"] | None = setting(None, "what updates it")
+    learning_rate: PositiveFloat | None = setting(None, "peak learning rate")
+    weight_decay: NonNegativeFloat | None = setting(None, "decoupled weight decay")
+    split: bool | None = setting(None, "false: a matrix of several maps is treated as one")
+
+
 class OptimizerConfig(Section):
     """What updates which parameters."""
 
-    matrices: Literal["muon", "adamw"] = setting("muon", "optimizer of the weight matrices")
+    matrices: Literal["muon", "soap", "cosmos", "adamw"] = setting(
+        "muon", "optimizer of the weight matrices"
+    )
     muon: MuonConfig = MuonConfig()
+    soap: SoapConfig = SoapConfig()
+    cosmos: CosmosConfig = CosmosConfig()
     adamw: AdamWConfig = AdamWConfig()
+    overrides: list[OverrideConfig] = setting(
+        [], "parameters that are treated otherwise; the first pattern that matches decides"
+    )
     schedule: ScheduleConfig = ScheduleConfig()
+    schedule_free: ScheduleFreeConfig | None = setting(
+        None, "average the weights instead of lowering the rate; {} for its defaults, null for not"
+    )
     clip_gradient_norm: NonNegativeFloat = setting(1.0, "clip to this global norm; 0 for never")
 
 

@@ -41,10 +41,41 @@ def moments_forget(subject: Subject) -> Iterator[str]:
         "optimizer.adamw.beta1": optimizer.adamw.beta1,
         "optimizer.adamw.beta2": optimizer.adamw.beta2,
         "optimizer.muon.momentum": optimizer.muon.momentum,
+        "optimizer.soap.beta1": optimizer.soap.beta1,
+        "optimizer.soap.beta2": optimizer.soap.beta2,
+        "optimizer.soap.preconditioner_beta": optimizer.soap.preconditioner_beta,
+        "optimizer.cosmos.beta1": optimizer.cosmos.beta1,
+        "optimizer.cosmos.beta2": optimizer.cosmos.beta2,
     }
+    if optimizer.schedule_free is not None:
+        decays["optimizer.schedule_free.beta"] = optimizer.schedule_free.beta
+        decays["optimizer.schedule_free.matrix_momentum"] = optimizer.schedule_free.matrix_momentum
     for key, value in decays.items():
         if value == 1:
             yield f"{key}=1: the average would never take up a gradient; use less than 1, e.g. 0.95"
+
+
+@rule("optimizer")
+def schedule_free_has_no_decay(subject: Subject) -> Iterator[str]:
+    optimizer = subject.config.optimizer
+    if optimizer.schedule_free is not None and optimizer.schedule.kind != "constant":
+        yield (
+            f"optimizer.schedule.kind={optimizer.schedule.kind!r} with optimizer.schedule_free: "
+            "the average of the weights takes the place of a falling rate; set "
+            "optimizer.schedule.kind: constant (a warmup may stay), or schedule_free: null"
+        )
+
+
+@rule("optimizer")
+def overrides_change_something(subject: Subject) -> Iterator[str]:
+    """Whether a pattern matches a parameter is seen when the model is built."""
+    for index, override in enumerate(subject.config.optimizer.overrides):
+        values = override.model_dump(exclude={"pattern"})
+        if all(value is None for value in values.values()):
+            yield (
+                f"optimizer.overrides.{index}: pattern {override.pattern!r} changes nothing; give "
+                f"it one of {', '.join(values)}"
+            )
 
 
 @rule("training")

@@ -1,4 +1,4 @@
-"""The optimizer of a run: Muon and AdamW by the table, layer-wise distributed over data ranks.
+"""The optimizer of a run, by the table, layer-wise distributed over data ranks.
 
 megatron-core's DDP reduces gradients to every rank; each parameter's owner updates its main weight
 and shares the result. State is saved under the parameter's own sharding, so a checkpoint loads in
@@ -7,26 +7,26 @@ any layout.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
-from megatron.core.dist_checkpointing.optimizer import (
-    get_param_id_to_sharded_param_map,
-    make_sharded_optimizer_tensor,
-)
 from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.optim import state
+from equilibrium_mcore.optim.cosmos import Cosmos
+from equilibrium_mcore.optim.matrix import MatrixOptimizer, rate_groups
 from equilibrium_mcore.optim.muon import Muon
 from equilibrium_mcore.optim.ownership import assign_owners, share_updates
 from equilibrium_mcore.optim.parameters import Parameter, describe_parameters
 from equilibrium_mcore.optim.schedule import learning_rate_factor
-
-# AdamW decays only tables whose scale nothing else holds.
-DECAYED_KINDS = ("embedding", "output", "router", "matrix")
+from equilibrium_mcore.optim.schedule_free import AdamWithoutMomentum, ScheduleFree
+from equilibrium_mcore.optim.soap import Soap
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,16 @@ class HybridOptimizer:
         chunks: megatron-core DDP-wrapped model chunks (one per virtual stage).
         groups: all process groups.
         config: the run.
+        main_dtype: of main weights and state; float64 sharpens proofs of layout invariance.
     """
 
     def __init__(
-        self, chunks: list[torch.nn.Module], groups: ProcessGroupCollection, config: RunConfig
+        self,
+        chunks: list[torch.nn.Module],
+        groups: ProcessGroupCollection,
+        config: RunConfig,
+        *,
+        main_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.config = config
         self.settings = config.optimizer
@@ -56,8 +62,12 @@ class HybridOptimizer:
         )
         assign_owners(self.parameters, distributed=config.parallelism.distributed_optimizer)
         self._owned = [p for p in self.parameters if self._keeps(p)]
+        averages = self.settings.schedule_free is not None
         for parameter in self._owned:
-            parameter.main = _main_weight(parameter.model)
+            parameter.main = _main_weight(parameter.model, main_dtype, always_copy=averages)
+        self.schedule_free: ScheduleFree | None = None
+        if averages:
+            self.schedule_free = ScheduleFree(self._owned, self.settings.schedule_free)
         self._optimizers = self._build_optimizers()
         self.scaler = None
         if config.training.precision == "fp16":
@@ -77,29 +87,33 @@ class HybridOptimizer:
 
     def _build_optimizers(self) -> list[torch.optim.Optimizer]:
         built: list[torch.optim.Optimizer] = []
-        matrices = [p for p in self._owned if p.is_matrix]
-        if matrices:
-            built.append(Muon(matrices, self.settings.muon))
-        rest = [p for p in self._owned if not p.is_matrix]
-        adamw = self.settings.adamw
-        groups = []
-        for kind in sorted({p.kind for p in rest}):
-            rate = adamw.learning_rates.get(kind, adamw.learning_rate)
-            groups.append(
-                {
-                    "params": [p.main for p in rest if p.kind == kind],
-                    "lr": rate,
-                    "weight_decay": adamw.weight_decay if kind in DECAYED_KINDS else 0.0,
-                }
-            )
-        if groups:
-            built.append(
-                torch.optim.AdamW(groups, betas=(adamw.beta1, adamw.beta2), eps=adamw.epsilon)
-            )
-        for optimizer in built:
-            for group in optimizer.param_groups:
-                group["peak_lr"] = group["lr"]
+        for name, build in self._kinds().items():
+            chosen = [p for p in self._owned if p.treatment.optimizer == name]
+            if chosen:
+                built.append(build(chosen))
+        for optimizer in built if self.schedule_free is not None else ():
+            for group in optimizer.param_groups:  # decay is the average's business: see `step`
+                group["outer_weight_decay"], group["weight_decay"] = group["weight_decay"], 0.0
         return built
+
+    def _kinds(self) -> dict[str, Callable[[list[Parameter]], torch.optim.Optimizer]]:
+        """How each optimizer is built, in the order of their steps: all ranks gather in it."""
+        settings, average = self.settings, self.settings.schedule_free
+        momentum = average.matrix_momentum if average is not None else None
+
+        def adamw(parameters: list[Parameter]) -> torch.optim.Optimizer:
+            if average is not None:
+                return AdamWithoutMomentum(parameters, settings.adamw)
+            betas = settings.adamw.beta1, settings.adamw.beta2
+            groups = rate_groups(parameters)
+            return torch.optim.AdamW(groups, betas=betas, eps=settings.adamw.epsilon)
+
+        return {
+            "muon": lambda chosen: Muon(chosen, settings.muon, momentum=momentum),
+            "soap": lambda chosen: Soap(chosen, settings.soap, beta1=momentum),
+            "cosmos": lambda chosen: Cosmos(chosen, settings.cosmos, beta1=momentum),
+            "adamw": adamw,
+        }
 
     # ------------------------------------------------------------------------------ stepping
 
@@ -108,14 +122,12 @@ class HybridOptimizer:
         return loss if self.scaler is None else loss * self.scaler.scale
 
     def learning_rates(self) -> dict[str, float]:
-        """The learning rates of the next step: `matrix` (Muon's or AdamW's) and `adamw`."""
+        """The learning rates of the next step: `matrix` and `adamw`."""
         factor = learning_rate_factor(
             self.settings.schedule, step=self.steps_done, total_steps=self.config.training.steps
         )
         adamw = self.settings.adamw.learning_rate
-        matrix = adamw
-        if self.settings.matrices == "muon":
-            matrix = self.settings.muon.learning_rate
+        matrix = getattr(self.settings, self.settings.matrices).learning_rate
         return {"matrix": matrix * factor, "adamw": adamw * factor}
 
     @torch.no_grad()
@@ -146,13 +158,13 @@ class HybridOptimizer:
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * rate
+            if self.schedule_free is not None:
+                self.schedule_free.decay(optimizer.param_groups)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        for parameter in self._owned:
-            if parameter.main is not parameter.model:
-                parameter.model.data.copy_(parameter.main)
-        if self.config.parallelism.distributed_optimizer:
-            share_updates(self.parameters)
+        if self.schedule_free is not None:
+            self.schedule_free.take_up(rate)
+        self.write_training_weights()
         self.steps_done += 1
         return StepResult(gradient_norm=norm, skipped=False)
 
@@ -178,7 +190,37 @@ class HybridOptimizer:
             "a lower learning rate or a longer warmup, or look at the data of this step"
         )
 
-    # --------------------------------------------------------------------------------- state
+    # ------------------------------------------------------------------------------ the model
+
+    @torch.no_grad()
+    def write_training_weights(self) -> None:
+        """Give every rank's model the weights at which the next gradient is taken. Collective."""
+        average = self.schedule_free
+        self._write(lambda p: p.main if average is None else average.training_weights(p))
+
+    @contextlib.contextmanager
+    def evaluation_weights(self) -> Iterator[None]:
+        """The model with the weights that are evaluated and saved, inside. Collective.
+
+        Without schedule-free training these are the training weights, and nothing happens.
+        """
+        if self.schedule_free is None:
+            yield
+            return
+        self._write(self.schedule_free.average)
+        try:
+            yield
+        finally:
+            self.write_training_weights()
+
+    @torch.no_grad()
+    def _write(self, weights_of: Callable[[Parameter], Tensor]) -> None:
+        for parameter in self._owned:
+            weights = weights_of(parameter)
+            if weights is not parameter.model:
+                parameter.model.data.copy_(weights)
+        if self.config.parallelism.distributed_optimizer:
+            share_updates(self.parameters)
 
     @torch.no_grad()
     def refresh_main_weights(self) -> None:
@@ -186,71 +228,62 @@ class HybridOptimizer:
         for parameter in self._owned:
             if parameter.main is not parameter.model:
                 parameter.main.copy_(parameter.model)
+        if self.schedule_free is not None:
+            self.schedule_free.restart()
+
+    # --------------------------------------------------------------------------------- state
 
     def sharded_state_dict(self, model_sharded: dict) -> dict:
-        """State as megatron-core sharded tensors: `tensors` by name, and `common` plain values."""
-        self._init_state()
-        named = {id(p.model): p for p in self.parameters}
-        by_id = get_param_id_to_sharded_param_map(model_sharded, [p.model for p in self.parameters])
-        shards = {self.parameters[i].name: sharded for i, sharded in by_id.items()}
-        tensors: dict[str, dict] = {}
-        for parameter in self.parameters:
-            if not parameter.is_owned:
-                continue
-            if parameter.name not in shards:
-                raise KeyError(f"{parameter.name} has no place in the model's sharded state")
-            shard = _written_by_owner(shards[parameter.name])
-            tensors[parameter.name] = {
-                key: make_sharded_optimizer_tensor(shard, value, prefix=f"optimizer.{key}")
-                for key, value in self._state_of(parameter).items()
-            }
-        assert len(named) == len(self.parameters)
-        return {"tensors": tensors, "common": self._common_state()}
+        """State as megatron-core sharded tensors, and `common` plain values."""
+        return state.sharded_state(self, model_sharded)
 
-    def load_state_dict(self, state: dict) -> None:
-        """Take back what `sharded_state_dict` described. Collective when not distributed."""
-        with torch.no_grad():
-            for parameter in self.parameters:
-                if not parameter.is_owned:
-                    continue
-                for key, target in self._state_of(parameter).items():
-                    target.copy_(state["tensors"][parameter.name][key])
-        common = state["common"]
-        self.steps_done = common["steps_done"]
-        if self.scaler is not None and common.get("scaler"):
-            self.scaler.load_state_dict(common["scaler"])
+    def load_state_dict(self, values: dict) -> None:
+        """Take back what `sharded_state_dict` described. Collective."""
+        state.load_state(self, values)
+
+    def state_of(self, parameter: Parameter) -> dict[str, Tensor]:
+        """The tensors of parameter-like shape that its owner keeps."""
+        tensors = {}
+        if self.schedule_free is not None:  # `main` is what a release is made of
+            tensors["main"] = self.schedule_free.average(parameter)
+            tensors["fast"] = parameter.main
+        elif parameter.main is not parameter.model:
+            tensors["main"] = parameter.main
+        for optimizer in self._optimizers:
+            for key, value in optimizer.state.get(parameter.main, {}).items():
+                if key != "step":
+                    tensors[key] = value
+        return tensors
+
+    def whole_state_of(self, parameter: Parameter) -> dict[str, Tensor]:
+        """The tensors of its whole parts, by `state.part`."""
+        return {
+            f"{key}.{part}": value
+            for optimizer in self._optimizers
+            if isinstance(optimizer, MatrixOptimizer) and parameter.main in optimizer.whole_state
+            for part, values in zip(
+                optimizer.part_names(parameter.main),
+                optimizer.whole_state[parameter.main],
+                strict=True,
+            )
+            for key, value in values.items()
+        }
+
+    def set_steps(self, steps_done: int) -> None:
+        """Go on as after so many steps."""
+        self.steps_done = steps_done
         for optimizer in self._optimizers:
             if isinstance(optimizer, torch.optim.AdamW):
                 for values in optimizer.state.values():
-                    values["step"].fill_(common["adamw_steps"])
-        if not self.config.parallelism.distributed_optimizer:
-            self._share_state()
-
-    def _state_of(self, parameter: Parameter) -> dict[str, Tensor]:
-        """The tensors of parameter-like shape that its owner keeps."""
-        tensors = {}
-        if parameter.main is not parameter.model:
-            tensors["main"] = parameter.main
-        for optimizer in self._optimizers:
-            if parameter.main in optimizer.state:
-                for key, value in optimizer.state[parameter.main].items():
-                    if key != "step":
-                        tensors[key] = value
-        return tensors
-
-    def _common_state(self) -> dict:
-        # Skipped fp16 steps do not count, so AdamW's own counter equals steps_done.
-        return {
-            "steps_done": self.steps_done,
-            "adamw_steps": self.steps_done,
-            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
-        }
+                    values["step"].fill_(steps_done)
+            else:
+                optimizer.steps = steps_done
 
     @torch.no_grad()
-    def _init_state(self) -> None:
+    def init_state(self) -> None:
         """Make all state tensors without changing a weight, so that they can be saved or loaded."""
         for optimizer in self._optimizers:
-            if isinstance(optimizer, Muon):
+            if not isinstance(optimizer, torch.optim.AdamW):
                 optimizer.init_state()
                 continue
             for group in optimizer.param_groups:
@@ -262,26 +295,9 @@ class HybridOptimizer:
                             "exp_avg_sq": torch.zeros_like(main),
                         }
 
-    @torch.no_grad()
-    def _share_state(self) -> None:
-        """Without the distributed optimizer only rank 0 of a group reads; the rest get a copy."""
-        for parameter in self.parameters:
-            if parameter.data_group.size() > 1:
-                for tensor in self._state_of(parameter).values():
-                    source = torch.distributed.get_global_rank(
-                        parameter.data_group, parameter.owner
-                    )
-                    torch.distributed.broadcast(tensor, source, group=parameter.data_group)
 
-
-def _main_weight(model: Tensor) -> Tensor:
+def _main_weight(model: Tensor, dtype: torch.dtype, *, always_copy: bool) -> Tensor:
     """The tensor that is updated: the parameter itself where it is wide enough, else a copy."""
-    if model.dtype in (torch.float32, torch.float64):
+    if model.dtype == dtype and not always_copy:
         return model
-    return model.detach().float().clone().requires_grad_(True)
-
-
-def _written_by_owner(shard):
-    """The shard with its data-parallel replica number set to 0: its owner is what writes it."""
-    replica = shard.replica_id
-    return replace(shard, replica_id=0 if isinstance(replica, int) else (*replica[:-1], 0))
+    return model.detach().to(dtype, copy=True).requires_grad_(True)

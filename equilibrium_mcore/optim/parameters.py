@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from equilibrium_mcore.config.schema import ModelConfig, OptimizerConfig
-from equilibrium_mcore.optim.table import PartSizes, rule_for
+from equilibrium_mcore.optim.parts import part_shapes
+from equilibrium_mcore.optim.treatment import Treatment, check_overrides_match, treatment_of
 
 
 @dataclass(eq=False)
@@ -20,16 +21,24 @@ class Parameter:
 
     name: str  # the same in every layout, e.g. decoder.layers.3.mixer.in_proj.weight
     model: Tensor  # the model's own tensor, in the model's precision
-    kind: str  # of optim.table
-    parts: PartSizes | None  # of the whole matrix
+    treatment: Treatment  # what updates it, how fast, and why
     data_group: ProcessGroup  # ranks with the same values
     tensor_group: ProcessGroup  # ranks with the other slices
     partition_dim: int | None  # None where every tensor rank has the whole
     counts_in_norm: bool  # whether this copy is the one that counts
     is_expert: bool  # whether it belongs to routed experts, whose groups are others
-    is_matrix: bool  # whether the matrix optimizer updates it
     owner: int = 0  # rank in data_group that keeps its main weight and optimizer state
-    main: Tensor | None = None  # float32 (or float64) weight, on the owner
+    main: Tensor | None = None  # float32 (or float64) weight that is updated, on the owner
+
+    @property
+    def kind(self) -> str:
+        """What it is, by optim.table."""
+        return self.treatment.kind
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether an optimizer of whole matrices updates it."""
+        return self.treatment.is_matrix
 
     @property
     def is_owned(self) -> bool:
@@ -48,6 +57,11 @@ class Parameter:
             shape[self.partition_dim] *= self.tensor_group.size()
         return tuple(shape)
 
+    @property
+    def part_shapes(self) -> list[tuple[int, int]]:
+        """(rows, columns) of the whole maps of a matrix."""
+        return part_shapes(self.whole_shape, self.treatment.parts)
+
 
 def describe_parameters(
     chunks: list[torch.nn.Module],
@@ -56,36 +70,62 @@ def describe_parameters(
     model: ModelConfig,
     optimizer: OptimizerConfig,
 ) -> list[Parameter]:
-    """All trainable parameters of this rank's model chunks, in an order that DP ranks share."""
+    """All trainable parameters of this rank's model chunks, in an order that DP ranks share.
+
+    Collective. Raises ConfigError where an override decides no parameter of the whole model.
+    """
     found = []
     for chunk in chunks:
         for name, tensor in layout_free_names(chunk):
             if tensor.requires_grad:
                 found.append(_describe(name, tensor, groups, model, optimizer))
+    patterns = [override.pattern for override in optimizer.overrides]
+    if patterns:
+        decided = [sum(p.treatment.override == pattern for p in found) for pattern in patterns]
+        counts = torch.tensor(decided, device=found[0].model.device)
+        torch.distributed.all_reduce(counts)
+        names = [parameter.name for parameter in found]
+        check_overrides_match(optimizer.overrides, counts.tolist(), names)
     return found
 
 
 def layout_free_names(chunk: torch.nn.Module) -> list[tuple[str, Tensor]]:
-    """(name, tensor), with layers and experts numbered over the whole model."""
+    """(name, tensor), with layers and experts numbered over the whole model.
+
+    A grouped expert layer's `linear_fc1.weight3` has the name that it has with experts one by one.
+    """
     modules = dict(chunk.named_modules())
-    named = []
-    for name, tensor in chunk.named_parameters():
+    return [
+        (_layout_free_name(name, modules).replace("module.", ""), tensor)
+        for name, tensor in chunk.named_parameters()
+    ]
 
-        def layer_number(match: re.Match, name: str = name) -> str:
-            module = modules[name[: match.end()]]
-            return f".layers.{module.layer_number - 1}"
 
-        def expert_number(match: re.Match, name: str = name) -> str:
-            experts = modules[name[: match.start()]]
-            first = experts.ep_group.rank() * experts.num_local_experts
-            return f".local_experts.{first + int(match.group(1))}"
+def _layout_free_name(name: str, modules: dict[str, torch.nn.Module]) -> str:
+    def layer_number(match: re.Match) -> str:
+        return f".layers.{modules[name[: match.end()]].layer_number - 1}"
 
-        free = re.sub(r"\.layers\.(\d+)", layer_number, name)
-        if ".local_experts." in name:
-            number = re.search(r"\.local_experts\.(\d+)", name)
-            free = re.sub(r"\.local_experts\.\d+", expert_number(number), free)
-        named.append((free.replace("module.", ""), tensor))
-    return named
+    free = re.sub(r"\.layers\.(\d+)", layer_number, name)
+    expert = re.search(r"\.local_experts\.(\d+)\.(linear_fc[12]\.weight)$", name)
+    grouped = re.search(r"\.(linear_fc[12]\.weight)(\d+)$", name)
+    if expert:
+        number = _first_expert(modules[name[: expert.start()]]) + int(expert.group(1))
+        return _with_ending(free, expert, f".local_experts.{number}.{expert.group(2)}")
+    if grouped:
+        number = _first_expert(modules[name[: grouped.start()]]) + int(grouped.group(2))
+        return _with_ending(free, grouped, f".local_experts.{number}.{grouped.group(1)}")
+    return free
+
+
+def _with_ending(free: str, old: re.Match, new: str) -> str:
+    return free[: -len(old.group())] + new
+
+
+def _first_expert(experts: torch.nn.Module) -> int:
+    """The number, in the whole model, of the first expert on this rank."""
+    if experts.num_local_experts == experts.config.num_moe_experts:
+        return 0
+    return experts.ep_group.rank() * experts.num_local_experts
 
 
 def _describe(
@@ -95,7 +135,6 @@ def _describe(
     model: ModelConfig,
     optimizer: OptimizerConfig,
 ) -> Parameter:
-    rule = rule_for(name)
     is_expert = not getattr(tensor, "allreduce", True)
     tensor_group = groups.expt_tp if is_expert else groups.tp
     is_split = getattr(tensor, "tensor_model_parallel", False) and tensor_group.size() > 1
@@ -103,12 +142,10 @@ def _describe(
     return Parameter(
         name=name,
         model=tensor,
-        kind=rule.kind,
-        parts=rule.parts(model) if rule.parts else None,
+        treatment=treatment_of(name, tensor.shape, model=model, optimizer=optimizer),
         data_group=groups.expt_dp if is_expert else groups.dp_cp,
         tensor_group=tensor_group,
         partition_dim=tensor.partition_dim if is_split else None,
         counts_in_norm=(is_split or tensor_group.rank() == 0) and not is_shared_copy,
         is_expert=is_expert,
-        is_matrix=rule.kind == "matrix" and optimizer.matrices != "adamw",
     )

@@ -2,7 +2,7 @@
 
 One table for all layer kinds: the first row whose pattern matches the end of a parameter's name
 decides. Adding a layer kind means adding its rows. Matrices between two features go to the matrix
-optimizer (Muon); the rest goes to AdamW, by kind.
+optimizer; the rest goes to AdamW, by kind. `optimizer.overrides` of a run changes single rows.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from equilibrium_mcore.config.schema import ModelConfig
-
-# Sizes of the parts along the output rows of the whole matrix, repeated `blocks` times.
-PartSizes = tuple[int, list[int]]
+from equilibrium_mcore.optim.parts import Parts
 
 
 @dataclass(frozen=True)
@@ -24,30 +22,49 @@ class Rule:
     pattern: str
     kind: str
     why: str
-    parts: Callable[[ModelConfig], PartSizes] | None = None
+    parts: Callable[[ModelConfig], Parts | None] | None = None
 
 
-def _mamba_in_proj(model: ModelConfig) -> PartSizes:
+def _mamba_in_proj(model: ModelConfig) -> Parts:
     mamba = model.mamba
     inner, state = mamba.num_heads * mamba.head_dim, mamba.num_groups * mamba.state_dim
-    return 1, [inner, inner, state, state, mamba.num_heads]  # z, x, B, C, dt
+    sizes = (inner, inner, state, state, mamba.num_heads)
+    return Parts(("z", "x", "B", "C", "dt"), sizes, shared_out=True)
 
 
-def _query_key_value(model: ModelConfig) -> PartSizes:
+def _query_key_value(model: ModelConfig) -> Parts:
     heads, groups = model.attention.num_heads, model.attention.num_query_groups
     head_dim = model.attention.head_dim
-    return groups, [heads // groups * head_dim, head_dim, head_dim]
+    sizes = (heads // groups * head_dim, head_dim, head_dim)
+    return Parts(("q", "k", "v"), sizes, blocks=groups)
 
 
-def _gate_and_up(which: str) -> Callable[[ModelConfig], PartSizes]:
-    def parts(model: ModelConfig) -> PartSizes:
+def _mla_query(model: ModelConfig) -> Parts:
+    mla = model.mla
+    sizes = (mla.qk_nope_head_dim, mla.qk_rope_head_dim)
+    return Parts(("nope", "rope"), sizes, blocks=mla.num_heads)
+
+
+def _mla_key_value_up(model: ModelConfig) -> Parts:
+    mla = model.mla
+    return Parts(("k", "v"), (mla.qk_nope_head_dim, mla.v_head_dim), blocks=mla.num_heads)
+
+
+def _mla_key_value_down(model: ModelConfig) -> Parts:
+    return Parts(("latent", "rope"), (model.mla.kv_lora_rank, model.mla.qk_rope_head_dim))
+
+
+def _gate_and_up(which: str) -> Callable[[ModelConfig], Parts | None]:
+    def parts(model: ModelConfig) -> Parts | None:
         mixer = model.mlp if which == "mlp" else model.moe
         width = {
             "mlp": lambda: mixer.ffn_hidden_size,
             "expert": lambda: mixer.expert_ffn_hidden_size,
             "shared": lambda: mixer.shared_ffn_hidden_size,
         }[which]()
-        return 1, [width, width] if mixer.activation == "swiglu" else [width]
+        if mixer.activation != "swiglu":
+            return None
+        return Parts(("gate", "up"), (width, width), shared_out=True)
 
     return parts
 
@@ -63,20 +80,33 @@ RULES = (
     Rule(r"\.in_proj\.weight", "matrix", "z, x, B, C and dt are five maps", _mamba_in_proj),
     Rule(r"\.linear_qkv\.weight", "matrix", "q, k and v are three maps", _query_key_value),
     Rule(
+        r"\.linear_q_(up_)?proj\.weight",
+        "matrix",
+        "queries without and with position are two maps",
+        _mla_query,
+    ),
+    Rule(r"\.linear_kv_up_proj\.weight", "matrix", "k and v are two maps", _mla_key_value_up),
+    Rule(
+        r"\.linear_kv_down_proj\.weight",
+        "matrix",
+        "the latent and the key's position part are two maps",
+        _mla_key_value_down,
+    ),
+    Rule(
         r"\.shared_experts\.linear_fc1\.weight",
         "matrix",
         "gate and up are two maps",
         _gate_and_up("shared"),
     ),
     Rule(
-        r"\.experts\.(local_experts\.\d+\.)?linear_fc1\.weight\d*",
+        r"\.experts\.local_experts\.\d+\.linear_fc1\.weight",
         "matrix",
         "gate and up are two maps, each expert by itself",
         _gate_and_up("expert"),
     ),
     Rule(r"\.linear_fc1\.weight", "matrix", "gate and up are two maps", _gate_and_up("mlp")),
     Rule(
-        r"\.(out_proj|linear_proj|linear_fc2|linear_q_proj|linear_(q|kv)_(down|up)_proj)\.weight\d*",
+        r"\.(out_proj|linear_proj|linear_fc2|linear_q_down_proj)\.weight",
         "matrix",
         "one map",
     ),

@@ -69,7 +69,8 @@ def validation_loss(run: Run) -> float:
         chunk.eval()
     iterators = run.batches_of(run.datasets.validation, consumed_samples=0)
     count = run.micro_batches * run.config.training.validation_batches
-    outputs = _run_schedule(run, iterators, count, forward_only=True)
+    with run.optimizer.evaluation_weights():
+        outputs = _run_schedule(run, iterators, count, forward_only=True)
     loss_sum, tokens = _sum_over_ranks(run, outputs)
     return loss_sum / max(tokens, 1)
 

@@ -79,10 +79,10 @@ def rope_not_offset_under_context_parallelism() -> None:
 def blockwise_muon() -> None:
     import torch
 
-    from equilibrium_mcore.optim import muon
+    from equilibrium_mcore.optim import matrix
 
-    muon.whole_parts = lambda local, parameter: [local]
-    muon.local_slice = lambda parts, parameter: torch.cat(parts)
+    matrix.whole_parts = lambda local, parts, **split: [local]
+    matrix.local_slice = lambda pieces, parts, **split: torch.cat(pieces)
 
 
 def main_weights_not_refreshed() -> None:
@@ -100,7 +100,7 @@ def momentum_not_resumed() -> None:
         load(self, state)
         for parameter in self.parameters:
             if parameter.is_owned:
-                for key, tensor in self._state_of(parameter).items():
+                for key, tensor in self.state_of(parameter).items():
                     if key == "momentum":
                         tensor.zero_()
 

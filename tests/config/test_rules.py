@@ -298,6 +298,24 @@ CASES = [
     ),
     ("moments_forget", {"optimizer.adamw.beta2": 1}, ["beta2=1"], {"optimizer.adamw.beta2": 0.99}),
     (
+        "moments_forget",
+        {"optimizer.schedule_free.beta": 1, "optimizer.schedule.kind": "constant"},
+        ["schedule_free.beta=1"],
+        {"optimizer.schedule_free.beta": 0.9, "optimizer.schedule.kind": "constant"},
+    ),
+    (
+        "schedule_free_has_no_decay",
+        {"optimizer.schedule_free": {}},
+        ["kind='cosine'", "kind: constant"],
+        {"optimizer.schedule_free": {}, "optimizer.schedule.kind": "constant"},
+    ),
+    (
+        "overrides_change_something",
+        {"optimizer.overrides": [{"pattern": "*.out_proj.weight"}]},
+        ["optimizer.overrides.0", "'*.out_proj.weight'", "learning_rate"],
+        {"optimizer.overrides": [{"pattern": "*.out_proj.weight", "split": False}]},
+    ),
+    (
         "stop_is_within_the_run",
         {"training.stop_after_steps": 101},
         ["stop_after_steps=101", "steps=100"],

@@ -9,47 +9,13 @@ import torch
 
 from equilibrium_mcore.config.load import load_model
 from equilibrium_mcore.config.schema import MuonConfig, ScheduleConfig
-from equilibrium_mcore.optim.muon import Muon, _join_rows, _split_rows
 from equilibrium_mcore.optim.ownership import assign_owners, work
-from equilibrium_mcore.optim.parameters import Parameter
+from equilibrium_mcore.optim.parts import Parts, join_rows, split_rows
 from equilibrium_mcore.optim.schedule import learning_rate_factor
 from equilibrium_mcore.optim.table import rule_for
 from equilibrium_mcore.parallel.launch import Place
+from tests.optim.support import Group, matrix
 from tests.support.runs import tiny_run
-
-
-class Group:
-    """A process group that is only asked for its size and rank."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-
-    def size(self) -> int:
-        return self._size
-
-    def rank(self) -> int:
-        return 0
-
-
-ONE_RANK = Group(1)
-
-
-def matrix(tensor: torch.Tensor, parts=None) -> Parameter:
-    """A whole matrix on one rank."""
-    return Parameter(
-        name="m",
-        model=tensor,
-        kind="matrix",
-        parts=parts,
-        data_group=ONE_RANK,
-        tensor_group=ONE_RANK,
-        partition_dim=None,
-        counts_in_norm=True,
-        is_expert=False,
-        is_matrix=True,
-        main=tensor,
-    )
-
 
 # ---------------------------------------------------------------------------------- the table
 
@@ -71,7 +37,6 @@ def matrix(tensor: torch.Tensor, parts=None) -> Parameter:
         ("decoder.layers.1.mlp.router.weight", "router"),
         ("decoder.layers.0.mixer.in_proj.weight", "matrix"),
         ("decoder.layers.1.mlp.experts.local_experts.3.linear_fc1.weight", "matrix"),
-        ("decoder.layers.1.mlp.experts.linear_fc2.weight7", "matrix"),
         ("decoder.layers.1.self_attention.linear_q_down_proj.weight", "matrix"),
     ],
 )
@@ -86,76 +51,30 @@ def test_a_parameter_without_a_row_is_named():
 
 def test_parts_fill_their_matrices():
     model = load_model("equilibrium_3b")
-    blocks, sizes = rule_for("x.in_proj.weight").parts(model)
-    assert blocks * sum(sizes) == 2 * 3072 + 2 * 8 * 128 + 48
-    assert rule_for("x.shared_experts.linear_fc1.weight").parts(model) == (1, [640, 640])
-    assert rule_for("x.experts.linear_fc1.weight0").parts(model) == (1, [320, 320])
-    blocks, sizes = rule_for("x.linear_qkv.weight").parts(load_model("llama_1b"))
-    assert (blocks, sizes) == (8, [256, 64, 64])
+
+    def sizes(name: str, of=model) -> tuple[int, dict[str, int]]:
+        parts = rule_for(name).parts(of)
+        return parts.blocks, dict(zip(parts.names, parts.sizes, strict=True))
+
+    in_proj = {"z": 3072, "x": 3072, "B": 1024, "C": 1024, "dt": 48}
+    assert sizes("x.in_proj.weight") == (1, in_proj)
+    assert sizes("x.shared_experts.linear_fc1.weight") == (1, {"gate": 640, "up": 640})
+    assert sizes("x.experts.local_experts.0.linear_fc1.weight") == (1, {"gate": 320, "up": 320})
+    assert sizes("x.linear_qkv.weight", load_model("llama_1b")) == (8, {"q": 256, "k": 64, "v": 64})
+    assert sizes("x.linear_q_up_proj.weight") == (16, {"nope": 128, "rope": 64})
+    assert sizes("x.linear_kv_up_proj.weight") == (16, {"k": 128, "v": 128})
+    assert sizes("x.linear_kv_down_proj.weight") == (1, {"latent": 512, "rope": 64})
 
 
-@pytest.mark.parametrize("parts", [None, (1, [4, 2, 6]), (3, [2, 1, 1])])
+@pytest.mark.parametrize(
+    "parts", [None, Parts(("a", "b", "c"), (4, 2, 6)), Parts(("a", "b", "c"), (2, 1, 1), blocks=3)]
+)
 def test_cutting_and_joining_rows_is_the_identity(parts):
     whole = torch.arange(12.0).view(12, 1)
-    pieces = _split_rows(whole, parts)
-    assert torch.equal(_join_rows(pieces, parts), whole)
-    if parts == (3, [2, 1, 1]):  # q rows of every group come together
+    pieces = split_rows(whole, parts)
+    assert torch.equal(join_rows(pieces, parts), whole)
+    if parts is not None and parts.blocks == 3:  # q rows of every group come together
         assert pieces[0].flatten().tolist() == [0, 1, 4, 5, 8, 9]
-
-
-# -------------------------------------------------------------------------------------- Muon
-
-
-def reference_muon_step(weight, gradient, momentum, config: MuonConfig):
-    """Muon on one matrix, by its description, in float64 with the quintic coefficients."""
-    momentum = config.momentum * momentum + (1 - config.momentum) * gradient
-    direction = config.momentum * momentum + (1 - config.momentum) * gradient
-    x = direction / direction.norm()
-    wide = x.shape[0] <= x.shape[1]
-    x = x if wide else x.T
-    for a, b, c in [
-        (4.0848, -6.8946, 2.9270),
-        (3.9505, -6.3029, 2.6377),
-        (3.7418, -5.5913, 2.3037),
-        (2.8769, -3.1427, 1.2046),
-        (2.8366, -3.0525, 1.2012),
-    ]:
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    x = x if wide else x.T
-    x = x * max(x.shape) ** 0.5 * config.extra_scale
-    weight = weight * (1 - config.learning_rate * config.weight_decay)
-    return weight - config.learning_rate * x, momentum
-
-
-@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (16, 16)])
-def test_muon_follows_its_description(shape):
-    torch.manual_seed(0)
-    config = MuonConfig(learning_rate=0.02, extra_scale=0.2, weight_decay=0.1)
-    weight = torch.randn(shape)
-    optimizer = Muon([matrix(weight)], config)
-    expected, momentum = weight.double().clone(), torch.zeros(shape, dtype=torch.float64)
-    for _ in range(3):
-        gradient = torch.randn(shape)
-        weight.grad = gradient
-        optimizer.step()
-        expected, momentum = reference_muon_step(expected, gradient.double(), momentum, config)
-    torch.testing.assert_close(weight.double(), expected, rtol=0, atol=1e-4)
-
-
-def test_muon_orthogonalises_each_part_by_itself():
-    torch.manual_seed(0)
-    config = MuonConfig(weight_decay=0.0)
-    whole, parts = torch.randn(12, 20), (1, [4, 8])
-    apart = [part.clone() for part in whole.split([4, 8])]
-    gradient = torch.randn(12, 20)
-    optimizer = Muon([matrix(whole, parts)], config)
-    whole.grad = gradient
-    optimizer.step()
-    for part, part_gradient in zip(apart, gradient.split([4, 8]), strict=True):
-        part.grad = part_gradient
-        Muon([matrix(part)], config).step()
-    torch.testing.assert_close(whole, torch.cat(apart), rtol=0, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------- ownership
@@ -165,7 +84,7 @@ def test_owners_share_the_work_evenly():
     group = Group(4)
     parameters = []
     for index in range(40):
-        parameter = matrix(torch.empty(64 + 8 * (index % 5), 96))
+        parameter = matrix(torch.empty(64 + 8 * (index % 5), 96), MuonConfig())
         parameter.data_group = group
         parameters.append(parameter)
     assign_owners(parameters, distributed=True)
@@ -245,7 +164,7 @@ def test_every_parameter_is_updated_by_its_optimizer_at_its_rate(ranks, data, tm
     )
     result = ranks.run(1, _groups_of_a_model, config)[0]
     expected = {
-        "matrix": ("Muon", 3e-3, None),
+        "matrix": ("Muon", 3e-3, 0.1),
         "embedding": ("AdamW", 5e-3, 0.05),
         "output": ("AdamW", 1e-3, 0.05),
         "router": ("AdamW", 1e-3, 0.05),

@@ -1,0 +1,111 @@
+"""What the checks found: verdicts with figures, as a table for people and as JSON."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from equilibrium_mcore.config.yaml_io import write_text
+
+
+class Verdict(StrEnum):
+    """How a check ended."""
+
+    PASS = "PASS"
+    FAIL = "FAIL"
+    SKIPPED = "SKIPPED"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check's outcome.
+
+    Attributes:
+        name: what `--only` calls it.
+        verdict: PASS, FAIL or SKIPPED.
+        summary: one line: what was seen against what was allowed, or why it was skipped.
+        details: lines printed below the name while the ladder runs.
+        figures: plain values for the JSON.
+        seconds: how long it took.
+    """
+
+    name: str
+    verdict: Verdict
+    summary: str
+    details: list[str] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def text(self) -> str:
+        """The block printed when the check is done."""
+        lines = [f"{self.verdict:<8}{self.name}: {self.summary}"]
+        return "\n".join(lines + [f"        {line}" for line in self.details])
+
+
+def judged(name: str, problems: list[str], good: str, **more: Any) -> Check:
+    """FAIL with the problems, or PASS with the line `good` where there are none."""
+    if not problems:
+        return Check(name, Verdict.PASS, good, **more)
+    shown = "; ".join(problems[:3])
+    if len(problems) > 3:
+        shown += f"; and {len(problems) - 3} more"
+    return Check(name, Verdict.FAIL, shown, **more)
+
+
+def skipped(name: str, why: str) -> Check:
+    """A check that this host, config or data does not allow."""
+    return Check(name, Verdict.SKIPPED, why)
+
+
+@dataclass
+class SanityReport:
+    """All checks of one ladder, and what was changed in the config to run them."""
+
+    run: str
+    changes: list[str]
+    checks: list[Check] = field(default_factory=list)
+
+    @property
+    def failed(self) -> list[Check]:
+        return [check for check in self.checks if check.verdict is Verdict.FAIL]
+
+    def named(self, name: str) -> Check:
+        """The check called `name`. Raises KeyError where it did not run."""
+        for check in self.checks:
+            if check.name == name:
+                return check
+        raise KeyError(f"no check {name!r} ran; these did: {[c.name for c in self.checks]}")
+
+    def table(self) -> str:
+        """The verdict table."""
+        width = max(len(check.name) for check in self.checks)
+        room = 99 - width - 17
+        lines = [f"{'check':<{width}}  verdict  seconds  finding"]
+        for check in self.checks:
+            finding = textwrap.shorten(check.summary, room, placeholder=" ...")
+            lines.append(
+                f"{check.name:<{width}}  {check.verdict:<7}  {check.seconds:7.1f}  {finding}"
+            )
+        seconds = sum(check.seconds for check in self.checks)
+        count = {v: sum(check.verdict is v for check in self.checks) for v in Verdict}
+        lines.append(
+            f"{count[Verdict.PASS]} passed, {count[Verdict.FAIL]} failed, "
+            f"{count[Verdict.SKIPPED]} skipped in {seconds:.0f} s"
+        )
+        return "\n".join(lines)
+
+    def write_json(self, path: str | os.PathLike[str]) -> None:
+        """Write everything as JSON, whole or not at all."""
+        import json
+
+        values = {
+            "run": self.run,
+            "passed": not self.failed,
+            "changes": self.changes,
+            "checks": [asdict(check) for check in self.checks],
+        }
+        write_text(json.dumps(values, indent=2) + "\n", Path(path))

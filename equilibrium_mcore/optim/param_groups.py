@@ -1,0 +1,97 @@
+"""Which optimizer updates which parameter of a run, and why, without a run."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.models.parameters import build_on_meta
+from equilibrium_mcore.optim.parameters import layout_free_names
+from equilibrium_mcore.optim.parts import part_shapes
+from equilibrium_mcore.optim.treatment import Treatment, check_overrides_match, treatment_of
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter of the whole model."""
+
+    name: str
+    shape: tuple[int, ...]
+    treatment: Treatment
+
+    @property
+    def parts(self) -> list[str]:
+        """Maps that a matrix optimizer treats by themselves, e.g. `gate 320x1536`."""
+        parts = self.treatment.parts
+        if not self.treatment.is_matrix:
+            return []
+        if parts is None:
+            return ["x".join(map(str, self.shape))]
+        shapes = part_shapes(self.shape, parts)
+        return [
+            f"{name} {rows}x{columns}"
+            for name, (rows, columns) in zip(parts.names, shapes, strict=True)
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        values = asdict(self.treatment)
+        values.pop("parts")
+        return {"name": self.name, "shape": list(self.shape), "parts": self.parts, **values}
+
+
+def parameter_rows(config: RunConfig) -> list[Row]:
+    """Every parameter of the run's model, in the model's order.
+
+    `accelerator.install()` must have run before this module is imported. Raises ConfigError where
+    an override decides nothing, or gives a matrix optimizer what is no matrix.
+    """
+    optimizer = config.optimizer
+    rows = [
+        Row(
+            name,
+            tuple(tensor.shape),
+            treatment_of(name, tensor.shape, model=config.model, optimizer=optimizer),
+        )
+        for name, tensor in layout_free_names(build_on_meta(config.model))
+    ]
+    decided = [row.treatment.override for row in rows]
+    counts = [decided.count(override.pattern) for override in optimizer.overrides]
+    check_overrides_match(optimizer.overrides, counts, [row.name for row in rows])
+    return rows
+
+
+def as_text(rows: list[Row]) -> str:
+    """One line for all layers' (and experts') parameters that are treated alike, then a summary."""
+    groups: dict[tuple, list[Row]] = defaultdict(list)
+    for row in rows:
+        name = re.sub(r"\.(layers|local_experts)\.\d+", r".\1.*", row.name)
+        groups[name, row.shape, row.treatment].append(row)
+    cells = [("parameter", "number", "shape", "kind", "optimizer", "rate", "decay", "parts", "why")]
+    for (name, shape, t), members in groups.items():
+        size = "x".join(map(str, shape))
+        rates = f"{t.learning_rate:g}", f"{t.weight_decay:g}"
+        parts = ", ".join(members[0].parts) or "-"
+        cells.append((name, str(len(members)), size, t.kind, t.optimizer, *rates, parts, t.why))
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]) - 1)]
+    lines = []
+    for *padded, why in cells:
+        columns = [f"{cell:<{width}}" for cell, width in zip(padded, widths, strict=True)]
+        lines.append("  ".join([*columns, why]))
+    return "\n".join([*lines, "", *_summary(rows)])
+
+
+def _summary(rows: list[Row]) -> list[str]:
+    total = sum(prod(row.shape) for row in rows)
+    lines = []
+    for name in sorted({row.treatment.optimizer for row in rows}):
+        chosen = [row for row in rows if row.treatment.optimizer == name]
+        elements = sum(prod(row.shape) for row in chosen)
+        matrices = sum(len(row.parts) for row in chosen)
+        line = f"{name}: {len(chosen):,} parameters, {elements:,} elements ({elements / total:.1%})"
+        lines.append(line + (f", {matrices:,} matrices by themselves" if matrices else ""))
+    return lines

@@ -1,0 +1,176 @@
+"""Reads finished runs, and writes the picture and the tables of the comparison."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from equilibrium_mcore.checkpoint.directory import latest_checkpoint
+from equilibrium_mcore.training.metrics import METRICS_FILE, read_metrics
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What one run did."""
+
+    variant: str
+    rate: float
+    seed: int
+    steps: list[int]  # of the validations
+    loss: list[float]  # validation loss, nats per token; infinite where it diverged
+    seconds: list[float]  # of training before each validation
+    state_bytes_per_parameter: float
+
+    @property
+    def final_loss(self) -> float:
+        return self.loss[-1]
+
+    def loss_at(self, seconds: float) -> float:
+        """Validation loss after so much training time, between validations by a straight line."""
+        return float(np.interp(seconds, self.seconds, self.loss))
+
+
+def read_result(
+    folder: Path, *, variant: str, rate: float, seed: int, steps: int
+) -> RunResult | None:
+    """The result of a finished run; None where it is not finished."""
+    path = folder / METRICS_FILE
+    records = read_metrics(path) if path.is_file() else []
+    validations = {r["step"]: r["loss"] for r in records if r["kind"] == "validation"}
+    if steps not in validations or latest_checkpoint(folder) is None:
+        return None
+    spent = {r["step"]: r["seconds_per_step"] for r in records if r["kind"] == "train"}
+    at = sorted(validations)
+    return RunResult(
+        variant=variant,
+        rate=rate,
+        seed=seed,
+        steps=at,
+        loss=[math.inf if validations[s] is None else validations[s] for s in at],
+        seconds=[sum(value for step, value in spent.items() if step <= s) for s in at],
+        state_bytes_per_parameter=state_bytes_per_parameter(latest_checkpoint(folder)),
+    )
+
+
+def state_bytes_per_parameter(checkpoint: Path) -> float:
+    """Bytes of optimizer state, whole, beside the weights of the model, for each parameter."""
+    state = elements = 0
+    metadata = dcp.FileSystemReader(checkpoint).read_metadata()
+    for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            continue
+        if name.startswith("optimizer."):
+            state += math.prod(entry.size) * entry.properties.dtype.itemsize
+        elif entry.properties.dtype.is_floating_point:
+            elements += math.prod(entry.size)
+    return state / elements
+
+
+def write_report(results: list[RunResult], output: Path, *, steps: int) -> str:
+    """Write results.json, table.md and curves.png to `output`; the table."""
+    output.mkdir(parents=True, exist_ok=True)
+    _write(output / "results.json", json.dumps([asdict(r) for r in results], indent=1) + "\n")
+    table = markdown(results, steps=steps)
+    _write(output / "table.md", table + "\n")
+    if results:
+        draw(results, output / "curves.png")
+    return table
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_suffix(".partial")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def best_runs(results: list[RunResult]) -> dict[str, list[RunResult]]:
+    """For each variant its runs at the rate with the lowest loss of the first seed."""
+    best = {}
+    for variant in dict.fromkeys(r.variant for r in results):
+        sweep = [r for r in results if r.variant == variant and r.seed == 1]
+        if sweep:
+            rate = min(sweep, key=lambda r: r.final_loss).rate
+            best[variant] = [r for r in results if r.variant == variant and r.rate == rate]
+    return best
+
+
+def markdown(results: list[RunResult], *, steps: int) -> str:
+    """Loss at equal steps and at equal time, with spread, and what the state weighs; the sweep."""
+    best = best_runs(results)
+    if not best:
+        return "no run is finished yet"
+    time = min(r.seconds[-1] for runs in best.values() for r in runs)
+    grid = sorted({r.rate for r in results})
+    lines = [
+        f"Validation loss in nats per token, {steps} steps. ± is half the range over the seeds.",
+        "",
+        f"| optimizer | rate | seeds | loss at step {steps} | loss after {time:.0f} s | "
+        "s per step | state bytes per parameter |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for variant, runs in sorted(best.items(), key=lambda item: _mean(item[1], "final_loss")):
+        at_time = [r.loss_at(time) for r in runs]
+        edge = " (edge)" if len(grid) > 1 and runs[0].rate in (grid[0], grid[-1]) else ""
+        per_step = np.mean([r.seconds[-1] / steps for r in runs])
+        lines.append(
+            f"| {variant} | {runs[0].rate:g}{edge} | {len(runs)} | "
+            f"{_spread([r.final_loss for r in runs])} | {_spread(at_time)} | {per_step:.3f} | "
+            f"{runs[0].state_bytes_per_parameter:.2f} |"
+        )
+    lines += ["", "Sweep, seed 1, loss at the end:", ""]
+    lines.append("| optimizer | " + " | ".join(f"{rate:g}" for rate in grid) + " |")
+    lines.append("|---|" + "---|" * len(grid))
+    for variant in best:
+        cells = []
+        for rate in grid:
+            found = [r for r in results if (r.variant, r.rate, r.seed) == (variant, rate, 1)]
+            cells.append(f"{found[0].final_loss:.4f}" if found else "-")
+        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _mean(runs: list[RunResult], name: str) -> float:
+    return float(np.mean([getattr(r, name) for r in runs]))
+
+
+def _spread(values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.4f}"
+    return f"{np.mean(values):.4f} ± {(max(values) - min(values)) / 2:.4f}"
+
+
+def draw(results: list[RunResult], path: Path) -> None:
+    """Mean curves at the best rates, with a band over the seeds: against steps and time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (by_step, by_time) = pyplot.subplots(1, 2, figsize=(12, 4.5), sharey=True)
+    for number, (variant, runs) in enumerate(best_runs(results).items()):
+        colour = f"C{number}"
+        losses = np.array([r.loss for r in runs])
+        label = f"{variant} ({runs[0].rate:g}, {len(runs)} seeds)"
+        by_step.plot(runs[0].steps, losses.mean(axis=0), color=colour, label=label)
+        if len(runs) > 1:
+            low, high = losses.min(axis=0), losses.max(axis=0)
+            by_step.fill_between(runs[0].steps, low, high, color=colour, alpha=0.2)
+        seconds = np.mean([r.seconds for r in runs], axis=0)
+        by_time.plot(seconds, losses.mean(axis=0), color=colour)
+    by_step.set(xlabel="step", ylabel="validation loss (nats per token)")
+    by_time.set(xlabel="seconds of training")
+    by_step.legend(fontsize="small")
+    for axis in (by_step, by_time):
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    aside = path.with_name("curves.partial.png")
+    figure.savefig(aside, dpi=120)
+    pyplot.close(figure)
+    os.replace(aside, path)

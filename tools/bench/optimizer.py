@@ -1,0 +1,47 @@
+"""Print what Muon's Newton-Schulz costs in a training step, and how evenly ranks share it.
+
+The model of MEASURED is trained for a few steps on this host, in one process, on made-up tokens,
+and one update is raced against megatron-core's loop over matrices. The share of COUNTED, a layout
+too large for this host, follows from counting operations.
+
+Example:
+    python tools/bench/optimizer.py --measured configs/runs/quickstart.yaml \\
+        --counted configs/runs/pretrain_3b.yaml --world-size 64
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from equilibrium_mcore.config.load import load_run
+from equilibrium_mcore.parallel import accelerator
+
+
+def main() -> int:
+    """Parse the command line, measure, count, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--measured", metavar="RUN", default="configs/runs/quickstart.yaml")
+    parser.add_argument("--counted", metavar="RUN", default="configs/runs/pretrain_3b.yaml")
+    parser.add_argument("--world-size", type=int, default=64, help="ranks of COUNTED; default 64")
+    parser.add_argument("--steps", type=int, default=5, help="measured steps; default 5")
+    arguments = parser.parse_args()
+    try:
+        measured, counted = load_run(arguments.measured), load_run(arguments.counted)
+        accelerator.quiet_libraries()
+        accelerator.install()  # before megatron-core is imported
+        from equilibrium_mcore.training import optimizer_benchmark as benchmark
+
+        share = benchmark.count_share(counted, arguments.world_size)
+        print(benchmark.report_share(counted, share), end="\n\n", flush=True)
+        print(benchmark.report(measured, *benchmark.measure(measured, steps=arguments.steps)))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
