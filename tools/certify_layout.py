@@ -1,8 +1,8 @@
 """Certify that a run learns the same numbers in its layout as on one rank, without a GPU.
 
-The run is shrunk to a twin that keeps what a layout could get wrong, and trained on CPU ranks: the loss
-of every step, every gradient, every weight, the routing, and the state after a save in one layout and a
-load in the other are compared.
+The run is shrunk to a twin that keeps what a layout could get wrong, and trained on CPU ranks: the
+loss of every step, every gradient, every weight, the routing, and the state after a save in one
+layout and a load in the other are compared.
 
     python tools/certify_layout.py configs/runs/pretrain_3b.yaml
     python tools/certify_layout.py configs/runs/pretrain_3b.yaml \\
@@ -32,7 +32,9 @@ def main() -> int:
     parser.add_argument(
         "--layouts", nargs="+", default=[], metavar="tp=2,cp=2", help="layouts beside the run's own"
     )
-    parser.add_argument("--world-size", type=int, help="ranks of the real run, if not in the config")
+    parser.add_argument(
+        "--world-size", type=int, help="ranks of the real run, if not in the config"
+    )
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the certificate here")
     options = parser.parse_args()
     accelerator.install()  # before megatron-core is imported
@@ -44,7 +46,9 @@ def main() -> int:
         config = load_run(options.config, options.overrides, world_size=options.world_size)
         layouts = shrink_layout(config, options.world_size)
         layouts += [parse_layout(text, base=config.parallelism) for text in options.layouts]
-        certificate = certify(config, layouts, progress=lambda text: print(f"... {text}", flush=True))
+        certificate = certify(
+            config, layouts, progress=lambda text: print(f"... {text}", flush=True)
+        )
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

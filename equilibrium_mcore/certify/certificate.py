@@ -83,7 +83,8 @@ class Certificate:
             for v in verdicts:
                 mark = "ok  " if v.passed else "FAIL"
                 lines.append(
-                    f"  {mark} {v.what:<{width}}  {v.difference:9.2e} (<= {v.tolerance:.0e})  {v.where}"
+                    f"  {mark} {v.what:<{width}}  {v.difference:9.2e} "
+                    f"(<= {v.tolerance:.0e})  {v.where}"
                 )
         lines.append("cannot certify:")
         lines += [f"  - {text}" for text in NOT_CERTIFIED]
@@ -104,8 +105,8 @@ def certify(
 ) -> Certificate:
     """Certify `layouts` of `config` on CPU ranks that this process forks.
 
-    `prepare` runs in every rank of a layout, but not of the reference, before anything is built; tests
-    plant faults with it. Raises RuntimeError when ranks fail.
+    `prepare` runs in every rank of a layout, but not of the reference, before anything is built;
+    tests plant faults with it. Raises RuntimeError when ranks fail.
     """
     started = time.monotonic()
     digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()
@@ -146,9 +147,7 @@ class _Bench:
                 "output_directory": self.folder / f"{name}_bf16",
             }
         )
-        found.append(
-            main_weights(self._trace(f"{name}_bf16", sharp, layout, steps=0, fault=True))
-        )
+        found.append(main_weights(self._trace(f"{name}_bf16", sharp, layout, steps=0, fault=True)))
         # A save in one layout, a load in the other, both ways: the values themselves.
         resumed = in_layout(self.twin, layout, resume="must")
         resumed = self._resumable(resumed, last, name + "_loaded")

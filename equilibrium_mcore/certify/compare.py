@@ -37,7 +37,9 @@ def compare(layout: Trace, reference: Trace) -> list[Verdict]:
     """Losses, gradients, weights and routing of a layout's training against the reference's."""
     verdicts = [
         _curve("loss of every step", layout.loss, reference.loss, LOSS),
-        _curve("gradient norm of every step", layout.gradient_norm, reference.gradient_norm, LOSS * 10),
+        _curve(
+            "gradient norm of every step", layout.gradient_norm, reference.gradient_norm, LOSS * 10
+        ),
     ]
     if reference.aux_loss[0] is not None:
         verdicts.append(_curve("auxiliary loss", layout.aux_loss, reference.aux_loss, LOSS))

@@ -18,7 +18,8 @@ from equilibrium_mcore.parallel import process_groups
 from equilibrium_mcore.parallel.launch import Place
 from equilibrium_mcore.training.setup import build_chunks
 
-# Borders inside a chunk of the scan, at its end, and across several chunks; each divides among ranks.
+# Borders inside a chunk of the scan, at its end, and across several chunks; each divides among
+# ranks.
 LENGTHS = (24, 8, 40, 16)
 # Sums over one document are the same sums; only the order within a chunk of the scan differs.
 TOLERANCE = 1e-4
@@ -33,7 +34,8 @@ def compare_packing(
 ) -> list[Verdict]:
     """Packed against unpacked documents in the layout of `config`, without pipeline and context.
 
-    Under context parallelism megatron-core's packing needs Transformer Engine; the certificate says so.
+    Under context parallelism megatron-core's packing needs Transformer Engine; the certificate says
+    so.
     """
     values = config.model_dump(mode="json")
     layout = values["parallelism"]

@@ -71,7 +71,9 @@ def trace_rank(
         _train(run, trace, steps)
     if save_last:
         _save(run)
-    torch.save(dataclasses.asdict(trace) | {"data_rank": run.groups.dp.rank()}, _file(folder, place))
+    torch.save(
+        dataclasses.asdict(trace) | {"data_rank": run.groups.dp.rank()}, _file(folder, place)
+    )
     teardown(run)
 
 

@@ -1,8 +1,8 @@
 """A run's twin: small enough for a laptop, with everything that a layout could get wrong.
 
-Kept: the kinds of layers and every pipeline cut, how heads and groups divide among ranks, the routing,
-the dispatcher, tied embeddings, the optimizer and its options, the loss normalisation. Shrunk: widths,
-depth, experts, vocabulary, batch and sequence.
+Kept: the kinds of layers and every pipeline cut, how heads and groups divide among ranks, the
+routing, the dispatcher, tied embeddings, the optimizer and its options, the loss normalisation.
+Shrunk: widths, depth, experts, vocabulary, batch and sequence.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Layout:
 def parse_layout(text: str, *, base: ParallelismConfig) -> Layout:
     """A layout such as `tp=2,cp=2,ep=2`; names may be short or the config's own.
 
-    `dp=N` sets the data-parallel size. Sequence parallelism follows tensor parallelism unless `sp=0`
-    is given. Raises ConfigError for an unknown name or a value that is no positive number.
+    `dp=N` sets the data-parallel size. Sequence parallelism follows tensor parallelism unless
+    `sp=0` is given. Raises ConfigError for an unknown name or a value that is no positive number.
     """
     short = {
         "tp": "tensor",
@@ -54,8 +54,8 @@ def parse_layout(text: str, *, base: ParallelismConfig) -> Layout:
         key = short.get(name.strip(), name.strip())
         if key not in short.values() or not value.strip().isdecimal():
             raise ConfigError(
-                f"layout {text!r}: {item!r} is not NAME=NUMBER with one of {', '.join(short)}, e.g. "
-                "tp=2,cp=2,ep=2"
+                f"layout {text!r}: {item!r} is not NAME=NUMBER with one of {', '.join(short)}, "
+                "e.g. tp=2,cp=2,ep=2"
             )
         values[key] = int(value)
     data = values.pop("data", 1)
@@ -109,7 +109,8 @@ def make_twin(config: RunConfig, layouts: list[Layout], *, folder: Path) -> RunC
     }
     stages = math.lcm(
         *(
-            int(layout.settings.get("pipeline", 1)) * int(layout.settings.get("virtual_pipeline", 1))
+            int(layout.settings.get("pipeline", 1))
+            * int(layout.settings.get("virtual_pipeline", 1))
             for layout in layouts
         ),
         1,
@@ -151,7 +152,7 @@ def in_layout(twin: RunConfig, layout: Layout, **checkpoint: object) -> RunConfi
 
 
 def shrink_model(model: ModelConfig, *, stages: int, largest: dict[str, int]) -> dict:
-    """The model's section with small sizes that `largest` (sizes by dimension) divides as before."""
+    """The model's section in small, divided by `largest` (sizes by dimension) as before."""
     values = model.model_dump(mode="json")
     tensor, context = largest["tensor"], largest["context"]
     ranks = tensor * context

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -92,5 +92,7 @@ def assemble(pieces: Iterable[Piece]) -> dict[str, Whole]:
     for name, whole in wholes.items():
         if not whole.covered.all():
             missing = int((whole.covered == 0).sum())
-            raise ValueError(f"{name}: no rank holds {missing} of its {whole.covered.numel()} values")
+            raise ValueError(
+                f"{name}: no rank holds {missing} of its {whole.covered.numel()} values"
+            )
     return wholes

@@ -1,7 +1,7 @@
 """Faults as users of such systems report them, planted in a rank one at a time.
 
-Each function breaks the code of the process it runs in. `python -m tests.certify.faults OUT` certifies
-every one of them, and the healthy code, and writes what the certificates said as JSON.
+Each function breaks the code of the process it runs in. `python -m tests.certify.faults OUT`
+certifies every one of them, and the healthy code, and writes what the certificates said as JSON.
 """
 
 from __future__ import annotations
