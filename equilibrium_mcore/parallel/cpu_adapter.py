@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import sys
 
 import torch
 import torch.utils._device
@@ -270,6 +271,9 @@ def install() -> None:
 
 def _install_megatron() -> None:
     """Import megatron-core with its small functions left uncompiled, and mend its RNG setter."""
+    if "megatron.core.jit" in sys.modules:
+        # It was imported too early, with functions compiled at their first call: run them as is.
+        torch.compiler.set_stance("force_eager")
     plain = torch.compile
     # `megatron.core.jit.jit_fuser` is bound to this at import. Compiling those functions costs more
     # than it saves on a CPU, and torch's compiler does not know the names installed above.

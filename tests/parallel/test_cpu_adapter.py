@@ -118,3 +118,12 @@ def test_nothing_is_touched_before_install():
         "else: raise SystemExit('installed beside a GPU')"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_megatron_imported_too_early_still_runs_uncompiled():
+    code = (
+        "from megatron.core.activations import squared_relu; import torch\n"
+        "from equilibrium_mcore.parallel import accelerator; accelerator.install()\n"
+        "assert squared_relu(torch.tensor([-1.0, 3.0])).tolist() == [0.0, 9.0]"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
