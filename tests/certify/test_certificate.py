@@ -39,6 +39,7 @@ def verdicts(certificate: dict) -> list[dict]:
     return found
 
 
+@pytest.mark.slow
 def test_healthy_layouts_pass(said):
     certificate = said["healthy"]
     assert certificate["passed"], [v for v in verdicts(certificate) if not v["passed"]]
@@ -47,6 +48,7 @@ def test_healthy_layouts_pass(said):
     assert 0 < gradients["worst_relative_difference"] < gradients["tolerance"] / 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", CASES)
 def test_planted_fault_is_caught_and_named(said, fault):
     _, what, where = CASES[fault]
@@ -56,6 +58,7 @@ def test_planted_fault_is_caught_and_named(said, fault):
     assert any(what in v["what"] and where in v["where"] for v in failed), failed
 
 
+@pytest.mark.slow
 def test_a_fault_of_the_optimizer_leaves_the_gradients_alone(said):
     """What is named is the cause, not only that something differs."""
     first = {

@@ -259,6 +259,7 @@ FAULTS: dict[str, tuple[Plant, str, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_caught_and_named(data, tmp_path, monkeypatch, fault):
     plant, check, words = FAULTS[fault]

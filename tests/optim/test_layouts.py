@@ -19,6 +19,9 @@ from equilibrium_mcore.parallel.launch import Place
 from tests.parallel.test_layouts import LAYOUTS
 from tests.support.runs import tiny_run, train_steps
 
+# Minutes of many ranks; tests/parallel holds the layouts of the default optimizers.
+pytestmark = pytest.mark.slow
+
 MATRIX = {"learning_rate": 2e-3}
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "muon": {"muon": {**MATRIX, "extra_scale": 0.2}},
@@ -171,7 +174,7 @@ def _state_values(place: Place, config: RunConfig, steps: int, save: bool) -> di
     from equilibrium_mcore.training.step import train_step, validation_loss
 
     run = setup(config, place)
-    validation = validation_loss(run) if run.progress.step else None
+    validation = validation_loss(run) if steps == 0 else None
     losses = [train_step(run).loss for _ in range(steps)]
     if save:
         validation = validation_loss(run)
@@ -193,7 +196,7 @@ def _state_values(place: Place, config: RunConfig, steps: int, save: bool) -> di
 def test_state_saved_in_one_layout_goes_on_in_another(ranks, data, tmp_path, name, way):
     layouts = {**LAYOUTS, "one": (1, {})}
 
-    def run(folder: str, layout: str, steps: int, save: bool) -> dict[str, Any]:
+    def run(folder: str, layout: str, steps: int, save: bool, **more: Any) -> dict[str, Any]:
         world_size, parallelism = layouts[layout]
         config = tiny_run(
             data,
@@ -201,6 +204,7 @@ def test_state_saved_in_one_layout_goes_on_in_another(ranks, data, tmp_path, nam
             parallelism={"world_size": world_size, **parallelism},
             optimizer=CURVES[name],
             training={"validation_interval_steps": 5, "validation_batches": 1},
+            **more,
         )
         return ranks.run(world_size, _state_values, config, steps, save)[0]
 
@@ -213,6 +217,10 @@ def test_state_saved_in_one_layout_goes_on_in_another(ranks, data, tmp_path, nam
     assert same["loss"] == straight["loss"][3:]  # to the bit, though validation was in between
     assert rest["loss"] == pytest.approx(straight["loss"][3:], rel=1e-4)
     assert loaded["validation"] == pytest.approx(half["validation"], rel=1e-5)
+    # What was validated is what was saved as the model: with averages, not where it trains.
+    weights = {"initial_weights": str(tmp_path / "half")}
+    fresh = run("fresh", second, 0, False, checkpoint=weights)
+    assert fresh["validation"] == pytest.approx(half["validation"], rel=1e-5)
     for key in half["whole"].keys() & loaded["whole"].keys():
         assert torch.equal(half["whole"][key], loaded["whole"][key]), key
     assert bool(half["whole"]) == (name in ("soap", "cosmos"))
