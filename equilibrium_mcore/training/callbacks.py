@@ -118,7 +118,8 @@ class ValidationCallback(Callback):
             self._validate(run)
 
     def on_step(self, run: Run, outcome: StepOutcome) -> None:
-        self._validate(run)
+        if not outcome.stop_requested:  # whoever asked for the stop waits for the save
+            self._validate(run)
 
     def _validate(self, run: Run) -> None:
         start = time.perf_counter()
