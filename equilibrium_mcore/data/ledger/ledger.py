@@ -160,7 +160,7 @@ def check_state(sources: Sequence[SourceDocuments], state: dict[str, Any]) -> No
                 f"{state['cursors'][old][1]:,}; under a new name it would begin again: call it "
                 f"{old!r} as before"
             )
-        elif known is not None and known != now:
+        elif known is not None and known["fingerprint"] != now["fingerprint"]:
             problems.append(
                 f"data source {source.name!r}: {source.prefix} is not the dataset that the run has "
                 f"read so far ({_words(known)}; now {_words(now)}): put that dataset back, or give "
