@@ -34,9 +34,7 @@ def main() -> int:
     if options.show and options.step is None:
         parser.error("--show needs --step N: the step whose text is shown")
     try:
-        values = report(
-            options.run, step=options.step, compare=options.compare, show=options.show
-        )
+        values = report(options.run, step=options.step, compare=options.compare, show=options.show)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

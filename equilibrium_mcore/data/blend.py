@@ -99,9 +99,7 @@ def build_datasets(
     )
 
 
-def _megatron_datasets(
-    data: DataConfig, samples: dict[str, int], **settings: Any
-) -> Datasets:
+def _megatron_datasets(data: DataConfig, samples: dict[str, int], **settings: Any) -> Datasets:
     cache = cache_directory(data)
     if _is_first_rank():
         _remove_cut_short(cache)

@@ -293,25 +293,6 @@ def read_manifest(prefix: Path) -> Manifest | None:
         ) from None
 
 
-def sequence_lengths(prefix: Path, header: IndexHeader) -> np.ndarray:
-    """Tokens of each sequence, int32 [sequences], mapped and not read."""
-    return np.memmap(
-        dataset_paths(prefix)[1], np.int32, "r", offset=HEADER_BYTES, shape=(header.sequences,)
-    )
-
-
-def sequence_offsets(prefix: Path, header: IndexHeader) -> np.ndarray:
-    """Byte offset of each sequence in the .bin, int64 [sequences], mapped and not read."""
-    # Through bytes: behind an odd number of lengths the offsets are not aligned.
-    return np.memmap(
-        dataset_paths(prefix)[1],
-        np.uint8,
-        "r",
-        offset=HEADER_BYTES + 4 * header.sequences,
-        shape=(8 * header.sequences,),
-    ).view(np.int64)
-
-
 def tokens_before(prefix: Path, header: IndexHeader, places: list[int]) -> list[int]:
     """How many tokens lie in front of each of these sequences; reads a few bytes of the index.
 

@@ -105,9 +105,7 @@ def read_split_tokens(
 # ------------------------------------------------------------------------------------- checks
 
 
-def _check_tokenizer(
-    source: SourceConfig, manifest: Manifest | None, tokenizer: Tokenizer
-) -> None:
+def _check_tokenizer(source: SourceConfig, manifest: Manifest | None, tokenizer: Tokenizer) -> None:
     if manifest is None or manifest.tokenizer_sha256 == tokenizer.fingerprint:
         return
     raise ValueError(

@@ -14,6 +14,7 @@ from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import DataConfig
 from equilibrium_mcore.data.indexed_files import IndexHeader
 from equilibrium_mcore.data.ledger.ledger import Ledger, Plan
+from equilibrium_mcore.data.ledger.maps import OpenMaps
 from equilibrium_mcore.data.ledger.source import SourceDocuments
 
 Packing = Literal["stream", "documents"]
@@ -157,8 +158,11 @@ def build_ledger_dataset(
     Raises ConfigError where a source's data is not that of `state`, and where the run would go
     through a source's training documents more often than its `max_epochs`.
     """
+    maps = OpenMaps()
     sources = [
-        SourceDocuments(source, headers[source.name], split=data.split, part=part, seed=seed)
+        SourceDocuments(
+            source, headers[source.name], split=data.split, part=part, seed=seed, maps=maps
+        )
         for source in data.sources
     ]
     dataset = LedgerDataset(

@@ -21,6 +21,7 @@ from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import RunConfig, SourceConfig
 from equilibrium_mcore.data.indexed_files import read_header
 from equilibrium_mcore.data.ledger.ledger import Ledger, Plan
+from equilibrium_mcore.data.ledger.maps import OpenMaps
 from equilibrium_mcore.data.ledger.source import SourceDocuments
 
 LEDGER_FILE = "ledger.jsonl"
@@ -196,7 +197,7 @@ def open_sources(settings: dict[str, Any]) -> list[SourceDocuments]:
 
     Raises ConfigError with every source whose files are gone or damaged.
     """
-    opened, problems = [], []
+    opened, problems, maps = [], [], OpenMaps()
     for values in settings["sources"]:
         source = SourceConfig(
             name=values["name"], prefix=Path(values["prefix"]), weight=values["weight"]
@@ -209,6 +210,7 @@ def open_sources(settings: dict[str, Any]) -> list[SourceDocuments]:
                     split=settings["split"],
                     part="train",
                     seed=settings["seed"],
+                    maps=maps,
                 )
             )
         except (OSError, ValueError) as error:

@@ -16,14 +16,13 @@ import numpy as np
 
 from equilibrium_mcore.config.schema import SourceConfig
 from equilibrium_mcore.data.indexed_files import (
+    HEADER_BYTES,
     IndexHeader,
     dataset_paths,
     fingerprint,
-    open_tokens,
-    sequence_lengths,
-    sequence_offsets,
     tokens_before,
 )
+from equilibrium_mcore.data.ledger.maps import OpenMaps
 from equilibrium_mcore.data.ledger.permutation import Permutation
 from equilibrium_mcore.data.sources import SPLITS, split_documents
 
@@ -66,9 +65,16 @@ class SourceDocuments:
     """The documents of one split of one source, in the order in which epochs go through them."""
 
     def __init__(
-        self, source: SourceConfig, header: IndexHeader, *, split: str, part: str, seed: int
+        self,
+        source: SourceConfig,
+        header: IndexHeader,
+        *,
+        split: str,
+        part: str,
+        seed: int,
+        maps: OpenMaps | None = None,
     ) -> None:
-        """`split` is the run's shares, `part` one of SPLITS.
+        """`split` is the run's shares, `part` one of SPLITS; sources of a blend share `maps`.
 
         Raises ValueError where the split holds no token, or the index does not fit its data.
         """
@@ -81,19 +87,14 @@ class SourceDocuments:
         """How many tokens an epoch has."""
         if not self.tokens:
             raise ValueError(f"{self.prefix}: the split {split!r} leaves no token for {part}")
+        self._maps = maps or OpenMaps()
         # The name stands for the source, so a moved or renumbered one keeps its order.
         self._key = f"{seed}|{source.name}|{part}"
-        self._forget()
-
-    def _forget(self) -> None:
         self._blocks: dict[tuple[int, int], _Block] = {}
         self._orders: dict[int, Permutation] = {}
-        self._mapped: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Maps of files and blocks are made anew in a process that this is sent to.
-        state = {**self.__dict__, "_blocks": {}, "_orders": {}, "_mapped": None}
-        return state
+        return {**self.__dict__, "_blocks": {}, "_orders": {}}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -146,7 +147,7 @@ class SourceDocuments:
     def _read_block(self, epoch: int, number: int) -> _Block:
         first = number * BLOCK
         documents = self.order(epoch, first, min(first + BLOCK, self.documents))
-        lengths = self._maps[0][documents].astype(np.int64)
+        lengths = self._lengths()[documents].astype(np.int64)
         if lengths.min() < 0:
             raise ValueError(
                 f"{dataset_paths(self.prefix)[1]} is damaged: document "
@@ -158,36 +159,38 @@ class SourceDocuments:
 
     # ------------------------------------------------------------------------------ the tokens
 
-    @property
-    def _maps(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Lengths, offsets and tokens, mapped when first asked for."""
-        if self._mapped is None:
-            self._mapped = (
-                np.asarray(sequence_lengths(self.prefix, self.header)),
-                np.asarray(sequence_offsets(self.prefix, self.header)),
-                np.asarray(open_tokens(self.prefix, self.header)),
-            )
-        return self._mapped
+    def _lengths(self) -> np.ndarray:
+        return self._index(np.int32, HEADER_BYTES)
+
+    def _index(self, dtype: type, offset: int) -> np.ndarray:
+        path = dataset_paths(self.prefix)[1]
+        return self._maps.array(path, dtype, offset=offset, count=self.header.sequences)
 
     def length(self, document: int) -> int:
         """Tokens of a document."""
-        return int(self._maps[0][document])
+        return int(self._lengths()[document])
 
     def read(self, span: Span) -> np.ndarray:
         """The span's token ids, [tokens], mapped.
 
         Raises ValueError where the index leads outside of the .bin.
         """
-        _, offsets, tokens = self._maps
-        start = int(offsets[span.document]) // self.header.dtype.itemsize + span.offset
-        found = tokens[start : start + span.tokens]
-        if start < 0 or found.size != span.tokens:
+        itemsize = self.header.dtype.itemsize
+        offsets = self._index(np.int64, HEADER_BYTES + 4 * self.header.sequences)
+        start = int(offsets[span.document]) // itemsize + span.offset
+        if start < 0 or start + span.tokens > self.header.tokens:
             raise ValueError(
                 f"{dataset_paths(self.prefix)[1]} does not fit its data: document {span.document} "
                 f"would lie at tokens {start:,} to {start + span.tokens:,} of "
                 f"{self.header.tokens:,}. Make the dataset anew"
             )
-        return found
+        return self._maps.array(
+            dataset_paths(self.prefix)[0],
+            self.header.dtype,
+            offset=start * itemsize,
+            count=span.tokens,
+            scattered=True,
+        )
 
 
 def _add_spans(spans: list[Span], block: _Block, place: int, here: int, until: int) -> None:
