@@ -16,7 +16,13 @@ import megatron.core
 import torch
 
 import equilibrium_mcore
-from equilibrium_mcore.certify.compare import Verdict, compare, compare_states, main_weights
+from equilibrium_mcore.certify.compare import (
+    Verdict,
+    compare,
+    compare_states,
+    compare_updates,
+    main_weights,
+)
 from equilibrium_mcore.certify.packing import compare_packing
 from equilibrium_mcore.certify.trace import Trace, read_trace, trace_rank
 from equilibrium_mcore.certify.twin import STEPS, Layout, in_layout, make_twin
@@ -28,7 +34,6 @@ NOT_CERTIFIED = (
     "gloo; on a GPU host tests/gpu compares the kernels with those",
     "rounding of bf16 training: the twin trains in float32",
     "activation recomputation, which the twin leaves out",
-    "packed documents under context parallelism, which need Transformer Engine's index kernel",
 )
 
 
@@ -128,19 +133,23 @@ class _Bench:
     def __init__(self, folder: Path, config: RunConfig, layouts: list[Layout], prepare) -> None:
         self.folder, self.prepare = folder, prepare
         self.twin = make_twin(config, layouts, folder=folder / "reference")
+        checkpoints = folder / "reference" / "checkpoints"
+        self._ends = checkpoints / "step_00000000", checkpoints / f"step_{STEPS:08d}"
 
     def reference(self) -> Trace:
         one = Layout("one rank", {}, 1)
-        return self._trace("reference", self.twin, one, save_first=True, save_last=True)
+        trace = self._trace("reference", self.twin, one, save_first=True, save_last=True)
+        restart = self.twin.model_copy(update={"output_directory": self.folder / "updates"})
+        trace.update = self._trace("updates", restart, one, steps=0, given=True).update
+        return trace
 
     def verdicts(self, layout: Layout, reference: Trace) -> list[Verdict]:
         name = layout.name.replace(",", "_").replace("=", "")
-        first = self.folder / "reference" / "checkpoints" / "step_00000000"
-        last = self.folder / "reference" / "checkpoints" / f"step_{STEPS:08d}"
+        first, last = self._ends
         start = in_layout(self.twin, layout, initial_weights=str(first))
         start = start.model_copy(update={"output_directory": self.folder / name})
         trace = self._trace(name, start, layout, save_last=True, fault=True)
-        found = compare(trace, reference)
+        found = compare(trace, reference, optimizer=self.twin.optimizer)
         sharp = start.model_copy(
             update={
                 "training": start.training.model_copy(update={"precision": "bf16"}),
@@ -151,7 +160,8 @@ class _Bench:
         # A save in one layout, a load in the other, both ways: the values themselves.
         resumed = in_layout(self.twin, layout, resume="must")
         resumed = self._resumable(resumed, last, name + "_loaded")
-        loaded = self._trace(name + "_loaded", resumed, layout, steps=0, fault=True)
+        loaded = self._trace(name + "_loaded", resumed, layout, steps=0, fault=True, given=True)
+        found.append(compare_updates(loaded, reference))
         found += compare_states("saved by one rank, loaded in the layout", loaded, reference)
         back = self._resumable(
             self.twin.model_copy(
@@ -185,6 +195,7 @@ class _Bench:
         steps: int = STEPS,
         save_first: bool = False,
         save_last: bool = False,
+        given: bool = False,
         fault: bool = False,
     ) -> Trace:
         folder = self.folder / f"{name}_trace"
@@ -195,6 +206,7 @@ class _Bench:
             steps=steps,
             save_first=save_first,
             save_last=save_last,
+            gradients_from=self._ends[0] if given else None,
             prepare=self.prepare if fault else None,
         )
         self._ranks(work, layout.world_size)

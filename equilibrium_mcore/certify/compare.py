@@ -11,10 +11,14 @@ from dataclasses import dataclass
 
 from equilibrium_mcore.certify.trace import Trace
 from equilibrium_mcore.certify.whole import Whole
+from equilibrium_mcore.config.schema import OptimizerConfig
 
 LOSS = 1e-5
 GRADIENT = 5e-5
-UPDATE = 2e-3
+# Of a step's float32 change of weights, by what made it. SOAP gives every direction of its
+# eigenbasis an update of full size, also where a gradient is hardly more than rounding.
+UPDATE = {"adamw": 2e-3, "muon": 2e-3, "cosmos": 2e-3, "soap": 1e-1}
+GIVEN_UPDATE = 1e-9  # in float64, from the same gradients
 STATE = 0.0
 CHOICES = 2e-3
 
@@ -33,7 +37,7 @@ class Verdict:
         return self.difference <= self.tolerance  # False for nan
 
 
-def compare(layout: Trace, reference: Trace) -> list[Verdict]:
+def compare(layout: Trace, reference: Trace, *, optimizer: OptimizerConfig) -> list[Verdict]:
     """Losses, gradients, weights and routing of a layout's training against the reference's."""
     verdicts = [
         _curve("loss of every step", layout.loss, reference.loss, LOSS),
@@ -55,12 +59,19 @@ def compare(layout: Trace, reference: Trace) -> list[Verdict]:
                     f"weights after {step} step{'s' if step > 1 else ''}, relative to the update",
                     layout.weights[step],
                     reference.weights[step],
-                    UPDATE,
+                    max(UPDATE[name] for name in optimizer.used),
                     since=start,
                 )
             )
     verdicts.append(_replicas(layout))
     return verdicts
+
+
+def compare_updates(layout: Trace, reference: Trace) -> Verdict:
+    """What the optimizer makes of the same gradients, in float64."""
+    return _tensors(
+        "update from given gradients, float64", layout.update, reference.update, GIVEN_UPDATE
+    )
 
 
 def main_weights(found: Trace) -> Verdict:

@@ -161,6 +161,16 @@ class DataConfig(Section):
         "training.global_batch_size. Set it higher at the start of a run that may be prolonged",
     )
     cache_directory: Path | None = setting(None, "where index caches go; null: beside the data")
+    packing: Literal["stream", "documents"] = setting(
+        "stream",
+        "stream: a document sees what stands before it in its sequence; documents: attention and "
+        "Mamba's state begin anew at each",
+    )
+    document_multiple: PositiveInt = setting(
+        1,
+        "packing documents: each is padded to a multiple of so many tokens, which do not count in "
+        "the loss; context parallelism needs a multiple of 2 * parallelism.context",
+    )
     num_workers: NonNegativeInt = setting(0, "loader processes per rank")
 
 
@@ -329,6 +339,12 @@ class OptimizerConfig(Section):
         None, "average the weights instead of lowering the rate; {} for its defaults, null for not"
     )
     clip_gradient_norm: NonNegativeFloat = setting(1.0, "clip to this global norm; 0 for never")
+
+    @property
+    def used(self) -> set[str]:
+        """Names of the optimizers that update something, as far as the settings tell."""
+        overrides = {o.optimizer for o in self.overrides if o.optimizer is not None}
+        return {"adamw", self.matrices} | overrides
 
 
 class TrainingConfig(Section):
