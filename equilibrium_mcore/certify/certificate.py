@@ -23,18 +23,31 @@ from equilibrium_mcore.certify.compare import (
     compare_updates,
     main_weights,
 )
+from equilibrium_mcore.certify.kernels import certify_kernels
 from equilibrium_mcore.certify.packing import compare_packing
 from equilibrium_mcore.certify.trace import Trace, read_trace, trace_rank
 from equilibrium_mcore.certify.twin import STEPS, Layout, in_layout, make_twin
-from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.config.schema import ParallelismConfig, RunConfig
+from equilibrium_mcore.parallel import process_groups
+from equilibrium_mcore.parallel.host import describe_host
 from equilibrium_mcore.parallel.launch import Place, start_ranks
 
-NOT_CERTIFIED = (
-    "NCCL, Transformer Engine, Triton and FP8 kernels: the twin runs their PyTorch references over "
-    "gloo; on a GPU host tests/gpu compares the kernels with those",
-    "rounding of bf16 training: the twin trains in float32",
-    "activation recomputation, which the twin leaves out",
-)
+NOT_CERTIFIED = {
+    "layouts": (
+        "NCCL, Transformer Engine, Triton and FP8 kernels: the twin runs their PyTorch references "
+        "over gloo; on a GPU host --tier kernels compares the kernels with those",
+        "rounding of bf16 training: the twin trains in float32",
+        "activation recomputation, which the twin leaves out",
+    ),
+    "kernels": (
+        "layouts, which --tier layouts certifies, and NCCL between devices",
+        "whole models, where rounding flips a choice of experts now and then: tests/gpu",
+    ),
+}
+AGREEMENT = {
+    "layouts": "the same numbers in every layout",
+    "kernels": "the kernels of this host agree with PyTorch's reference",
+}
 
 
 @dataclass
@@ -43,6 +56,7 @@ class Certificate:
 
     run: str
     config_hash: str
+    tier: str = "layouts"  # or "kernels", where the one layout is this host's device
     layouts: dict[str, list[Verdict]] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -55,6 +69,7 @@ class Certificate:
         return {
             "run": self.run,
             "config_hash": self.config_hash,
+            "tier": self.tier,
             "passed": self.passed,
             "layouts": {
                 name: [
@@ -69,7 +84,7 @@ class Certificate:
                 ]
                 for name, verdicts in self.layouts.items()
             },
-            "not_certified": list(NOT_CERTIFIED),
+            "not_certified": list(NOT_CERTIFIED[self.tier]),
             "steps": STEPS,
             "seconds": round(self.seconds, 1),
             "versions": {
@@ -83,7 +98,7 @@ class Certificate:
         """What, worst relative difference, where, verdict: one line each."""
         lines = []
         for name, verdicts in self.layouts.items():
-            lines.append(f"layout {name}")
+            lines.append(f"layout {name}" if self.tier == "layouts" else f"device {name}")
             width = max(len(v.what) for v in verdicts)
             for v in verdicts:
                 mark = "ok  " if v.passed else "FAIL"
@@ -92,12 +107,12 @@ class Certificate:
                     f"(<= {v.tolerance:.0e})  {v.where}"
                 )
         lines.append("cannot certify:")
-        lines += [f"  - {text}" for text in NOT_CERTIFIED]
+        lines += [f"  - {text}" for text in NOT_CERTIFIED[self.tier]]
         failed = [v for verdicts in self.layouts.values() for v in verdicts if not v.passed]
         if failed:
             lines.append(f"NOT the same numbers: first in {failed[0].what}, at {failed[0].where}")
         else:
-            lines.append(f"the same numbers in every layout ({self.seconds:.0f} s)")
+            lines.append(f"{AGREEMENT[self.tier]} ({self.seconds:.0f} s)")
         return "\n".join(lines)
 
 
@@ -114,8 +129,7 @@ def certify(
     tests plant faults with it. Raises RuntimeError when ranks fail.
     """
     started = time.monotonic()
-    digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()
-    certificate = Certificate(config.name, digest)
+    certificate = Certificate(config.name, _hash(config))
     with tempfile.TemporaryDirectory(prefix="certificate_") as folder:
         bench = _Bench(Path(folder), config, layouts, prepare)
         progress("one rank, the reference")
@@ -125,6 +139,28 @@ def certify(
             certificate.layouts[layout.name] = bench.verdicts(layout, reference)
     certificate.seconds = time.monotonic() - started
     return certificate
+
+
+def certify_device(
+    config: RunConfig, *, progress: Callable[[str], None] = lambda text: None
+) -> Certificate:
+    """Certify the kernels of this host's device for `config`, in this process as one rank."""
+    started = time.monotonic()
+    certificate = Certificate(config.name, _hash(config), tier="kernels")
+    with tempfile.TemporaryDirectory(prefix="certificate_") as folder:
+        place = Place(0, 1, 0, f"file://{Path(folder) / 'rendezvous'}")
+        groups = process_groups.join(place, ParallelismConfig(), seed=config.training.seed)
+        try:
+            verdicts = certify_kernels(config, groups, progress=progress)
+        finally:
+            process_groups.destroy()
+    certificate.layouts[describe_host().device_name] = verdicts
+    certificate.seconds = time.monotonic() - started
+    return certificate
+
+
+def _hash(config: RunConfig) -> str:
+    return hashlib.sha256(config.model_dump_json().encode()).hexdigest()
 
 
 class _Bench:
@@ -161,7 +197,7 @@ class _Bench:
         resumed = in_layout(self.twin, layout, resume="must")
         resumed = self._resumable(resumed, last, name + "_loaded")
         loaded = self._trace(name + "_loaded", resumed, layout, steps=0, fault=True, given=True)
-        found.append(compare_updates(loaded, reference))
+        found.append(compare_updates(loaded, reference, optimizer=self.twin.optimizer))
         found += compare_states("saved by one rank, loaded in the layout", loaded, reference)
         back = self._resumable(
             self.twin.model_copy(

@@ -18,7 +18,9 @@ GRADIENT = 5e-5
 # Of a step's float32 change of weights, by what made it. SOAP gives every direction of its
 # eigenbasis an update of full size, also where a gradient is hardly more than rounding.
 UPDATE = {"adamw": 2e-3, "muon": 2e-3, "cosmos": 2e-3, "soap": 1e-1}
-GIVEN_UPDATE = 1e-9  # in float64, from the same gradients
+# The same in float64, from the same gradients. SOAP's eigenvectors of close eigenvalues turn by
+# rounding over their distance; a fault turns them by far more.
+GIVEN_UPDATE = {"adamw": 1e-9, "muon": 1e-9, "cosmos": 1e-9, "soap": 1e-7}
 STATE = 0.0
 CHOICES = 2e-3
 
@@ -67,10 +69,11 @@ def compare(layout: Trace, reference: Trace, *, optimizer: OptimizerConfig) -> l
     return verdicts
 
 
-def compare_updates(layout: Trace, reference: Trace) -> Verdict:
+def compare_updates(layout: Trace, reference: Trace, *, optimizer: OptimizerConfig) -> Verdict:
     """What the optimizer makes of the same gradients, in float64."""
+    tolerance = max(GIVEN_UPDATE[name] for name in optimizer.used)
     return _tensors(
-        "update from given gradients, float64", layout.update, reference.update, GIVEN_UPDATE
+        "update from given gradients, float64", layout.update, reference.update, tolerance
     )
 
 

@@ -138,7 +138,7 @@ class Case(NamedTuple):
     overrides: tuple[str, ...] = ()  # of the run
 
 
-PACKED = ("data.packing=documents",)
+PACKED = ("data.packing=documents", "training.micro_batch_size=1")
 EXPECTED: dict[Callable[[], None], Case] = {
     healthy: Case("tp=2,cp=2,ep=2", "", "", PACKED),
     context_split_over_the_wrong_group: Case("tp=2,cp=2", "loss of every step", "step 1"),

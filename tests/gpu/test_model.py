@@ -45,7 +45,7 @@ def build(groups, *, precision: str, backend: str, recipe: str = "tensorwise"):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_logits(precision, groups):
-    from tests.gpu.compare import give_weights, relative_error
+    from equilibrium_mcore.certify.kernels import give_weights, relative_error
 
     process_groups.seed_everything(0)
     fast = build(groups, precision=precision, backend="auto")
@@ -65,7 +65,7 @@ def test_logits(precision, groups):
 )
 def test_gradients(precision, recipe, groups, rehearsal):
     """A curve hardly shows a wrong gradient of a few parameters; this shows every one."""
-    from tests.gpu.compare import give_weights, relative_error, weights
+    from equilibrium_mcore.certify.kernels import give_weights, relative_error, weights
 
     if rehearsal and precision == "fp8":
         pytest.skip("FP8 products are Transformer Engine's, on a GPU")
