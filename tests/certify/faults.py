@@ -20,7 +20,7 @@ def context_split_over_the_wrong_group() -> None:
 
     cut = step.rank_batch
     step.rank_batch = lambda batch, run: cut(
-        batch, SimpleNamespace(groups=SimpleNamespace(cp=run.groups.tp))
+        batch, SimpleNamespace(config=run.config, groups=SimpleNamespace(cp=run.groups.tp))
     )
 
 
