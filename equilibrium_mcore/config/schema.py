@@ -144,6 +144,9 @@ class SourceConfig(Section):
     name: str = setting(doc="what logs call it")
     prefix: Path = setting(doc="path of the .bin/.idx pair without its ending")
     weight: PositiveFloat = setting(doc="share in the blend; weights are scaled to sum to 1")
+    max_epochs: PositiveFloat | None = setting(
+        None, "a run that would go through its training documents more often is refused"
+    )
 
 
 class DataConfig(Section):
@@ -155,21 +158,28 @@ class DataConfig(Section):
     split: str = setting(
         "98,1,1", "shares of documents for train, validation and test, e.g. 98,1,1"
     )
-    train_samples: PositiveInt | None = setting(
-        None,
-        "sequences that the order of the data is made for; null: training.steps * "
-        "training.global_batch_size. Set it higher at the start of a run that may be prolonged",
+    order: Literal["ledger", "megatron"] = setting(
+        "ledger",
+        "who decides which document comes next: ledger keeps a cursor per source; megatron bakes "
+        "megatron-core's order for a given number of sequences",
     )
-    cache_directory: Path | None = setting(None, "where index caches go; null: beside the data")
     packing: Literal["stream", "documents"] = setting(
         "stream",
-        "stream: a document sees what stands before it in its sequence; documents: attention and "
-        "Mamba's state begin anew at each",
+        "stream: a document sees what stands before it in its sequence; documents: attention, "
+        "Mamba's state and positions begin anew at each, and no label belongs to the next one",
     )
     document_multiple: PositiveInt = setting(
         1,
         "packing documents: each is padded to a multiple of so many tokens, which do not count in "
         "the loss; context parallelism needs a multiple of 2 * parallelism.context",
+    )
+    train_samples: PositiveInt | None = setting(
+        None,
+        "order megatron: sequences that the order of the data is made for; null: training.steps * "
+        "training.global_batch_size. Set it higher at the start of a run that may be prolonged",
+    )
+    cache_directory: Path | None = setting(
+        None, "order megatron: where index caches go; null: beside the data"
     )
     num_workers: NonNegativeInt = setting(0, "loader processes per rank")
 
