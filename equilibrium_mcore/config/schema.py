@@ -183,6 +183,11 @@ class DataConfig(Section):
     )
     num_workers: NonNegativeInt = setting(0, "loader processes per rank")
 
+    @property
+    def padding_multiple(self) -> int:
+        """What documents are padded to in a sequence; 1 where they follow each other as one."""
+        return self.document_multiple if self.packing == "documents" else 1
+
 
 # ----------------------------------------------------------------------------------- the run
 
