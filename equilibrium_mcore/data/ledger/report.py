@@ -22,7 +22,7 @@ from equilibrium_mcore.data.tokenizer import Tokenizer, load_tokenizer
 TEXT_TOKENS = 60  # decoded of a document when its text is shown
 TEXT_CHARACTERS = 100
 # Of a segment's settings, those that decide which documents come next.
-DECISIVE = ("sequence_length", "global_batch_size", "packing", "seed", "split")
+DECISIVE = ("sequence_length", "global_batch_size", "packing", "document_multiple", "seed", "split")
 
 
 def report(

@@ -29,6 +29,7 @@ def settings(prefixes, **changes):
         "global_batch_size": BATCH,
         "sequence_length": LENGTH,
         "packing": "stream",
+        "document_multiple": 1,
         "seed": SEED,
         "split": "90,8,2",
         "tokenizer": {"type": "SentencePieceTokenizer", "model": "unused.model"},
