@@ -54,7 +54,7 @@ class Reference:
     def train(self, ranks, world_size: int, parallelism: dict, **changes: Any) -> dict[str, Any]:
         """Five steps from the checkpoint's weights in a layout; rank 0's outcome."""
         config = tiny_run(
-            self.data,
+            {**self.data, **changes.pop("data", {})},
             self.folder / "unused",
             model=self.model,
             parallelism={"world_size": world_size, **parallelism},
@@ -107,6 +107,22 @@ def test_tensor_parallelism_without_sequence_parallelism(ranks, data, tmp_path_f
 def test_gqa_model_has_the_curve_of_one_rank(ranks, gqa, name):
     world_size, parallelism = GQA_LAYOUTS[name]
     assert_same_curve(gqa.train(ranks, world_size, parallelism), gqa.curve)
+
+
+PACKED = {"packing": "documents", "document_multiple": 4}
+PACKED_LAYOUTS = {name: LAYOUTS[name] for name in ("cp2", "tp2_cp2_pp2_ep2")}
+
+
+def test_packed_documents_have_the_curve_of_one_rank(ranks, hybrid):
+    long = {"sequence_length": 256}  # several documents in a sequence
+    stream = hybrid.train(ranks, 1, {}, training=long)
+    one = hybrid.train(ranks, 1, {}, data=PACKED, training=long)
+    assert one["gradients"] != pytest.approx(stream["gradients"], rel=100 * TOLERANCE)
+    for world_size, parallelism in PACKED_LAYOUTS.values():
+        outcome = hybrid.train(ranks, world_size, parallelism, data=PACKED, training=long)
+        assert_same_curve(outcome, one)
+    both = {**long, "micro_batch_size": 2}  # two sequences become one
+    assert_same_curve(hybrid.train(ranks, 1, {}, data=PACKED, training=both), one)
 
 
 @pytest.mark.parametrize(
