@@ -81,6 +81,12 @@ def gqa(ranks, data, tmp_path_factory) -> Reference:
     return Reference(ranks, data, tmp_path_factory.mktemp("gqa"), GQA_MODEL)
 
 
+@pytest.fixture(scope="module")
+def dense(ranks, data, tmp_path_factory) -> Reference:
+    model = {**MODEL, "layer_pattern": "M-+-", "moe": None}
+    return Reference(ranks, data, tmp_path_factory.mktemp("dense"), model)
+
+
 def assert_same_curve(outcome: dict[str, Any], reference: dict[str, Any]) -> None:
     for name in ("loss", "norm", "aux"):
         if reference[name][0] is None:  # no experts, so no auxiliary loss
@@ -96,10 +102,8 @@ def test_hybrid_model_has_the_curve_of_one_rank(ranks, hybrid, name):
     assert_same_curve(hybrid.train(ranks, world_size, parallelism), hybrid.curve)
 
 
-def test_tensor_parallelism_without_sequence_parallelism(ranks, data, tmp_path_factory):
+def test_tensor_parallelism_without_sequence_parallelism(ranks, dense):
     """Another path through MLA; a model with MoE may not take it."""
-    model = {**MODEL, "layer_pattern": "M-+-", "moe": None}
-    dense = Reference(ranks, data, tmp_path_factory.mktemp("dense"), model)
     assert_same_curve(dense.train(ranks, 2, {"tensor": 2}), dense.curve)
 
 
@@ -121,8 +125,14 @@ def test_packed_documents_have_the_curve_of_one_rank(ranks, hybrid):
     for world_size, parallelism in PACKED_LAYOUTS.values():
         outcome = hybrid.train(ranks, world_size, parallelism, data=PACKED, training=long)
         assert_same_curve(outcome, one)
-    both = {**long, "micro_batch_size": 2}  # two sequences become one
-    assert_same_curve(hybrid.train(ranks, 1, {}, data=PACKED, training=both), one)
+
+
+def test_packed_sequences_of_a_micro_batch_are_one(ranks, dense):
+    one, both = (
+        dense.train(ranks, 1, {}, data=PACKED, training={"micro_batch_size": size})
+        for size in (1, 2)
+    )
+    assert_same_curve(both, one)
 
 
 @pytest.mark.parametrize(
