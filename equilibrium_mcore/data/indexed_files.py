@@ -33,6 +33,7 @@ CODE_DTYPES: dict[int, type] = {
 }  # fmt: skip
 # megatron-core's own limit (DType.optimal_dtype), a little below 2^16.
 UINT16_VOCABULARY_LIMIT = 65500
+LENGTH_BYTES = 4
 COPY_BLOCK = 1 << 20  # sequences handled at a time when the index is written
 LOCK_PATIENCE_SECONDS = 5.0  # workers of a killed run hold its lock for a moment
 SAMPLE_BYTES = 16 << 20  # of a dataset without manifest, how much is searched for its largest id
@@ -70,11 +71,22 @@ class Manifest:
     format_version: int = 1
 
 
+@dataclass(frozen=True)
+class WriterState:
+    """How far a writer was: what lies aside up to here is whole."""
+
+    documents: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    largest_token: int = -1
+
+
 class IndexedWriter:
     """Writes a dataset aside and gives it its final names when it is whole.
 
     `.bin` is renamed first and `.idx` last, so an `.idx` under its final name means complete. The
-    files aside are locked while their writer lives; those of a dead run are overwritten.
+    files aside are locked while their writer lives. Those of a dead run are still there when the
+    writer is made: `rewind` takes up from a state of it, or from the start.
     """
 
     def __init__(self, prefix: Path, dtype: type, *, overwrite: bool = False) -> None:
@@ -91,13 +103,41 @@ class IndexedWriter:
             )
         prefix.parent.mkdir(parents=True, exist_ok=True)
         self._bin = _open_locked(_aside(dataset_paths(prefix)[0]))
-        self._lengths = _lengths_path(prefix).open("w+b")
+        self._lengths = _lengths_path(prefix).open("a+b")
+        self._rewound = False
+
+    def holds(self, state: WriterState) -> bool:
+        """Whether the files of a dead run hold all that this state speaks of."""
+        sizes = (os.fstat(stream.fileno()).st_size for stream in (self._bin, self._lengths))
+        needed = (state.tokens * self.dtype.itemsize, state.documents * LENGTH_BYTES)
+        return all(size >= least for size, least in zip(sizes, needed, strict=True))
+
+    def rewind(self, state: WriterState | None = None) -> None:
+        """Forget what was written behind `state`; without one, everything."""
+        state = state or WriterState()
+        self._bin.truncate(state.tokens * self.dtype.itemsize)
+        self._lengths.truncate(state.documents * LENGTH_BYTES)
+        self.documents, self.sequences = state.documents, state.sequences
+        self.tokens, self.largest_token = state.tokens, state.largest_token
+        self._rewound = True
+
+    @property
+    def state(self) -> WriterState:
+        """What was added so far."""
+        return WriterState(self.documents, self.sequences, self.tokens, self.largest_token)
+
+    def sync(self) -> None:
+        """To disk, so that what was added so far outlives a crash of the machine."""
+        _to_disk(self._bin)
+        _to_disk(self._lengths)
 
     def add(self, tokens: bytes, lengths: np.ndarray) -> None:
         """Append documents: their token ids as bytes of `dtype`, and each one's length (int32).
 
         A document of length 0 counts as a document without a sequence, as in Megatron-LM.
         """
+        if not self._rewound:
+            self.rewind()
         values = np.frombuffer(tokens, self.dtype)
         if int(lengths.sum(dtype=np.int64)) != values.size:
             raise ValueError(f"lengths sum to {lengths.sum()}, but there are {values.size} tokens")
@@ -111,6 +151,8 @@ class IndexedWriter:
 
     def finish(self) -> None:
         """Write the index, and everything to disk; `publish` then gives the final names."""
+        if not self._rewound:
+            self.rewind()
         with _aside(dataset_paths(self.prefix)[1]).open("wb") as index:
             self._write_index(index)
             _to_disk(index)
@@ -137,6 +179,11 @@ class IndexedWriter:
         _lengths_path(self.prefix).unlink(missing_ok=True)
         for path in dataset_paths(self.prefix):
             _aside(path).unlink(missing_ok=True)
+        self._bin.close()
+
+    def keep(self) -> None:
+        """Leave what lies aside to a later run, and release the lock."""
+        self._lengths.close()
         self._bin.close()
 
     def __enter__(self) -> IndexedWriter:
@@ -173,7 +220,7 @@ class IndexedWriter:
     def _length_blocks(self):
         self._lengths.flush()
         self._lengths.seek(0)
-        while block := self._lengths.read(4 * COPY_BLOCK):
+        while block := self._lengths.read(LENGTH_BYTES * COPY_BLOCK):
             yield np.frombuffer(block, np.int32)
 
 
@@ -191,7 +238,7 @@ def _to_disk(stream: IO) -> None:
 
 
 def _open_locked(path: Path) -> IO[bytes]:
-    """Open for writing from the start; raises FileExistsError while another process writes it."""
+    """Open for appending; raises FileExistsError while another process writes it."""
     deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
     while True:
         stream = path.open("ab")
@@ -211,7 +258,6 @@ def _open_locked(path: Path) -> IO[bytes]:
         # Between opening and locking, its owner may have renamed it to its final name.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(stream.fileno()), path.stat()):
-                stream.truncate(0)
                 return stream
         stream.close()
 
