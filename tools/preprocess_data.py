@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from equilibrium_mcore.config.schema import TokenizerConfig
-from equilibrium_mcore.data.preprocess import preprocess
+from equilibrium_mcore.data.partitions import preprocess_in_partitions
 
 
 def main() -> int:
@@ -33,6 +33,8 @@ def main() -> int:
     add("--append-eod", action="store_true", help="end each document with that token")
     add("--workers", type=int, help="processes; default: every core that it may use")
     add("--encoder", choices=("auto", "fast", "plain"), default="auto", help="auto: fast if exact")
+    add("--partitions", type=int, default=1, help="make it in N parts, then merge them")
+    add("--partition", type=int, help="make only part K of N, from 1: one host's share")
     add("--skip-bad-lines", action="store_true", help="leave out lines that are no documents")
     add("--overwrite", action="store_true", help="replace an existing dataset")
     add("--restart", action="store_true", help="forget what a stopped run left, do not go on")
@@ -42,7 +44,7 @@ def main() -> int:
     )
     try:
         tokenizer = TokenizerConfig(type=kind, model=model, end_of_document=eod)
-        done = preprocess(inputs=options.pop("input"), tokenizer=tokenizer, **options)
+        done = preprocess_in_partitions(inputs=options.pop("input"), tokenizer=tokenizer, **options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

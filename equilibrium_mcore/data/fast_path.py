@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,8 +82,13 @@ def _parts(section: dict[str, Any] | None, nested: str) -> Iterator[dict[str, An
         yield section
 
 
-def compare_with_plain(tokenizer: Tokenizer, load_backend: Callable) -> str | None:
-    """Encode the probe with both; what differed, or None. `load_backend(path)` is fastokens."""
+def compare_with_plain(
+    tokenizer: Tokenizer, load_backend: Callable, more_texts: Sequence[str] = ()
+) -> str | None:
+    """Encode the probe with both, and `more_texts`; what differed, or None.
+
+    `load_backend(path)` is fastokens.
+    """
     assert isinstance(tokenizer, HuggingFaceTokenizer)
     try:
         backend = load_backend(tokenizer.path)
@@ -94,7 +99,7 @@ def compare_with_plain(tokenizer: Tokenizer, load_backend: Callable) -> str | No
     added = [
         entry.content for entry in list(tokenizer.backend.get_added_tokens_decoder().values())[:64]
     ]
-    texts = probe_texts(added)
+    texts = [*probe_texts(added), *more_texts]
     flat, offsets = backend.encode_batch_flat(texts)
     ids = np.frombuffer(flat, "<u4")
     ends = np.frombuffer(offsets, "<u8").astype(np.int64)

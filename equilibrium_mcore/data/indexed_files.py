@@ -17,6 +17,7 @@ import json
 import os
 import struct
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -136,18 +137,29 @@ class IndexedWriter:
 
         A document of length 0 counts as a document without a sequence, as in Megatron-LM.
         """
+        count = len(tokens) // self.dtype.itemsize
+        if int(lengths.sum(dtype=np.int64)) != count:
+            raise ValueError(f"lengths sum to {lengths.sum()}, but there are {count} tokens")
+        self.add_tokens(tokens)
+        self.add_lengths(lengths)
+
+    def add_tokens(self, tokens: bytes) -> None:
+        """Token ids alone, of documents whose lengths `add_lengths` gets."""
         if not self._rewound:
             self.rewind()
         values = np.frombuffer(tokens, self.dtype)
-        if int(lengths.sum(dtype=np.int64)) != values.size:
-            raise ValueError(f"lengths sum to {lengths.sum()}, but there are {values.size} tokens")
         self._bin.write(tokens)
-        self._lengths.write(np.ascontiguousarray(lengths, np.int32).data)
-        self.documents += lengths.size
-        self.sequences += int(np.count_nonzero(lengths))
         self.tokens += values.size
         if values.size:
             self.largest_token = max(self.largest_token, int(values.max()))
+
+    def add_lengths(self, lengths: np.ndarray) -> None:
+        """Lengths alone (int32 [documents])."""
+        if not self._rewound:
+            self.rewind()
+        self._lengths.write(np.ascontiguousarray(lengths, np.int32).data)
+        self.documents += lengths.size
+        self.sequences += int(np.count_nonzero(lengths))
 
     def finish(self) -> None:
         """Write the index, and everything to disk; `publish` then gives the final names."""
@@ -160,16 +172,19 @@ class IndexedWriter:
         _lengths_path(self.prefix).unlink()
         _to_disk(self._bin)
 
-    def publish(self, manifest: Manifest) -> None:
+    def publish(self, manifest: Manifest | None) -> None:
         """Rename into place. Until the last rename no `.idx` has its final name."""
         binary, index, description = dataset_paths(self.prefix)
-        with _aside(description).open("w", encoding="utf-8") as stream:
-            json.dump(asdict(manifest), stream, indent=2)
-            stream.write("\n")
-            _to_disk(stream)
-        index.unlink(missing_ok=True)  # of the dataset that is replaced
+        if manifest is not None:
+            with _aside(description).open("w", encoding="utf-8") as stream:
+                json.dump(asdict(manifest), stream, indent=2)
+                stream.write("\n")
+                _to_disk(stream)
+        for path in (index, description):  # of the dataset that is replaced
+            path.unlink(missing_ok=True)
         for path in (binary, description, index):
-            os.replace(_aside(path), path)
+            if path != description or manifest is not None:
+                os.replace(_aside(path), path)
         # From here on, files aside belong to another run: only let go of the lock.
         self._bin.close()
 
@@ -275,7 +290,7 @@ class IndexHeader:
     tokens: int
 
 
-def read_header(prefix: Path) -> IndexHeader:
+def read_header(prefix: Path, *, may_be_empty: bool = False) -> IndexHeader:
     """Read and check a dataset's files without reading its data.
 
     Raises FileNotFoundError for a missing file and ValueError for an index that is not one, is cut
@@ -306,6 +321,8 @@ def read_header(prefix: Path) -> IndexHeader:
                 f"{index} has {index.stat().st_size:,} bytes, but its header, with {sequences:,} "
                 f"sequences, needs {expected:,}: it is cut short or damaged. Make the dataset anew"
             )
+        if sequences == 0 and may_be_empty and binary.stat().st_size == 0:
+            return IndexHeader(dtype, 0, ends - 1, 0)
         if sequences == 0:
             raise ValueError(f"{prefix} is empty: {index.name} lists no sequence with a token")
         stream.seek(HEADER_BYTES + 4 * (sequences - 1))
@@ -341,6 +358,32 @@ def sequence_lengths(prefix: Path, header: IndexHeader) -> np.ndarray:
     return np.memmap(
         dataset_paths(prefix)[1], np.int32, "r", offset=HEADER_BYTES, shape=(header.sequences,)
     )
+
+
+def document_lengths(prefix: Path, header: IndexHeader) -> Iterator[np.ndarray]:
+    """Tokens of each document, in blocks of int32; 0 for an empty one, which has no sequence.
+
+    Raises ValueError for documents of several sequences.
+    """
+    with (
+        dataset_paths(prefix)[1].open("rb") as lengths,
+        dataset_paths(prefix)[1].open("rb") as ends,
+    ):
+        lengths.seek(HEADER_BYTES)
+        ends.seek(HEADER_BYTES + 12 * header.sequences)
+        before = int(np.frombuffer(ends.read(8), np.int64)[0])
+        while block := ends.read(8 * COPY_BLOCK):
+            steps = np.diff(np.frombuffer(block, np.int64), prepend=before)
+            before += int(steps.sum())
+            if steps.size and steps.max(initial=0) > 1:
+                raise ValueError(
+                    f"{prefix} has documents of several sequences (--split-sentences), which are "
+                    f"not handled here: make it anew without that option"
+                )
+            sizes = np.zeros(steps.size, np.int32)
+            count = int(steps.sum())
+            sizes[steps == 1] = np.frombuffer(lengths.read(LENGTH_BYTES * count), np.int32)
+            yield sizes
 
 
 def open_tokens(prefix: Path, header: IndexHeader) -> np.ndarray:

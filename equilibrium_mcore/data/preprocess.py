@@ -92,7 +92,7 @@ def preprocess(
     workers = available_cores() if workers is None else workers
     _check_arguments(json_keys, workers, partition, partitions)
     items = list_inputs(inputs)
-    prefixes = {key: Path(f"{output_prefix}_{key}_document") for key in json_keys}
+    prefixes = output_prefixes(output_prefix, json_keys)
     with ExitStack() as stack:
         # First of all: workers are forked, and later there are locked files and threads.
         pool = stack.enter_context(Workers(workers))
@@ -127,6 +127,11 @@ def preprocess(
         skipped_lines=run.bad.count,
         seconds=time.perf_counter() - started,
     )
+
+
+def output_prefixes(output_prefix: Path, keys: Sequence[str]) -> dict[str, Path]:
+    """The dataset of each key; Megatron-LM's names."""
+    return {key: Path(f"{output_prefix}_{key}_document") for key in keys}
 
 
 def _check_arguments(keys: Sequence[str], workers: int, partition: int, partitions: int) -> None:

@@ -157,20 +157,25 @@ _opened: dict[EncoderPlan, BatchEncoder] = {}  # of this worker process
 
 
 def _start_worker(parent: int) -> None:
-    """Leave when the parent is gone: a killed parent cannot say so."""
+    """One thread, no signals, and gone when the parent is: a killed one cannot say so."""
     # The parent ends its workers; a signal to the whole group must not reach them first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # Each process is one core's worth; the libraries would start threads in each.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["RAYON_NUM_THREADS"] = "1"
-    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
+    exit_with_parent(parent)
 
 
-def _exit_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
+def exit_with_parent(parent: int) -> None:
+    """Watch from a thread whether process `parent` is still this one's, and leave when not."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _encode_in_worker(piece: Range, job: Job) -> Encoded:
