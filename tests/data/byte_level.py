@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers with the pre-tokenizers of well-known models, trained on a little text."""
+"""Byte-level BPE tokenizers, split as well-known models split, trained on a little text."""
 
 from __future__ import annotations
 

@@ -135,13 +135,9 @@ def test_documents_are_not_cut(gpt2):
     assert load_encoder(config).encode(["a text of more than four tokens"])[0].size > 4
 
 
-def sentencepiece_encoder(config, threads):
-    return load_encoder(config, threads=threads)
-
-
 @pytest.mark.parametrize("threads", [1, 2])
 def test_sentencepiece_takes_the_plain_way(tokenizer, tokenizer_config, texts, threads, capsys):
-    encoder = sentencepiece_encoder(tokenizer_config, threads)
+    encoder = load_encoder(tokenizer_config, threads=threads)
     assert encoder.name == "plain" and capsys.readouterr().err == ""
     hard = [*texts[:50], "", "\u2581 as itself"]
     ids, lengths = encoder.encode(hard)
