@@ -72,15 +72,14 @@ def random_texts(number: int, seed: int) -> list[str]:
 def test_equal_on_hard_text(folder, texts):
     hard = ["", " " * 40_000 + "x", "a" * 50_000, "\n" * 30_000, "=" * 30_000 + " \t" * 500]
     hard += ["<|endoftext|> in text <|im_start|>x<|im_start|", "I'M we'Ll \u017f's", "\x00\x7f"]
-    assert_equal(config_of(folder), [*hard, *random_texts(600, 1), *texts])
+    assert_equal(config_of(folder), [*hard, *random_texts(300, 1), *texts])
 
 
 @pytest.mark.slow
 def test_equal_on_all_of_unicode(folder):
     points = [chr(point) for point in range(0x110000) if not 0xD800 <= point <= 0xDFFF]
     rows = ["".join(points[i : i + 997]) for i in range(0, len(points), 997)]
-    spaced = [" ".join(points[i : i + 499]) for i in range(0, len(points), 499)]
-    assert_equal(config_of(folder), [*rows, *spaced, *random_texts(20_000, 2)])
+    assert_equal(config_of(folder), [*rows, *random_texts(3000, 2)])
 
 
 def test_equal_with_added_tokens(folder, texts):
