@@ -106,4 +106,4 @@ def train_linear_classifier(
         return total
 
     optimizer.step(loss)
-    return LinearClassifier(weights.detach().squeeze(1).numpy(), float(bias))
+    return LinearClassifier(weights.detach().squeeze(1).numpy(), bias.item())
