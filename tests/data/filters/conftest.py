@@ -23,11 +23,15 @@ When summer comes the fields are green again, and nobody speaks of the weeks tha
 
 @pytest.fixture(scope="session")
 def chain() -> Callable[..., FilterChain]:
-    """`chain(type="length", min_length=3)`, or several settings as mappings."""
+    """`chain(type="length", min_length=3)`, or several settings as mappings; built once each."""
+    built: dict[str, FilterChain] = {}
 
     def build(*filters: dict, tokenizer=None, **settings) -> FilterChain:
         values = list(filters) or [settings]
-        return build_filters(parse_filters(values), tokenizer=tokenizer)
+        key = json.dumps([values, id(tokenizer)], default=str)
+        if key not in built:
+            built[key] = build_filters(parse_filters(values), tokenizer=tokenizer)
+        return built[key]
 
     return build
 
@@ -36,8 +40,8 @@ def chain() -> Callable[..., FilterChain]:
 def reason(chain) -> Callable[..., str | None]:
     """Why one filter drops a text; None when it stays."""
 
-    def ask(text: str, fields: dict | None = None, **settings) -> str | None:
-        outcome = chain(**settings).process(text, fields or {})
+    def ask(text: str, /, **settings) -> str | None:
+        outcome = chain(**settings).process(text, {})
         return outcome.dropped.reason if outcome.dropped else None
 
     return ask
