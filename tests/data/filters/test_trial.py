@@ -128,26 +128,37 @@ def test_gzip_other_field_and_tokens(tmp_path, tokenizer_config):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "options", "message"),
     [
-        ([], "no filter is given"),
-        (["--filter", "length"], "'length' is no key=value"),
-        (["--filter", "type=lenght"], "did you mean 'length'?"),
-        (["--filter", "type=length,min_length=a"], "must be a whole number"),
-        (["--filter", "type=length,min_length=1", "--sample", "-1"], "--sample -1"),
-        (["--filter", "type=length,min_length=1", "--text-field", "body"], "line 1: no text under"),
-        (["--filter", "type=perplexity,model=no.bin,max_perplexity=1"], "no.bin does not exist"),
-        (["--filter", "type=length,unit=tokens,min_length=1"], "needs a tokenizer"),
-        (["--filters", "configs/data/quickstart.yaml"], "filters: must be a list of filters"),
+        ([], {}, "no filter is given"),
+        (["length"], {}, "'length' is no key=value"),
+        (["type=lenght"], {}, "did you mean 'length'?"),
+        (["type=length,min_length=a"], {}, "must be a whole number"),
+        (["type=length,min_length=1"], {"sample": -1}, "--sample -1"),
+        (["type=length,min_length=1"], {"text_field": "body"}, "line 1: no text under 'body'"),
+        (["type=perplexity,model=no.bin,max_perplexity=1"], {}, "no.bin does not exist"),
+        (["type=length,unit=tokens,min_length=1"], {}, "needs a tokenizer"),
+        ([], {"filters": "configs/data/quickstart.yaml"}, "filters: must be a list of filters"),
     ],
 )
-def test_what_cannot_be_tried(repository, web, words, message):
-    if words:
-        done = command(repository, "tools/try_filter.py", web, *words)
-    else:
-        done = command(repository, "tools/try_filter.py", web)
-    assert done.returncode == 1 and message in done.stderr, done.stderr
-    assert done.stderr.startswith("error: ") and not done.stdout
+def test_what_cannot_be_tried(repository, web, words, options, message):
+    if "filters" in options:
+        options = {"filters": repository / options["filters"]}
+    with pytest.raises((ValueError, OSError)) as caught:
+        report_trial(web, words=words, **options)
+    assert message in str(caught.value)
+
+
+def test_the_command_reports_errors_in_one_line_and_starts_light(repository, web):
+    tool = "tools/try_filter.py"
+    done = command(
+        repository, "-X", "importtime", tool, web.with_name("gone.jsonl"), "--filter", "type=c4"
+    )
+    assert done.returncode == 1 and not done.stdout and "Traceback" not in done.stderr
+    assert "gone.jsonl: no such file; give a JSONL file" in done.stderr.splitlines()[-1]
+    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+    assert "datatrove.data" in imported
+    assert not imported & {"torch", "transformers", "megatron.core", "spacy", "nltk"}
 
 
 def test_trainers_as_commands(repository, tmp_path, stdlib_files):
@@ -159,15 +170,6 @@ def test_trainers_as_commands(repository, tmp_path, stdlib_files):
     done = command(repository, "tools/train_perplexity_model.py", *arguments[:-1], 99)
     assert done.returncode == 1 and "order 99: must be 1 to 8" in done.stderr
     sides = ["--positive", stdlib_files["prose"], "--negative", stdlib_files["code"]]
-    scores = tmp_path / "prose.safetensors"
-    done = command(
-        repository, "tools/train_quality_classifier.py", *sides, "--output", scores, "--bits", 12
-    )
-    assert done.returncode == 0, done.stderr
-    assert "held-out documents: " in done.stdout and "min_score 0.5 keeps" in done.stdout
-    filters = [
-        f"type=educational,model={scores}",
-        f"type=perplexity,model={model},max_perplexity=99",
-    ]
-    report = json.loads(report_trial(stdlib_files["prose"], words=filters, form="json"))
-    assert report["kept"] > 0.8 * report["sampled"]
+    scores = tmp_path / "prose.bin"
+    done = command(repository, "tools/train_quality_classifier.py", *sides, "--output", scores)
+    assert done.returncode == 1 and "prose.bin: must end in .safetensors" in done.stderr
