@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from equilibrium_mcore.config import describe
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.filters import (
     FILTER_CLASSES,
@@ -50,7 +51,7 @@ def test_every_filter_is_documented_and_can_be_switched_off(kind):
 PROBLEMS = {
     "{type: lenght}": "filters.0.type='lenght': must be one of 'length', ",
     "{min_length: 3}": "filters.0.type: missing; it says which kind of section this is",
-    "length": "filters.0='length': must be a mapping with the key type",
+    "length": "filters.0='length': must be a mapping of `key: value` lines",
     "{type: length}": "filters.0: nothing to check: give min_length, max_length",
     "{type: length, min_length: 9, max_length: 3}": (
         "filters.0: min_length=9 is more than max_length=3: nothing would be kept"
@@ -119,3 +120,12 @@ def test_filters_from_the_command_line():
 def test_words_that_are_no_filter(text):
     with pytest.raises(ConfigError, match="is no key=value"):
         filter_from_text(text)
+
+
+def test_document_is_up_to_date():
+    document = describe.FILTERS_DOCUMENT.read_text(encoding="utf-8")
+    assert describe.up_to_date(document, describe.describe_filters) == document, (
+        "docs/filters.md differs from the schema; bring it up to date with "
+        "`python -m equilibrium_mcore.config.describe`"
+    )
+    assert all(f"### `{kind}`" in document for kind in FILTER_CLASSES)
