@@ -2,8 +2,8 @@
 
 A document is compared with those that stayed, not with those that went: so a chain of small changes
 does not carry off what differs from everything kept. Memory grows with the documents that stay, in
-one process: 11 to 27 bytes for each with `exact`, `bands` times as much with `minhash`, about 50
-with `simhash`. Two different texts with one 64-bit hash are taken for the same: among a billion
+one process: 11 to 27 bytes for each with `exact`, `bands` times as much with `minhash`, about 9
+times (`max_distance_bits` + 1) with `simhash`. Two different texts with one 64-bit hash are taken for the same: among a billion
 documents the chance that any pair is hit is 3 in 100.
 """
 
@@ -126,7 +126,7 @@ class SimHashDeduplication(CorpusFilter):
 
     def __init__(self, config: DeduplicationConfig) -> None:
         """Raises MissingLibraryError when datatrove is missing."""
-        self._words = config.shingle_words
+        self._words = config.simhash_words
         self._distance = config.max_distance_bits
         simplified("", wanted_by=NAME)
 
