@@ -208,7 +208,7 @@ def test_near_duplicates_planted_in_real_text(chain, stdlib_texts, capsys):
     texts = [words for words in texts if len(words) >= 100]
     caught: dict[tuple[str, str], list[bool]] = {}
     steps = {m: chain(type="deduplication", method=m).filters[0] for m in ("minhash", "simhash")}
-    for number, words in enumerate(texts * 3):
+    for number, words in enumerate(texts * 8):
         share = (0.002, 0.01, 0.02, 0.03, 0.05, 0.08, 0.15)[number % 7]
         copy = changed(words, share, generator, generator.choice(texts))
         pair = [" ".join(words), " ".join(copy)]
