@@ -156,8 +156,9 @@ class MixtureConfig(Section):
     tokenizer: TokenizerConfig | None = setting(
         None, "the tokenizer of text phases; --tokenizer-type and --tokenizer-model name one too"
     )
-    datasets: list[DatasetConfig] = setting(doc="the datasets, in the order of deduplication",
-                                            min_length=1)
+    datasets: list[DatasetConfig] = setting(
+        doc="the datasets, in the order of deduplication", min_length=1
+    )
     validation: ValidationConfig = ValidationConfig()
 
     @property

@@ -122,7 +122,11 @@ def estimates_allow_the_epochs(mixture: MixtureConfig) -> Iterator[str]:
         if held is None:
             continue
         problem = epoch_problem(
-            dataset, share=share, total_tokens=total, held_tokens=held, ratio=mixture.validation.ratio
+            dataset,
+            share=share,
+            total_tokens=total,
+            held_tokens=held,
+            ratio=mixture.validation.ratio,
         )
         if problem:
             yield problem

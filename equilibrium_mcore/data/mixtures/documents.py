@@ -57,7 +57,9 @@ def to_document(kind: Kind, dataset: DatasetConfig, row: Mapping[str, Any]) -> D
     if kind == "text":
         return Document(_text(dataset, row))
     record = _RECORDS[kind](dataset, row)
-    return Document("\n\n".join(turn["content"] for part in record.values() for turn in part), record)
+    return Document(
+        "\n\n".join(turn["content"] for part in record.values() for turn in part), record
+    )
 
 
 def field_of(row: Mapping[str, Any], path: str) -> Any:

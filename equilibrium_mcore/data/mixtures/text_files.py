@@ -25,8 +25,9 @@ def lines_of_range(path: Path, start: int, end: int) -> Iterator[tuple[int, byte
             line = stream.readline()
             if not line:
                 return
-            yield offset, (line.removeprefix(BYTE_ORDER_MARK) if offset == 0 else line).rstrip(
-                b"\r\n"
+            yield (
+                offset,
+                (line.removeprefix(BYTE_ORDER_MARK) if offset == 0 else line).rstrip(b"\r\n"),
             )
 
 
@@ -40,8 +41,9 @@ def lines_of_compressed(path: Path) -> Iterator[tuple[int, bytes]]:
         for part in more:
             number += 1
             line = b"".join(rest)
-            yield number, (line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line).rstrip(
-                b"\r"
+            yield (
+                number,
+                (line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line).rstrip(b"\r"),
             )
             rest = [part]
     if tail := b"".join(rest):
