@@ -14,7 +14,7 @@ from equilibrium_mcore.data.tokenizer import Tokenizer
 _ROOM = "equilibrium_mcore.data.filters"
 _BUILDERS = {
     "length": ("length", "LengthFilter"),
-    "quality": ("heuristics", "quality_filters"),
+    "quality": ("heuristics", "QualityFilter"),
     "language": ("language", "LanguageFilter"),
     "gopher_quality": ("heuristics", "GopherQuality"),
     "gopher_repetition": ("heuristics", "GopherRepetition"),
