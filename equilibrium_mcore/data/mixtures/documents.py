@@ -41,7 +41,7 @@ class RowError(ValueError):
     """The row is not what the mixture says it is; the text says how."""
 
 
-class SkippedRow(Exception):
+class SkippedRowError(Exception):
     """The row is right and still no example; its text is the reason that is counted."""
 
 
@@ -53,7 +53,7 @@ class Document(NamedTuple):
 
 
 def to_document(kind: Kind, dataset: DatasetConfig, row: Mapping[str, Any]) -> Document:
-    """The document of a row. Raises RowError, and SkippedRow for a row that gives no example."""
+    """The document of a row. Raises RowError, and SkippedRowError for a row that gives no example."""
     if kind == "text":
         return Document(_text(dataset, row))
     record = _RECORDS[kind](dataset, row)
@@ -180,7 +180,7 @@ def _conversation(dataset: DatasetConfig, row: Mapping[str, Any]) -> dict[str, T
         turns = _prompt(dataset, row)
         turns.append({"role": "assistant", "content": _string(row, str(columns.response))})
     if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in turns):
-        raise SkippedRow("no answer of the assistant")
+        raise SkippedRowError("no answer of the assistant")
     return {"messages": turns}
 
 
@@ -212,7 +212,7 @@ def _preference(dataset: DatasetConfig, row: Mapping[str, Any]) -> dict[str, Tur
             prompt = _prompt(dataset, row)
         chosen, rejected = chosen[shared:], rejected[shared:]
     if chosen == rejected:
-        raise SkippedRow("chosen and rejected are the same")
+        raise SkippedRowError("chosen and rejected are the same")
     if not prompt:
         raise RowError("there is no prompt: name its field in columns.prompt")
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
@@ -237,7 +237,7 @@ def _prompt_only(dataset: DatasetConfig, row: Mapping[str, Any]) -> dict[str, Tu
     while turns and turns[-1]["role"] == "assistant":
         turns.pop()
     if not turns:
-        raise SkippedRow("no turn of a user")
+        raise SkippedRowError("no turn of a user")
     return {"prompt": turns}
 
 

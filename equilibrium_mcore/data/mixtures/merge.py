@@ -175,7 +175,7 @@ def _take_weighted(chosen: Chosen, target: int) -> None:
 
     reader = CutReader(find_cut(keyed, target))
     bits, documents, tokens = [], 0, 0
-    for (_, arrays, kept), (keys, lengths) in zip(chosen.passes(), keyed(), strict=True):
+    for (_, _, kept), (keys, lengths) in zip(chosen.passes(), keyed(), strict=True):
         taken = reader.take(keys, lengths)
         kept[kept] = taken
         bits.append(np.packbits(kept))
@@ -283,7 +283,7 @@ def outputs_of(stages: Stages, split: str) -> list[Output]:
 def write_output(
     stages: Stages, output: Output, add: Callable[[bytes, np.ndarray, bool], Any]
 ) -> dict[str, Any]:
-    """Hand the documents of an output to `add(payload, lengths, held_out)`: training, then held out.
+    """Hand an output's documents to `add(payload, lengths, held_out)`, those held out last.
 
     Held out are the `validation_documents` with the smallest keys. Returns token counts and the
     hashes of what was written.

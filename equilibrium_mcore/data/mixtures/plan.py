@@ -14,7 +14,7 @@ from equilibrium_mcore.config.mixture_rules import effective_shares, stages_of
 from equilibrium_mcore.data.filters.build import build_filters
 from equilibrium_mcore.data.mixtures.documents import (
     RowError,
-    SkippedRow,
+    SkippedRowError,
     number_of,
     to_document,
 )
@@ -70,10 +70,10 @@ class Plan:
         total = "all that there is" if self.total is None else f"{self.total:,} {unit}"
         lines.append(f"trains on {total}; {ratio:.3g} of the documents are held out")
         if self.total and metadata.steps and self.mixture.kind == "text":
-            per_step = self.total / metadata.steps
+            per_step, length = self.total / metadata.steps, metadata.max_seq_length
             lines.append(
                 f"{metadata.steps:,} steps of {per_step:,.0f} tokens: "
-                f"{per_step / metadata.max_seq_length:,.1f} sequences of {metadata.max_seq_length:,}"
+                f"{per_step / length:,.1f} sequences of {length:,}"
             )
         header = ("dataset", "mix_ratio", "share", unit, "to take", "estimate", "epochs", "source")
         rows = [header, *(_row(source) for source in self.sources)]
@@ -215,7 +215,7 @@ def _probe(dataset: DatasetConfig, kind: Kind, parts: list[Part]) -> None:
                     to_document(kind, dataset, row)
                     if dataset.sampling.method != "uniform":
                         number_of(row, str(dataset.sampling.field))
-                except SkippedRow:
+                except SkippedRowError:
                     pass
                 except RowError as error:
                     raise ValueError(

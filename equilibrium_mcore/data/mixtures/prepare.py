@@ -2,7 +2,7 @@
 
     OUTPUT/manifest.json                    what was made of what; written last
     OUTPUT/mixture.yaml                     the effective settings
-    OUTPUT/blend.yaml                       what a run names as `data:`; one per stage of a curriculum
+    OUTPUT/blend.yaml                       what a run names as `data:`; one per curriculum stage
     OUTPUT/data/NAME_text_document.*        an indexed dataset; its last documents are held out
     OUTPUT/data/NAME.{train,validation}.jsonl   posttrain phases instead
     OUTPUT/.work/                           shards; a killed run goes on with them
@@ -276,7 +276,7 @@ def _work_spec(
 
 
 def _in_seeded_order(source: SourcePlan, seed: int) -> list[tuple[int, Part]]:
-    """(number, part) in the order of reading: what is taken first is a random part of the source."""
+    """(number, part) in the order of reading: what comes first is a random part of the source."""
     parts = list(enumerate(source.parts or []))
     name = int.from_bytes(hashlib.sha256(source.dataset.name.encode()).digest()[:8], "little")
     order = np.random.default_rng([seed, name]).permutation(len(parts))

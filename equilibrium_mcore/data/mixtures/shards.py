@@ -30,7 +30,7 @@ from equilibrium_mcore.data.filters.build import build_filters
 from equilibrium_mcore.data.mixtures.documents import (
     Document,
     RowError,
-    SkippedRow,
+    SkippedRowError,
     number_of,
     to_document,
 )
@@ -185,7 +185,7 @@ class _Draft:
         except (RowError, BadRowError) as error:
             self._note_bad(place, error)
             return
-        except SkippedRow as reason:
+        except SkippedRowError as reason:
             self.dropped[f"row: {reason}"] += 1
             return
         self.facts.characters_in += len(document.text)
@@ -240,7 +240,7 @@ class _Draft:
             if value < 0 or math.isinf(value):
                 raise RowError(f"field {sampling.field!r} holds {value:g}; a weight is at least 0")
             if value == 0:
-                raise SkippedRow("weight 0")
+                raise SkippedRowError("weight 0")
         return value
 
     def _note_bad(self, place: str, error: Exception) -> None:
