@@ -170,6 +170,19 @@ def columns_fit_the_phase(mixture: MixtureConfig) -> Iterator[str]:
 
 
 @_rule
+def filters_fit_the_phase(mixture: MixtureConfig) -> Iterator[str]:
+    """A filter that takes lines away works on text; of a turn it would leave half."""
+    if mixture.kind == "text":
+        return
+    for place, dataset in enumerate(mixture.datasets):
+        if any(config.type == "c4" and config.enabled for config in dataset.filters):
+            yield (
+                f"datasets.{place}.filters: c4 ({dataset.name}) removes lines, and the phase "
+                f"{mixture.metadata.phase} has turns; use quality, length or language"
+            )
+
+
+@_rule
 def hub_settings_are_for_the_hub(mixture: MixtureConfig) -> Iterator[str]:
     """Files of a Hub dataset are read by a format."""
     for place, dataset in enumerate(mixture.datasets):

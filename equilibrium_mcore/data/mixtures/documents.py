@@ -53,7 +53,7 @@ class Document(NamedTuple):
 
 
 def to_document(kind: Kind, dataset: DatasetConfig, row: Mapping[str, Any]) -> Document:
-    """The document of a row. Raises RowError, and SkippedRowError for a row that gives no example."""
+    """The document of a row. Raises RowError, and SkippedRowError where there is no example."""
     if kind == "text":
         return Document(_text(dataset, row))
     record = _RECORDS[kind](dataset, row)
