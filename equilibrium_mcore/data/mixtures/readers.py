@@ -25,8 +25,10 @@ from equilibrium_mcore.data.mixtures.text_files import (
     lines_of_range,
 )
 
-RANGE_BYTES = 32 << 20  # of a plain JSONL file
-FOLDER_ROWS = 50_000  # of a `datasets` folder
+# Parts are read in a seeded order, so a source of many parts is sampled more evenly.
+PARTS_WANTED = 64
+RANGE_BYTES = (1 << 20, 32 << 20)  # least and most of a plain JSONL file
+FOLDER_ROWS = (1_000, 50_000)  # of a `datasets` folder
 BATCH_ROWS = 512
 ENDINGS = {
     ".jsonl": "jsonl",
@@ -132,10 +134,14 @@ def _jsonl_parts(dataset: DatasetConfig, path: Path) -> list[Part]:
     if path.suffix in COMPRESSED:
         return [Part("compressed", str(path))]
     size = path.stat().st_size
+    step = _step(size, RANGE_BYTES)
     return [
-        Part("jsonl", str(path), start, min(start + RANGE_BYTES, size))
-        for start in range(0, size, RANGE_BYTES)
+        Part("jsonl", str(path), start, min(start + step, size)) for start in range(0, size, step)
     ]
+
+
+def _step(size: int, limits: tuple[int, int]) -> int:
+    return max(limits[0], min(limits[1], size // PARTS_WANTED))
 
 
 def _jsonl_rows(dataset: DatasetConfig, part: Part, skip: int) -> Iterator[tuple[str, Any]]:
@@ -275,8 +281,9 @@ def _folder_parts(dataset: DatasetConfig, path: Path) -> list[Part]:
     else:
         splits = [("", loaded)]
     for split, rows in splits:
-        for begin in range(0, len(rows), FOLDER_ROWS):
-            end = min(begin + FOLDER_ROWS, len(rows))
+        step = _step(len(rows), FOLDER_ROWS)
+        for begin in range(0, len(rows), step):
+            end = min(begin + step, len(rows))
             parts.append(Part("folder", str(path), begin, end, split))
     return parts
 

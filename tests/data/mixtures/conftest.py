@@ -20,7 +20,13 @@ from equilibrium_mcore.data.mixtures.prepare import Options, prepare
 def rows(texts) -> list[dict]:
     """400 rows of real text with an id, a quality and nested metadata."""
     return [
-        {"text": text, "id": place, "score": 1 + place % 5, "meta": {"level": place / 10}}
+        {
+            "text": text,
+            "id": place,
+            "score": 1 + place % 5,
+            "weight": 100.0 if place % 2 else 1.0,
+            "meta": {"level": place / 10},
+        }
         for place, text in enumerate(texts)
     ]
 

@@ -57,7 +57,7 @@ def test_ranges_of_a_file_give_each_line_once(tmp_path, rows, write_rows, monkey
     source = write_rows(tmp_path / "a.jsonl", rows)
     (dataset,) = mixture(("a", source, 1.0)).datasets
     for size in (97, 4096, 10**9):
-        monkeypatch.setattr(readers, "RANGE_BYTES", size)
+        monkeypatch.setattr(readers, "RANGE_BYTES", (size, size))
         parts = readers.parts_of(dataset)
         found = [row["id"] for part in parts for _, row in readers.rows_of(dataset, part)]
         assert found == list(range(len(rows)))
