@@ -11,6 +11,12 @@ from equilibrium_mcore.config.schema import RunConfig
 
 # Settings that may differ although they lie in a section that must not.
 FREE = {"model.name", "model.mamba.chunk_size"}
+# Why a setting of the data must not change, where it is not plain.
+REASONS = {
+    "data.order": "the two orders have nothing in common, so documents would come twice",
+    "data.split": "documents would move between training and validation",
+    "training.seed": "it orders the documents, and another order would bring some of them twice",
+}
 
 
 def check_resumable(saved: RunConfig, wanted: RunConfig, *, checkpoint: str) -> None:
@@ -18,7 +24,10 @@ def check_resumable(saved: RunConfig, wanted: RunConfig, *, checkpoint: str) -> 
     problems = []
     before, now = _bound(saved), _bound(wanted)
     horizon, asked = train_samples(saved), train_samples(wanted)
-    if horizon != asked:
+    baked = saved.data.order == wanted.data.order == "megatron"
+    if baked:
+        before, now = {**before, **_baked(saved)}, {**now, **_baked(wanted)}
+    if baked and horizon != asked:
         # megatron-core shuffles for a given number of samples: another number is another order, in
         # which documents that were seen come again and others never come.
         problems.append(
@@ -29,9 +38,10 @@ def check_resumable(saved: RunConfig, wanted: RunConfig, *, checkpoint: str) -> 
         )
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
+            reason = f" ({REASONS[key]})" if key in REASONS else ""
             problems.append(
-                f"{key}={now.get(key)!r} differs from the checkpoint's {before.get(key)!r}: put it "
-                "back, or start a new run in another output_directory with "
+                f"{key}={now.get(key)!r} differs from the checkpoint's {before.get(key)!r}{reason}"
+                ": put it back, or start a new run in another output_directory with "
                 f"checkpoint.initial_weights={checkpoint}"
             )
     if problems:
@@ -59,15 +69,21 @@ def _model(config: RunConfig) -> dict[str, Any]:
 
 def _bound(config: RunConfig) -> dict[str, Any]:
     """What the saved state was made with: shapes, kinds of state, and the order of the data."""
-    training = config.training
     return {
         **_model(config),
         **_optimizer_state(config),
-        "training.precision": training.precision,
-        "training.seed": training.seed,
-        "training.sequence_length": training.sequence_length,
-        "data.sources": {source.name: source.weight for source in config.data.sources},
+        "training.precision": config.training.precision,
+        "training.seed": config.training.seed,
+        "data.order": config.data.order,
         "data.split": config.data.split,
+    }
+
+
+def _baked(config: RunConfig) -> dict[str, Any]:
+    """What megatron-core's order is made for. A ledger goes on at its cursors under any of these"""
+    return {
+        "training.sequence_length": config.training.sequence_length,
+        "data.sources": {source.name: source.weight for source in config.data.sources},
     }
 
 

@@ -144,6 +144,9 @@ class SourceConfig(Section):
     name: str = setting(doc="what logs call it")
     prefix: Path = setting(doc="path of the .bin/.idx pair without its ending")
     weight: PositiveFloat = setting(doc="share in the blend; weights are scaled to sum to 1")
+    max_epochs: PositiveFloat | None = setting(
+        None, "a run that would go through its training documents more often is refused"
+    )
 
 
 class DataConfig(Section):
@@ -155,12 +158,24 @@ class DataConfig(Section):
     split: str = setting(
         "98,1,1", "shares of documents for train, validation and test, e.g. 98,1,1"
     )
+    order: Literal["ledger", "megatron"] = setting(
+        "ledger",
+        "who decides which document comes next: ledger keeps a cursor per source; megatron bakes "
+        "megatron-core's order for a given number of sequences",
+    )
+    packing: Literal["stream", "documents"] = setting(
+        "stream",
+        "stream: documents follow each other as one text; documents: positions start anew at each "
+        "document, and the loss leaves out a label that belongs to the next one",
+    )
     train_samples: PositiveInt | None = setting(
         None,
-        "sequences that the order of the data is made for; null: training.steps * "
+        "order megatron: sequences that the order of the data is made for; null: training.steps * "
         "training.global_batch_size. Set it higher at the start of a run that may be prolonged",
     )
-    cache_directory: Path | None = setting(None, "where index caches go; null: beside the data")
+    cache_directory: Path | None = setting(
+        None, "order megatron: where index caches go; null: beside the data"
+    )
     num_workers: NonNegativeInt = setting(0, "loader processes per rank")
 
 

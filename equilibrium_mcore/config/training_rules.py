@@ -94,11 +94,29 @@ def data_lasts_the_run(subject: Subject) -> Iterator[str]:
     """The order of the data has to be made for at least as many sequences as the run takes."""
     training, samples = subject.config.training, subject.config.data.train_samples
     needed = training.steps * training.global_batch_size
-    if samples is not None and samples < needed:
+    if subject.config.data.order == "megatron" and samples is not None and samples < needed:
         yield (
             f"data.train_samples={samples} is less than training.steps={training.steps} * "
             f"training.global_batch_size={training.global_batch_size} = {needed}: use {needed} or "
             "more, or null"
+        )
+
+
+@rule("data")
+def ledger_settings_have_a_ledger(subject: Subject) -> Iterator[str]:
+    data = subject.config.data
+    if data.order == "ledger":
+        return
+    asked = [f"data.packing={data.packing!r}"] if data.packing != "stream" else []
+    asked += [
+        f"data.sources.{index}.max_epochs={source.max_epochs}"
+        for index, source in enumerate(data.sources)
+        if source.max_epochs is not None
+    ]
+    for setting in asked:
+        yield (
+            f"{setting} with data.order={data.order!r}: megatron-core's order does not know where "
+            "a source stands; set data.order: ledger, or leave it out"
         )
 
 

@@ -1,9 +1,10 @@
-"""A blend of indexed datasets as megatron-core's GPTDataset samples, for train, validation, test.
+"""A blend of indexed datasets as samples for train, validation and test.
 
 Documents are cut into the three splits by their place in the file, joined in a shuffled order, and
-cut into samples of `sequence_length` tokens and one more for the labels (the GPT-style stream: no
-reset at document boundaries). megatron-core builds the index of samples on rank 0 and the other
-ranks read it from the cache.
+cut into samples of `sequence_length` tokens and one more for the labels. With `order: ledger` the
+order is a cursor per source (`data/ledger/`). With `order: megatron` it is megatron-core's
+GPTDataset, for comparison: a stream without resets, whose index of samples rank 0 builds and the
+other ranks read from a cache.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 
 from equilibrium_mcore.config.schema import DataConfig
 from equilibrium_mcore.data.indexed_files import dataset_paths
+from equilibrium_mcore.data.ledger.dataset import build_ledger_dataset
 from equilibrium_mcore.data.sources import SPLITS, check_sources
 from equilibrium_mcore.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -51,35 +53,60 @@ def build_datasets(
     seed: int,
     tokenizer: Tokenizer | None = None,
     model_vocab_size: int | None = None,
+    ledger_state: dict[str, Any] | None = None,
+    consumed_samples: int = 0,
     is_built_on_rank: Callable[[], bool] = lambda: True,
 ) -> Datasets:
     """Train, validation and test datasets with at least the samples asked for.
 
     A sample is a dict of int64 `tokens`, `labels`, `position_ids` and float32 `loss_mask`, each
-    [sequence_length], and in a blend of several sources its `dataset_id`. The order depends on
-    the seed and the number of samples asked for, so a resumed run asks for the same number. To be
-    called on every rank together when torch.distributed is initialised, over any backend.
+    [sequence_length], and its source's place in the blend as `dataset_id` (under `order: megatron`
+    only in a blend of several sources). A run that goes on gives the ledger's state and the samples
+    behind it. Under `order: megatron` the order depends on the number of training samples, so a
+    resumed run asks for the same number; and all ranks call this together when torch.distributed
+    is initialised, over any backend. Raises ConfigError for data that cannot be trained on.
     """
     tokenizer = tokenizer or load_tokenizer(data.tokenizer)
     samples = dict(zip(SPLITS, (train_samples, validation_samples, test_samples), strict=True))
-    check_sources(data, tokenizer=tokenizer, model_vocab_size=model_vocab_size, needed=samples)
+    headers = check_sources(
+        data, tokenizer=tokenizer, model_vocab_size=model_vocab_size, needed=samples
+    )
+    if data.order == "ledger":
+        goes_on = {"state": ledger_state, "first_sample": consumed_samples}
+        parts = {
+            part: build_ledger_dataset(
+                data,
+                part,
+                headers,
+                sequence_length=sequence_length,
+                samples=count,
+                seed=seed,
+                vocab_size=model_vocab_size or tokenizer.vocab_size,
+                **(goes_on if part == "train" else {}),
+            )
+            if count
+            else None
+            for part, count in samples.items()
+        }
+        return Datasets(**parts)
+    return _megatron_datasets(
+        data,
+        samples,
+        is_built_on_rank=is_built_on_rank,
+        random_seed=seed,
+        sequence_length=sequence_length,
+        tokenizer=tokenizer,
+    )
+
+
+def _megatron_datasets(data: DataConfig, samples: dict[str, int], **settings: Any) -> Datasets:
     cache = cache_directory(data)
     if _is_first_rank():
         _remove_cut_short(cache)
-    built: dict[str, Any] = {}
-    for split, count in samples.items():
-        built[split] = None
-        if count:
-            built[split] = _build_split(
-                data,
-                split,
-                count,
-                cache=cache,
-                is_built_on_rank=is_built_on_rank,
-                random_seed=seed,
-                sequence_length=sequence_length,
-                tokenizer=tokenizer,
-            )
+    built = {
+        split: _build_split(data, split, count, cache=cache, **settings) if count else None
+        for split, count in samples.items()
+    }
     return Datasets(**built)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import struct
@@ -36,6 +37,8 @@ UINT16_VOCABULARY_LIMIT = 65500
 COPY_BLOCK = 1 << 20  # sequences handled at a time when the index is written
 LOCK_PATIENCE_SECONDS = 5.0  # workers of a killed run hold its lock for a moment
 SAMPLE_BYTES = 16 << 20  # of a dataset without manifest, how much is searched for its largest id
+FINGERPRINT_PIECES = 8  # places of an index that its fingerprint looks at
+FINGERPRINT_BYTES = 1024  # read at each
 
 
 def token_dtype(vocab_size: int) -> type:
@@ -290,11 +293,45 @@ def read_manifest(prefix: Path) -> Manifest | None:
         ) from None
 
 
-def sequence_lengths(prefix: Path, header: IndexHeader) -> np.ndarray:
-    """Tokens of each sequence, int32 [sequences], mapped and not read."""
-    return np.memmap(
-        dataset_paths(prefix)[1], np.int32, "r", offset=HEADER_BYTES, shape=(header.sequences,)
-    )
+def tokens_before(prefix: Path, header: IndexHeader, places: list[int]) -> list[int]:
+    """How many tokens lie in front of each of these sequences; reads a few bytes of the index.
+
+    Raises ValueError for offsets that do not grow or leave the .bin.
+    """
+    index = dataset_paths(prefix)[1]
+    found = []
+    with index.open("rb") as stream:
+        for place in places:
+            if place == header.sequences:
+                found.append(header.tokens)
+                continue
+            stream.seek(HEADER_BYTES + 4 * header.sequences + 8 * place)
+            (offset,) = struct.unpack("<q", stream.read(8))
+            found.append(offset // header.dtype.itemsize)
+    if found != sorted(found) or found[0] < 0 or found[-1] > header.tokens:
+        raise ValueError(
+            f"{index} does not fit its data: sequences {places} start at the tokens {found} of "
+            f"{header.tokens:,}. Make the dataset anew"
+        )
+    return found
+
+
+def fingerprint(prefix: Path, header: IndexHeader) -> str:
+    """A short hash that tells datasets apart: some lengths and tokens, the same work for any size.
+
+    It does not depend on where the files lie or when they were written.
+    """
+    binary, index, _ = dataset_paths(prefix)
+    state = hashlib.sha256(f"{header.dtype.str} {header.sequences} {header.tokens}".encode())
+    item = header.dtype.itemsize
+    regions = ((index, HEADER_BYTES, 4 * header.sequences, 4), (binary, 0, header.tokens * item, 4))
+    for path, start, size, unit in regions:
+        last = max(0, size - FINGERPRINT_BYTES) // unit * unit
+        with path.open("rb") as stream:
+            for piece in range(FINGERPRINT_PIECES):
+                stream.seek(start + last * piece // (FINGERPRINT_PIECES - 1) // unit * unit)
+                state.update(stream.read(min(FINGERPRINT_BYTES, size)))
+    return state.hexdigest()[:16]
 
 
 def open_tokens(prefix: Path, header: IndexHeader) -> np.ndarray:
@@ -302,10 +339,12 @@ def open_tokens(prefix: Path, header: IndexHeader) -> np.ndarray:
     return np.memmap(dataset_paths(prefix)[0], header.dtype, "r", shape=(header.tokens,))
 
 
-def largest_token_sampled(prefix: Path, header: IndexHeader) -> int:
+def largest_token_sampled(
+    prefix: Path, header: IndexHeader, *, sample_bytes: int = SAMPLE_BYTES
+) -> int:
     """The largest id in an evenly spaced sample of the data, for datasets without a manifest."""
     tokens = open_tokens(prefix, header)
-    block = 1 << 16
-    count = max(1, min(-(-tokens.size // block), SAMPLE_BYTES // header.dtype.itemsize // block))
+    block = max(1, min(1 << 16, sample_bytes // header.dtype.itemsize))
+    count = max(1, min(-(-tokens.size // block), sample_bytes // header.dtype.itemsize // block))
     starts = np.linspace(0, max(0, tokens.size - block), count).astype(np.int64)
     return max(int(tokens[start : start + block].max()) for start in starts)

@@ -5,6 +5,9 @@ samples, micro-step k behind `consumed_samples` c uses the R*B samples from c + 
 r the B of them from c + k*R*B + r*B on (Megatron-LM's sequential sampler). A global batch of G
 samples is G / (R*B) micro-steps and so holds exactly the samples c ... c+G-1. To resume, start at
 the samples consumed: no sample is repeated or skipped when R or B changes.
+
+A dataset with a ledger is asked by plans instead of numbers, in the same order: see
+`data/ledger/`. It has no end.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from typing import Any
 
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+
+from equilibrium_mcore.data.ledger.dataset import LedgerDataset, planned_batches
 
 
 def sample_numbers(
@@ -35,13 +40,15 @@ def sample_numbers(
 
 
 class _MicroBatches:
-    """Batch sampler for a DataLoader."""
+    """Batch sampler for a DataLoader: which samples, or plans of samples, each micro-step uses."""
 
-    def __init__(self, **arguments: int) -> None:
-        self.arguments = arguments
+    def __init__(self, dataset: Dataset, **arguments: int) -> None:
+        self.dataset, self.arguments = dataset, arguments
 
-    def __iter__(self) -> Iterator[list[int]]:
-        return sample_numbers(**self.arguments)
+    def __iter__(self) -> Iterator[list]:
+        if isinstance(self.dataset, LedgerDataset):
+            return planned_batches(self.dataset, **self.arguments)
+        return sample_numbers(total_samples=len(self.dataset), **self.arguments)
 
 
 def batches(
@@ -73,7 +80,7 @@ def batches(
             f"(data_parallel_size={data_parallel_size})"
         )
     sampler = _MicroBatches(
-        total_samples=total,
+        dataset,
         consumed_samples=consumed_samples,
         micro_batch_size=micro_batch_size,
         data_parallel_rank=data_parallel_rank,

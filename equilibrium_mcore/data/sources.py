@@ -10,18 +10,21 @@ import numpy as np
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import DataConfig, SourceConfig
 from equilibrium_mcore.data.indexed_files import (
-    HEADER_BYTES,
+    SAMPLE_BYTES,
     IndexHeader,
+    Manifest,
     dataset_paths,
     largest_token_sampled,
     open_tokens,
     read_header,
     read_manifest,
-    sequence_lengths,
+    tokens_before,
 )
 from equilibrium_mcore.data.tokenizer import Tokenizer
 
 SPLITS = ("train", "validation", "test")
+# What all sources without a manifest together may read for their largest token id.
+SEARCHED_BYTES = 512 << 20
 
 
 def split_documents(split: str, sequences: int) -> list[tuple[int, int]]:
@@ -64,6 +67,7 @@ def check_sources(
     problems: list[str] = []
     headers: dict[str, IndexHeader] = {}
     vocab_size = model_vocab_size or tokenizer.vocab_size
+    sample_bytes = min(SAMPLE_BYTES, SEARCHED_BYTES // len(data.sources))
     if tokenizer.vocab_size > vocab_size:
         problems.append(
             f"tokenizer {tokenizer.path} has {tokenizer.vocab_size:,} tokens, but the model's "
@@ -73,8 +77,9 @@ def check_sources(
     for source in data.sources:
         try:
             header = read_header(source.prefix)
-            _check_tokenizer(source, tokenizer)
-            _check_ids(source, header, vocab_size)
+            manifest = read_manifest(source.prefix)
+            _check_tokenizer(source, manifest, tokenizer)
+            _check_ids(source, header, manifest, vocab_size, sample_bytes)
             _check_splits(source, header, data.split, needed or {})
         except (ValueError, OSError) as error:
             problems.append(f"data source {source.name!r}: {error}")
@@ -92,26 +97,15 @@ def read_split_tokens(
 
     A split is a run of documents, so its tokens lie together in the .bin.
     """
-    begin, end = split_documents(split, header.sequences)[SPLITS.index(name)]
-    offsets = np.memmap(
-        dataset_paths(source.prefix)[1],
-        np.uint8,
-        "r",
-        offset=HEADER_BYTES + 4 * header.sequences,
-        shape=(8 * header.sequences,),
-    ).view(np.int64)
-    ends = [
-        header.tokens if place == header.sequences else int(offsets[place]) // header.dtype.itemsize
-        for place in (begin, end)
-    ]
-    return open_tokens(source.prefix, header)[ends[0] : ends[1]]
+    bounds = split_documents(split, header.sequences)[SPLITS.index(name)]
+    begin, end = tokens_before(source.prefix, header, list(bounds))
+    return open_tokens(source.prefix, header)[begin:end]
 
 
 # ------------------------------------------------------------------------------------- checks
 
 
-def _check_tokenizer(source: SourceConfig, tokenizer: Tokenizer) -> None:
-    manifest = read_manifest(source.prefix)
+def _check_tokenizer(source: SourceConfig, manifest: Manifest | None, tokenizer: Tokenizer) -> None:
     if manifest is None or manifest.tokenizer_sha256 == tokenizer.fingerprint:
         return
     raise ValueError(
@@ -123,9 +117,17 @@ def _check_tokenizer(source: SourceConfig, tokenizer: Tokenizer) -> None:
     )
 
 
-def _check_ids(source: SourceConfig, header: IndexHeader, vocab_size: int) -> None:
-    manifest = read_manifest(source.prefix)
-    largest = manifest.largest_token if manifest else largest_token_sampled(source.prefix, header)
+def _check_ids(
+    source: SourceConfig,
+    header: IndexHeader,
+    manifest: Manifest | None,
+    vocab_size: int,
+    sample_bytes: int,
+) -> None:
+    if manifest:
+        largest = manifest.largest_token
+    else:
+        largest = largest_token_sampled(source.prefix, header, sample_bytes=sample_bytes)
     if largest >= vocab_size:
         raise ValueError(
             f"{source.prefix} holds the token id {largest}, but the model's vocabulary ends at "
@@ -137,11 +139,12 @@ def _check_ids(source: SourceConfig, header: IndexHeader, vocab_size: int) -> No
 def _check_splits(
     source: SourceConfig, header: IndexHeader, split: str, needed: dict[str, int]
 ) -> None:
-    # An empty split makes megatron-core count epochs for ever.
+    # Going through an empty split would never end.
     for name, (begin, end) in zip(SPLITS, split_documents(split, header.sequences), strict=True):
         if not needed.get(name):
             continue
-        if begin == end or not sequence_lengths(source.prefix, header)[begin:end].any():
+        first, last = tokens_before(source.prefix, header, [begin, end])
+        if first == last:
             raise ValueError(
                 f"{source.prefix} has {header.sequences:,} documents, and the split {split!r} "
                 f"leaves none for {name}, of which {needed[name]:,} samples are needed: give it a "

@@ -1,15 +1,16 @@
-"""What happens along a run: logging, validation, checkpoints."""
+"""What happens along a run: logging, validation, the ledger of the data, checkpoints."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
+from pathlib import Path
 
 import torch
 
 from equilibrium_mcore.checkpoint.sharded import save_checkpoint
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.entropy import ngram_baseline, validation_pairs
+from equilibrium_mcore.data.ledger.record import LedgerFile, settings_of
 from equilibrium_mcore.models.flops import training_flops_per_token
 from equilibrium_mcore.training.loop import Callback
 from equilibrium_mcore.training.metrics import (
@@ -25,7 +26,13 @@ from equilibrium_mcore.training.step import StepOutcome, validation_loss
 def build_callbacks(config: RunConfig) -> list[Callback]:
     """The callbacks that the config asks for, in the order in which they act after a step."""
     log = LogCallback(config)
-    return [log, ValidationCallback(config, log), CheckpointCallback(config, log)]
+    ledger = LedgerCallback()
+    return [
+        log,
+        ledger,
+        ValidationCallback(config, log),
+        CheckpointCallback(config, log, ledger),
+    ]
 
 
 class LogCallback(Callback):
@@ -131,12 +138,48 @@ class ValidationCallback(Callback):
         self.log.pause(time.perf_counter() - start)
 
 
+class LedgerCallback(Callback):
+    """Counts what was trained on, and writes `ledger.jsonl` on the first rank.
+
+    Nothing is done for data without a ledger.
+    """
+
+    def __init__(self) -> None:
+        self.file: LedgerFile | None = None
+
+    def on_start(self, run: Run) -> None:
+        ledger = run.commit_samples()
+        if ledger is None or not run.is_first_rank:
+            return
+        self.file = LedgerFile(
+            Path(run.config.output_directory), goes_on=run.resumed_from is not None
+        )
+        self.file.start(
+            step=run.progress.step,
+            samples=run.progress.samples,
+            settings=settings_of(run.config),
+            state=ledger.state(),
+        )
+
+    def on_step(self, run: Run, outcome: StepOutcome) -> None:
+        run.commit_samples()
+
+    def saved(self, run: Run, progress: dict) -> None:
+        """Note the state of a checkpoint that is in place."""
+        if self.file is not None:
+            self.file.checkpoint(
+                step=progress["step"], samples=progress["samples"], state=progress["ledger"]
+            )
+
+
 class CheckpointCallback(Callback):
     """Saves at intervals and when the process stops."""
 
-    def __init__(self, config: RunConfig, log: LogCallback) -> None:
+    def __init__(
+        self, config: RunConfig, log: LogCallback, ledger: LedgerCallback | None = None
+    ) -> None:
         self.every = config.checkpoint.save_interval_steps
-        self.log = log
+        self.log, self.ledger = log, ledger
         self._saved_step: int | None = None
 
     def on_start(self, run: Run) -> None:
@@ -152,13 +195,16 @@ class CheckpointCallback(Callback):
         if self._saved_step == run.progress.step:
             return
         start = time.perf_counter()
+        progress = run.progress_to_save()
         save_checkpoint(
             config=run.config,
             chunks=run.chunks,
             optimizer=run.optimizer,
             groups=run.groups,
-            progress=dataclasses.asdict(run.progress),
+            progress=progress,
         )
+        if self.ledger is not None:
+            self.ledger.saved(run, progress)
         self._saved_step = run.progress.step
         self.log.pause(time.perf_counter() - start)
 

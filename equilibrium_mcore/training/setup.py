@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -14,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from equilibrium_mcore.checkpoint.directory import latest_checkpoint
+from equilibrium_mcore.checkpoint.directory import latest_checkpoint, read_state
 from equilibrium_mcore.checkpoint.sharded import load_checkpoint, load_weights
 from equilibrium_mcore.config import rules
 from equilibrium_mcore.config.errors import ConfigError
@@ -26,6 +27,8 @@ from equilibrium_mcore.config.layout import (
 from equilibrium_mcore.config.load import save_config
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.blend import Datasets, build_datasets
+from equilibrium_mcore.data.ledger.dataset import LedgerDataset
+from equilibrium_mcore.data.ledger.ledger import Ledger
 from equilibrium_mcore.data.loader import batches
 from equilibrium_mcore.data.tokenizer import load_tokenizer
 from equilibrium_mcore.models.provider import build_model
@@ -62,6 +65,21 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     resumed_from: Path | None = None
     train_batches: list[Iterator[dict[str, Tensor]]] = field(default_factory=list)
+    # The samples trained on, where the loader's own ledger is already ahead; None for other data.
+    trained_ledger: Ledger | None = None
+    trained_samples: int = 0
+
+    def commit_samples(self) -> Ledger | None:
+        """The ledger of what was trained on, brought up to the run's progress."""
+        if self.trained_ledger is not None:
+            self.trained_ledger.skip(self.progress.samples - self.trained_samples)
+            self.trained_samples = self.progress.samples
+        return self.trained_ledger
+
+    def progress_to_save(self) -> dict[str, Any]:
+        """Progress and where every source of the data stands, as plain values."""
+        ledger = self.commit_samples()
+        return {**asdict(self.progress), "ledger": None if ledger is None else ledger.state()}
 
     @property
     def is_first_rank(self) -> bool:
@@ -125,6 +143,9 @@ def setup(config: RunConfig, place: Place, *, datasets: Datasets | None = None) 
         micro_batches=micro_batches_per_step(config, place.world_size),
     )
     resume(run)
+    if isinstance(datasets.train, LedgerDataset):
+        run.trained_ledger = datasets.train.ledger_at(run.progress.samples)
+        run.trained_samples = run.progress.samples
     run.train_batches = run.batches_of(datasets.train, consumed_samples=run.progress.samples)
     if run.is_first_rank:
         Path(config.output_directory).mkdir(parents=True, exist_ok=True)
@@ -133,8 +154,13 @@ def setup(config: RunConfig, place: Place, *, datasets: Datasets | None = None) 
 
 
 def build_run_datasets(config: RunConfig) -> Datasets:
-    """The blend's splits with as many samples as the whole run takes."""
+    """The blend's splits with as many samples as the whole run takes.
+
+    The ledger goes on where the checkpoint that the config resumes from left it. Raises ConfigError
+    for data that cannot be trained on.
+    """
     training = config.training
+    ledger, consumed = _saved_ledger(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
     validates = training.validation_interval_steps > 0
     return build_datasets(
@@ -145,7 +171,32 @@ def build_run_datasets(config: RunConfig) -> Datasets:
         seed=training.seed,
         tokenizer=tokenizer,
         model_vocab_size=config.model.vocab_size,
+        ledger_state=ledger,
+        consumed_samples=consumed,
     )
+
+
+def _saved_ledger(config: RunConfig) -> tuple[dict[str, Any] | None, int]:
+    """The ledger of the checkpoint to go on from, and the samples behind it."""
+    path = checkpoint_to_resume(config)
+    if path is None or config.data.order != "ledger":
+        return None, 0
+    facts = read_state(path)
+    if facts.get("ledger") is None:
+        raise ConfigError(
+            f"data.order='ledger', but {path} holds no ledger: it was trained in another order, in "
+            "which the documents that it has seen cannot be told. Set data.order=megatron to go "
+            "on, or start a new run in another output_directory with "
+            f"checkpoint.initial_weights={path}"
+        )
+    return facts["ledger"], facts["samples"]
+
+
+def checkpoint_to_resume(config: RunConfig) -> Path | None:
+    """The checkpoint that the run goes on from, if there is one and the config wants it."""
+    if config.checkpoint.resume == "never":
+        return None
+    return latest_checkpoint(config.output_directory)
 
 
 def build_chunks(
@@ -189,13 +240,12 @@ def build_chunks(
 def resume(run: Run) -> None:
     """Go on from the latest checkpoint, or start from given weights, as the config says."""
     config = run.config
-    path = None
-    if config.checkpoint.resume != "never":
-        path = latest_checkpoint(config.output_directory)
+    path = checkpoint_to_resume(config)
     if path is not None:
         progress = load_checkpoint(
             path, config=config, chunks=run.chunks, optimizer=run.optimizer, groups=run.groups
         )
+        progress.pop("ledger", None)  # the datasets were built at it
         run.progress = Progress(**progress)
         run.resumed_from = path
         return

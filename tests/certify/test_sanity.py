@@ -21,7 +21,6 @@ from tests.support.runs import MODEL, tiny_run
 accelerator.quiet_libraries()
 accelerator.install()  # before megatron-core is imported
 
-from megatron.core.datasets.gpt_dataset import GPTDataset  # noqa: E402
 from megatron.core.models.hybrid.hybrid_model import HybridModel  # noqa: E402
 from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 
@@ -29,6 +28,7 @@ from equilibrium_mcore.certify.sanity import data_checks, learning_checks  # noq
 from equilibrium_mcore.certify.sanity.ladder import NEEDS_DATA, NEEDS_STEPS, run_ladder  # noqa: E402
 from equilibrium_mcore.certify.sanity.workbench import sanity_config  # noqa: E402
 from equilibrium_mcore.data.blend import Datasets  # noqa: E402
+from equilibrium_mcore.data.ledger.dataset import LedgerDataset  # noqa: E402
 from equilibrium_mcore.models import mamba, norms  # noqa: E402
 from equilibrium_mcore.optim import optimizer as optim_optimizer  # noqa: E402
 from equilibrium_mcore.training import setup as training_setup  # noqa: E402
@@ -91,14 +91,14 @@ def _samples(change: Callable[[dict, int], Any]) -> Plant:
     """Samples of the dataset go through `change(sample, index)`."""
 
     def plant(patch: pytest.MonkeyPatch) -> None:
-        sound = GPTDataset.__getitem__
+        sound = LedgerDataset.__getitem__
 
         def faulty(self, index):
             sample = {name: value.clone() for name, value in sound(self, index).items()}
             change(sample, index)
             return sample
 
-        patch.setattr(GPTDataset, "__getitem__", faulty)
+        patch.setattr(LedgerDataset, "__getitem__", faulty)
 
     return plant
 

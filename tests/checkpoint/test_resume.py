@@ -94,6 +94,7 @@ def test_a_config_that_does_not_fit_is_refused_with_every_difference(ranks, data
 
 
 def test_more_steps_would_reorder_the_data_and_need_a_horizon(ranks, data, tmp_path):
+    data = {**data, "order": "megatron"}
     start = tiny_run({**data, "train_samples": 200}, tmp_path)
     ranks.run(1, train_steps, start, 2, True)
     longer = {"steps": 40}

@@ -21,6 +21,7 @@ CPU = Host()
 # The pattern without MLA, so that GQA can stand in.
 GQA = {"model.layer_pattern": "ME|*E", "model.attention": TINY_ATTENTION}
 DENSE = {"model.layer_pattern": "M-|+-", "model.mlp": {"ffn_hidden_size": 256}}
+CAPPED = [{"name": "code", "prefix": "data/code", "weight": 1, "max_epochs": 2}]
 PP2 = {"parallelism.pipeline": 2}
 SP = {"parallelism.sequence": True}
 
@@ -232,9 +233,21 @@ CASES = [
     ),
     (
         "data_lasts_the_run",
-        {"data.train_samples": 10},
+        {"data.order": "megatron", "data.train_samples": 10},
         ["data.train_samples=10", "or more, or null"],
-        {"data.train_samples": 10**9},
+        {"data.order": "megatron", "data.train_samples": 10**9},
+    ),
+    (
+        "ledger_settings_have_a_ledger",
+        {"data.order": "megatron", "data.packing": "documents"},
+        ["data.packing='documents'", "set data.order: ledger"],
+        {"data.packing": "documents"},
+    ),
+    (
+        "ledger_settings_have_a_ledger",
+        {"data.order": "megatron", "data.sources": CAPPED},
+        ["data.sources.0.max_epochs=2.0", "set data.order: ledger"],
+        {"data.sources": CAPPED},
     ),
     (
         "sequence_length_divides",

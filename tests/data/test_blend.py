@@ -1,4 +1,7 @@
-"""Blends: shares, splits, order, caches, and what is refused before anything is built."""
+"""Blends: what is refused before anything is built; megatron-core's order, shares and caches.
+
+The ledger's order has its own tests, in tests/data/ledger.
+"""
 
 import json
 import os
@@ -23,6 +26,12 @@ from equilibrium_mcore.data.indexed_files import read_header
 from equilibrium_mcore.data.sources import read_split_tokens, split_documents
 
 SEQUENCE = 32
+
+
+@pytest.fixture
+def two_sources(two_sources):
+    """In megatron-core's order."""
+    return two_sources.model_copy(update={"order": "megatron"})
 
 
 def build(data, **changes):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch import Tensor
 from equilibrium_mcore.certify.sanity.verdict import Check, judged, skipped
 from equilibrium_mcore.certify.sanity.workbench import Observed
 from equilibrium_mcore.data.blend import Datasets
+from equilibrium_mcore.data.ledger.dataset import LedgerDataset
+from equilibrium_mcore.data.ledger.source import SourceDocuments, Span
 from equilibrium_mcore.data.tokenizer import Tokenizer
 from equilibrium_mcore.training.setup import Run, build_run_datasets
 
@@ -132,7 +135,7 @@ def check_batch_statistics(datasets: Datasets, tokenizer: Tokenizer) -> Check:
     def share(token: int | None) -> float:
         return float((tokens == token).mean()) if token is not None else 0.0
 
-    lengths = [float(np.mean(part.dataset.sequence_lengths)) for part in parts(datasets.train)]
+    lengths = [part.mean_length for part in parts(datasets.train)]
     expected = sum(tokens.size / len(lengths) / length for length in lengths)
     figures = {
         "tokens": int(tokens.size),
@@ -210,14 +213,17 @@ def check_validation_split(datasets: Datasets) -> Check:
     problems, train_hashes, validation_hashes = [], set(), []
     sizes = {"train": 0, "validation": 0}
     for train, validation in zip(parts(datasets.train), parts(datasets.validation), strict=True):
-        both = np.intersect1d(train.indices, validation.indices)
-        if both.size:
+        both = range(
+            max(train.numbers.start, validation.numbers.start),
+            min(train.numbers.stop, validation.numbers.stop),
+        )
+        if both:
             problems.append(
-                f"{both.size:,} documents of {train.dataset_path} are in both splits, the first is "
+                f"{len(both):,} documents of {train.path} are in both splits, the first is "
                 f"number {both[0]}"
             )
-        sizes["train"] += len(train.indices)
-        sizes["validation"] += len(validation.indices)
+        sizes["train"] += len(train.numbers)
+        sizes["validation"] += len(validation.numbers)
         train_hashes |= set(_hashes(train))
         validation_hashes += _hashes(validation)
     twice = float(np.mean([item in train_hashes for item in validation_hashes]))
@@ -235,13 +241,44 @@ def check_validation_split(datasets: Datasets) -> Check:
     )
 
 
-def _hashes(part: Any) -> list[bytes]:
+@dataclass(frozen=True)
+class Part:
+    """One source's documents in one split: numbers in the file, which follow each other."""
+
+    path: str
+    numbers: range
+    mean_length: float
+    """Tokens per document."""
+    read: Callable[[int], np.ndarray]
+
+
+def _hashes(part: Part) -> list[bytes]:
     """A hash of each document of one source's split, of at most DOCUMENTS_COMPARED of them."""
-    numbers = part.indices
-    numbers = numbers[:: -(-len(numbers) // DOCUMENTS_COMPARED) or 1]
-    return [hashlib.md5(part.dataset[int(n)].tobytes()).digest() for n in numbers]
+    numbers = part.numbers[:: -(-len(part.numbers) // DOCUMENTS_COMPARED) or 1]
+    return [hashlib.md5(part.read(n).tobytes()).digest() for n in numbers]
 
 
-def parts(dataset: Any) -> list[Any]:
-    """megatron-core's dataset of each source."""
-    return list(getattr(dataset, "datasets", [dataset]))
+def parts(dataset: Any) -> list[Part]:
+    """The sources of a split, whoever orders its documents."""
+    if isinstance(dataset, LedgerDataset):
+        return [_ledger_part(source) for source in dataset.sources]
+    return [_megatron_part(part) for part in getattr(dataset, "datasets", [dataset])]
+
+
+def _ledger_part(source: SourceDocuments) -> Part:
+    return Part(
+        path=str(source.prefix),
+        numbers=range(source.begin, source.end),
+        mean_length=source.tokens / source.documents,
+        read=lambda n: source.read(Span(n, 0, source.length(n))),
+    )
+
+
+def _megatron_part(part: Any) -> Part:
+    lengths = part.dataset.sequence_lengths[part.indices]
+    return Part(
+        path=part.dataset_path,
+        numbers=range(int(part.indices[0]), int(part.indices[-1]) + 1),
+        mean_length=float(np.mean(lengths)),
+        read=lambda n: part.dataset[n],
+    )

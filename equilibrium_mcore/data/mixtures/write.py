@@ -139,12 +139,14 @@ def blend_texts(plan: Plan, facts: list[SourceFacts], output: Path, split: str) 
                     name=source.name if place.stage is None else f"{source.name}_stage{stage}",
                     prefix=output / place.prefix,
                     weight=source.share,
+                    # A stage is a part of a run; what it needs of its data, its steps decide.
+                    max_epochs=source.max_epochs if count == 1 else None,
                 )
             )
         mixture = plan.mixture
         name = mixture.name if count == 1 else f"{mixture.name}_stage{stage}"
         blend = DataConfig(name=name, tokenizer=mixture.tokenizer, sources=sources, split=split)
-        wanted = blend.model_dump(mode="json", exclude_unset=True)
+        wanted = blend.model_dump(mode="json", exclude_unset=True, exclude_none=True)
         head = f"# Written by tools/prepare_dataset.py from the mixture {mixture.name}.\n"
         if count > 1:
             head += f"# Stage {stage} of {count}: train on it after the stages before it.\n"

@@ -96,7 +96,7 @@ def run(tmp_path):
     """`prepare` into tmp_path/out; small shards, so that there are several."""
 
     def call(config: MixtureConfig, **changes):
-        options = {"output": tmp_path / "out", "shard_characters": 20_000, **changes}
+        options = {"output": tmp_path / "out", "shard_characters": 60_000, **changes}
         return prepare(config, Options(**options))
 
     return call

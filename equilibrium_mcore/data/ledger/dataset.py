@@ -1,0 +1,207 @@
+"""Samples of a blend in the ledger's order, as a dataset for torch's loader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.schema import DataConfig
+from equilibrium_mcore.data.indexed_files import IndexHeader
+from equilibrium_mcore.data.ledger.ledger import Ledger, Plan
+from equilibrium_mcore.data.ledger.maps import OpenMaps
+from equilibrium_mcore.data.ledger.source import SourceDocuments
+
+Packing = Literal["stream", "documents"]
+
+
+class LedgerDataset(Dataset):
+    """Samples of the run by number, or by the plan that a ledger made.
+
+    The loader's main process plans (`ledger_at`), its workers read tokens. Asking by number is for
+    checks and tests: numbers that go up are cheap, a step back plans from the start again.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[SourceDocuments],
+        weights: Sequence[float],
+        *,
+        sequence_length: int,
+        samples: int,
+        vocab_size: int,
+        packing: Packing = "stream",
+        state: dict[str, Any] | None = None,
+        first_sample: int = 0,
+    ) -> None:
+        """`state` is a ledger's at sample `first_sample`; `samples` is how many the run takes."""
+        self.sources = list(sources)
+        self.sequence_length, self.packing = sequence_length, packing
+        self._samples, self._vocab_size = samples, vocab_size
+        self.first_sample = first_sample
+        self._start = Ledger(sources, weights, sequence_length=sequence_length, state=state)
+        self._walker, self._next_sample = self._start.copy(), first_sample
+
+    def __len__(self) -> int:
+        """How many samples the run takes in all; the ledger itself has no end."""
+        return self._samples
+
+    def ledger_at(self, sample: int) -> Ledger:
+        """A ledger whose next sample is the run's number `sample`.
+
+        Raises ValueError for a sample before the state that this dataset started from.
+        """
+        if sample < self.first_sample:
+            raise ValueError(
+                f"sample {sample} lies before sample {self.first_sample}, at which this run went "
+                "on from a checkpoint: load an earlier checkpoint to go back"
+            )
+        ledger = self._start.copy()
+        ledger.skip(sample - self.first_sample)
+        return ledger
+
+    def __getitem__(self, item: int | Plan) -> dict[str, Tensor]:
+        """int64 `tokens`, `labels`, `position_ids` and float32 `loss_mask`, each [sequence_length].
+
+        `dataset_id` is the source's place in the blend. Raises ValueError for damaged files and
+        for an id beyond the model's vocabulary.
+        """
+        return self._sample(item if isinstance(item, Plan) else self._plan(int(item)))
+
+    def _plan(self, number: int) -> Plan:
+        if not 0 <= number < self._samples:
+            raise IndexError(f"sample {number} of a run of {self._samples} samples")
+        if number < self._next_sample:
+            self._walker, self._next_sample = self.ledger_at(number), number
+        self._walker.skip(number - self._next_sample)
+        self._next_sample = number + 1
+        return self._walker.take()
+
+    def _sample(self, plan: Plan) -> dict[str, Tensor]:
+        source = self.sources[plan.source]
+        length = self.sequence_length
+        tokens, mask = np.empty(length + 1, np.int64), np.ones(length, np.float32)
+        positions = np.arange(length, dtype=np.int64)
+        filled = 0
+        for span in plan.spans:
+            end = filled + span.tokens
+            tokens[filled:end] = source.read(span)
+            if self.packing == "documents":
+                positions[filled:end] -= filled
+                mask[end - 1] = 0.0  # its label is the next document's first token
+            filled = end
+        tokens[length] = source.read(plan.label)[0]
+        last = plan.spans[-1]
+        if plan.label[:2] == (last.document, last.offset + last.tokens):
+            mask[-1] = 1.0
+        if tokens.max() >= self._vocab_size or tokens.min() < 0:
+            self._refuse_ids(plan)
+        whole = torch.from_numpy(tokens)
+        return {
+            "tokens": whole[:-1].clone(),
+            "labels": whole[1:].clone(),
+            "position_ids": torch.from_numpy(positions),
+            "loss_mask": torch.from_numpy(mask),
+            "dataset_id": torch.tensor(plan.source),
+        }
+
+    def _refuse_ids(self, plan: Plan) -> None:
+        source = self.sources[plan.source]
+        for span in (*plan.spans, plan.label):
+            ids = source.read(span)
+            wrong = ids[(ids < 0) | (ids >= self._vocab_size)]
+            if wrong.size:
+                raise ValueError(
+                    f"{source.prefix}: document {span.document} holds the token id {wrong[0]}, but "
+                    f"the model's vocabulary has {self._vocab_size:,} tokens: set model.vocab_size "
+                    "higher, or preprocess the text with the run's tokenizer"
+                )
+
+
+def planned_batches(
+    dataset: LedgerDataset,
+    *,
+    consumed_samples: int,
+    micro_batch_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+) -> Iterator[list[Plan]]:
+    """Plans of one rank's micro-batches without end; those of other ranks are passed over."""
+    ledger = dataset.ledger_at(consumed_samples)
+    before = data_parallel_rank * micro_batch_size
+    behind = (data_parallel_size - 1) * micro_batch_size - before
+    while True:
+        ledger.skip(before)
+        yield [ledger.take() for _ in range(micro_batch_size)]
+        ledger.skip(behind)
+
+
+def build_ledger_dataset(
+    data: DataConfig,
+    part: str,
+    headers: dict[str, IndexHeader],
+    *,
+    sequence_length: int,
+    samples: int,
+    seed: int,
+    vocab_size: int,
+    state: dict[str, Any] | None = None,
+    first_sample: int = 0,
+) -> LedgerDataset:
+    """The split `part` of the blend; `headers` are those of its checked sources, by name.
+
+    Raises ConfigError where a source's data is not that of `state`, and where the run would go
+    through a source's training documents more often than its `max_epochs`.
+    """
+    maps = OpenMaps()
+    sources = [
+        SourceDocuments(
+            source, headers[source.name], split=data.split, part=part, seed=seed, maps=maps
+        )
+        for source in data.sources
+    ]
+    dataset = LedgerDataset(
+        sources,
+        [source.weight for source in data.sources],
+        sequence_length=sequence_length,
+        samples=samples,
+        vocab_size=vocab_size,
+        packing=data.packing,
+        state=state,
+        first_sample=first_sample,
+    )
+    if part == "train":
+        problems = _too_many_epochs(data, dataset)
+        if problems:
+            raise ConfigError(problems, source=f"data {data.name!r}")
+    return dataset
+
+
+def _too_many_epochs(data: DataConfig, dataset: LedgerDataset) -> list[str]:
+    ledger = dataset.ledger_at(dataset.first_sample)
+    left = len(dataset) - dataset.first_sample
+    problems = []
+    for place, wanted in enumerate(data.sources):
+        if wanted.max_epochs is None:
+            continue
+        source, taken = ledger.sources[place], ledger.taken[place]
+        share = float(ledger.weights[place])
+        coming = left * dataset.sequence_length * share
+        epochs = (taken + coming) / source.tokens
+        if epochs <= wanted.max_epochs * (1 + 1e-9):
+            continue
+        enough = max(0, int((wanted.max_epochs * source.tokens - taken) / coming * left))
+        before = f"{taken:,} tokens taken so far + " if taken else ""
+        problems.append(
+            f"data source {wanted.name!r} would be read {epochs:.2f} times, and max_epochs is "
+            f"{wanted.max_epochs:g}: {before}{left:,} sequences (steps x global_batch_size) x "
+            f"{dataset.sequence_length:,} tokens x share {share:.4g} = {taken + coming:,.0f} "
+            f"tokens wanted, {source.tokens:,} there. Train on at most {enough:,} sequences, "
+            "lower its weight, add text, or raise data.sources.N.max_epochs"
+        )
+    return problems

@@ -1,0 +1,177 @@
+"""Which source gives the next sample, and where every source stands.
+
+A sample is `sequence_length` tokens of one source from its cursor on, and one more token, looked at
+and not consumed, for the last label. The source is the one that has the largest deficit of tokens
+against its weight, counted since the weights last changed; the first of several. So the order
+follows from weights and cursors alone: not from the layout, the batch, or how long the run is.
+
+    deficit(s) = weight(s) * (given to all + sequence_length) - given(s)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.data.ledger.source import START, Cursor, SourceDocuments, Span
+
+STATE_VERSION = 1
+
+
+class Plan(NamedTuple):
+    """One sample, before its tokens are read."""
+
+    source: int
+    """Place of the source in the blend."""
+    spans: tuple[Span, ...]
+    """`sequence_length` tokens; each span is another document."""
+    label: Span
+    """The token behind, for the last label."""
+
+
+class Ledger:
+    """Cursors of all sources; gives out samples in order.
+
+    Its state is plain values (`state`), the same on every rank and in every layout.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[SourceDocuments],
+        weights: Sequence[float],
+        *,
+        sequence_length: int,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        """Start at the beginning, or go on at `state`, which may have other sources and weights.
+
+        Raises ConfigError where a source of the state has other data now.
+        """
+        self.sources, self.sequence_length = list(sources), sequence_length
+        total = sum(weights)
+        self.weights = np.array([weight / total for weight in weights])
+        if state is not None:
+            check_state(self.sources, state)
+        saved = state or {"sources": {}, "cursors": {}, "weights": {}, "given": {}}
+        self._absent = {
+            key: {name: value for name, value in saved[key].items() if name not in self._names}
+            for key in ("sources", "cursors")
+        }
+        cursors = [saved["cursors"].get(name, [*START, 0]) for name in self._names]
+        self.cursors = [Cursor(*values[:3]) for values in cursors]
+        self.taken = [values[3] for values in cursors]
+        """Tokens of each source that the run has consumed since its first step."""
+        # Deficits of other weights say nothing about these.
+        same = saved["weights"] == dict(zip(self._names, self.weights.tolist(), strict=True))
+        given = [saved["given"].get(name, 0) if same else 0 for name in self._names]
+        self._given = np.array(given, np.float64)
+        self._given_in_all = sum(given)
+        self._wanted = np.empty_like(self.weights)
+
+    @property
+    def _names(self) -> list[str]:
+        return [source.name for source in self.sources]
+
+    def copy(self) -> Ledger:
+        """A second ledger at the same place; they share what is looked up of the documents."""
+        other = object.__new__(Ledger)
+        other.__dict__.update(self.__dict__)
+        other.cursors, other.taken = list(self.cursors), list(self.taken)
+        other._given, other._wanted = self._given.copy(), self._wanted.copy()
+        return other
+
+    def take(self) -> Plan:
+        """Plan the next sample, and move on behind it."""
+        spans: list[Span] = []
+        chosen = self._next(spans)
+        label = self.sources[chosen].next_token(self.cursors[chosen])
+        return Plan(chosen, tuple(spans), label)
+
+    def skip(self, samples: int) -> None:
+        """Move on by so many samples."""
+        for _ in range(samples):
+            self._next(None)
+
+    def _next(self, spans: list[Span] | None) -> int:
+        length = self.sequence_length
+        # Counts of tokens are whole numbers far below 2^53: exact, so a resumed ledger that adds
+        # them up in another order decides alike.
+        np.multiply(self.weights, self._given_in_all + length, out=self._wanted)
+        self._wanted -= self._given
+        chosen = int(self._wanted.argmax())
+        self.cursors[chosen] = self.sources[chosen].advance(self.cursors[chosen], length, spans)
+        self._given[chosen] += length
+        self._given_in_all += length
+        self.taken[chosen] += length
+        return chosen
+
+    def state(self) -> dict[str, Any]:
+        """All that `state=` needs to go on here: plain values that JSON keeps exactly.
+
+        `sources` says which data each name stood for; `cursors` has per source epoch, position,
+        offset, and the tokens consumed since the run began; sources that left the blend stay in
+        both. `weights` and `given` are the blend's since its weights last changed.
+        """
+        facts = {source.name: describe(source) for source in self.sources}
+        cursors = {
+            name: [*cursor, taken]
+            for name, cursor, taken in zip(self._names, self.cursors, self.taken, strict=True)
+        }
+        return {
+            "version": STATE_VERSION,
+            "sources": {**facts, **self._absent["sources"]},
+            "cursors": {**cursors, **self._absent["cursors"]},
+            "weights": dict(zip(self._names, self.weights.tolist(), strict=True)),
+            "given": dict(zip(self._names, map(int, self._given), strict=True)),
+        }
+
+
+def describe(source: SourceDocuments) -> dict[str, Any]:
+    """What tells the source's data from other data, and how large an epoch is."""
+    return {
+        "fingerprint": source.fingerprint,
+        "documents": source.documents,
+        "tokens": source.tokens,
+    }
+
+
+def check_state(sources: Sequence[SourceDocuments], state: dict[str, Any]) -> None:
+    """Raise ConfigError where a name of `state` stands for other data now, or data was renamed."""
+    problems = []
+    if state.get("version") != STATE_VERSION:
+        raise ConfigError(
+            f"the ledger's state has version {state.get('version')!r}, and this program reads "
+            f"version {STATE_VERSION}: go on with the program that wrote it"
+        )
+    here = {source.name for source in sources}
+    gone = {
+        facts["fingerprint"]: name for name, facts in state["sources"].items() if name not in here
+    }
+    for source in sources:
+        known, now = state["sources"].get(source.name), describe(source)
+        if known is None and now["fingerprint"] in gone:
+            old = gone[now["fingerprint"]]
+            problems.append(
+                f"data source {source.name!r}: {source.prefix} holds the documents of {old!r}, "
+                f"which the run has read up to epoch {state['cursors'][old][0]}, position "
+                f"{state['cursors'][old][1]:,}; under a new name it would begin again: call it "
+                f"{old!r} as before"
+            )
+        elif known is not None and known["fingerprint"] != now["fingerprint"]:
+            problems.append(
+                f"data source {source.name!r}: {source.prefix} is not the dataset that the run has "
+                f"read so far ({_words(known)}; now {_words(now)}): put that dataset back, or give "
+                "the new one a new name, under which it starts at its first document"
+            )
+    if problems:
+        raise ConfigError(problems, source="going on in the data")
+
+
+def _words(facts: dict[str, Any]) -> str:
+    return (
+        f"{facts['documents']:,} documents for training, {facts['tokens']:,} tokens, fingerprint "
+        f"{facts['fingerprint']}"
+    )

@@ -1,0 +1,242 @@
+"""`ledger.jsonl`: enough of a run's ledger to say later which documents were behind any step.
+
+    {"kind": "start", "step", "samples", "settings", "state"}    a process starts or goes on here
+    {"kind": "checkpoint", "step", "samples", "state"}           a checkpoint is in place
+
+`state` is the ledger's behind `step` steps; that of a checkpoint leaves out the data behind the
+names, which the start before it has. Where a run was killed and went on from an earlier checkpoint,
+the later lines count.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.schema import RunConfig, SourceConfig
+from equilibrium_mcore.data.indexed_files import read_header
+from equilibrium_mcore.data.ledger.ledger import Ledger, Plan
+from equilibrium_mcore.data.ledger.maps import OpenMaps
+from equilibrium_mcore.data.ledger.source import SourceDocuments
+
+LEDGER_FILE = "ledger.jsonl"
+
+
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """What the order of a run's documents follows from, and how its tokens are made text."""
+    training, data = config.training, config.data
+    tokenizer = data.tokenizer.model_dump(mode="json")
+    return {
+        "steps": training.steps,
+        "global_batch_size": training.global_batch_size,
+        "sequence_length": training.sequence_length,
+        "packing": data.packing,
+        "seed": training.seed,
+        "split": data.split,
+        "tokenizer": {**tokenizer, "model": str(Path(data.tokenizer.model).absolute())},
+        "sources": [
+            {
+                "name": source.name,
+                "prefix": str(Path(source.prefix).absolute()),
+                "weight": source.weight,
+            }
+            for source in data.sources
+        ],
+    }
+
+
+# ------------------------------------------------------------------------------------ writing
+
+
+class LedgerFile:
+    """Appends to a run's `ledger.jsonl`. One rank."""
+
+    def __init__(self, run_directory: Path, *, goes_on: bool) -> None:
+        """A run that starts anew moves an older file to `ledger.previous.jsonl`."""
+        self.path = Path(run_directory) / LEDGER_FILE
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            if goes_on:
+                _drop_cut_line(self.path)
+            else:
+                os.replace(self.path, self.path.with_name("ledger.previous.jsonl"))
+
+    def start(self, *, step: int, samples: int, settings: dict, state: dict) -> None:
+        """A process begins behind `step` steps and `samples` samples."""
+        self._append(
+            {
+                "kind": "start",
+                "step": step,
+                "samples": samples,
+                "settings": settings,
+                "state": state,
+            }
+        )
+
+    def checkpoint(self, *, step: int, samples: int, state: dict) -> None:
+        """A checkpoint holds `state`."""
+        short = {key: value for key, value in state.items() if key != "sources"}
+        self._append({"kind": "checkpoint", "step": step, "samples": samples, "state": short})
+
+    def _append(self, record: dict) -> None:
+        line = (json.dumps(record) + "\n").encode()
+        with self.path.open("ab", buffering=0) as stream:
+            if stream.write(line) != len(line):
+                raise OSError(f"{self.path}: only a part of a line was written; is the disk full?")
+            os.fsync(stream.fileno())
+
+
+def _drop_cut_line(path: Path) -> None:
+    """Remove what a killed run left of its last line; it would spoil the next one."""
+    content = path.read_bytes()
+    if content and not content.endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
+
+
+# ------------------------------------------------------------------------------------ reading
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A known state: behind `step` steps and `samples` samples."""
+
+    step: int
+    samples: int
+    state: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Steps under the same settings: from the first mark's on, up to the next segment."""
+
+    settings: dict[str, Any]
+    marks: tuple[Mark, ...]
+
+    @property
+    def first(self) -> Mark:
+        return self.marks[0]
+
+    def mark_before(self, step: int) -> Mark:
+        """The last known state behind at most `step` steps."""
+        return next(mark for mark in reversed(self.marks) if mark.step <= step)
+
+
+def read_segments(run_directory: Path) -> list[Segment]:
+    """The run's segments in order, without steps that were lost and trained again.
+
+    Raises FileNotFoundError where the run has no ledger, and ValueError for a broken line before
+    the last.
+    """
+    path = Path(run_directory) / LEDGER_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist: name the output_directory of a run with data.order=ledger"
+        )
+    segments: list[Segment] = []
+    for record in _records(path):
+        step = record["step"]
+        if record["kind"] == "start":
+            segments = _cut(segments, step)
+            mark = Mark(step, record["samples"], record["state"])
+            segments.append(Segment(record["settings"], (mark,)))
+        elif segments:
+            last = segments[-1]
+            state = {**last.first.state, **record["state"]}
+            mark = Mark(step, record["samples"], state)
+            segments[-1] = replace(last, marks=(*last.marks, mark))
+    if not segments:
+        raise ValueError(f"{path} holds no start of a run: it is empty or damaged")
+    return segments
+
+
+def _cut(segments: list[Segment], step: int) -> list[Segment]:
+    """What is left when the run goes on behind `step`: later steps are lost."""
+    kept = [segment for segment in segments if segment.first.step < step]
+    return [
+        replace(segment, marks=tuple(mark for mark in segment.marks if mark.step <= step))
+        for segment in kept
+    ]
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            if number == len(lines):  # cut short: the run was killed, or is writing
+                return
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+
+
+# ------------------------------------------------------------------------------------ replaying
+
+
+def segment_of(segments: list[Segment], step: int) -> Segment:
+    """The segment in which step `step` (the first is 1) was trained, or will be.
+
+    Raises ConfigError for a step outside of the run.
+    """
+    last = segments[-1].settings["steps"]
+    if not segments[0].first.step < step <= last:
+        raise ConfigError(
+            f"--step {step}: this run's ledger has the steps {segments[0].first.step + 1} to {last}"
+        )
+    return next(segment for segment in reversed(segments) if segment.first.step < step)
+
+
+def open_sources(settings: dict[str, Any]) -> list[SourceDocuments]:
+    """The training documents that a segment read from.
+
+    Raises ConfigError with every source whose files are gone or damaged.
+    """
+    opened, problems, maps = [], [], OpenMaps()
+    for values in settings["sources"]:
+        source = SourceConfig(
+            name=values["name"], prefix=Path(values["prefix"]), weight=values["weight"]
+        )
+        try:
+            opened.append(
+                SourceDocuments(
+                    source,
+                    read_header(source.prefix),
+                    split=settings["split"],
+                    part="train",
+                    seed=settings["seed"],
+                    maps=maps,
+                )
+            )
+        except (OSError, ValueError) as error:
+            problems.append(f"data source {source.name!r}: {error}")
+    if problems:
+        raise ConfigError(problems, source="replaying the ledger")
+    return opened
+
+
+def ledger_behind(segment: Segment, step: int) -> Ledger:
+    """The segment's ledger behind `step` steps, replayed from the last state that is known.
+
+    Raises ConfigError where the data is gone or was made anew since.
+    """
+    settings, mark = segment.settings, segment.mark_before(step)
+    ledger = Ledger(
+        open_sources(settings),
+        [source["weight"] for source in settings["sources"]],
+        sequence_length=settings["sequence_length"],
+        state=mark.state,
+    )
+    ledger.skip((step - mark.step) * settings["global_batch_size"])
+    return ledger
+
+
+def plans_of(segment: Segment, step: int) -> tuple[Ledger, list[Plan]]:
+    """The samples of step `step`, in the order of the global batch, and the ledger behind them."""
+    ledger = ledger_behind(segment, step - 1)
+    return ledger, [ledger.take() for _ in range(segment.settings["global_batch_size"])]

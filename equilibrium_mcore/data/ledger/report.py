@@ -1,0 +1,267 @@
+"""What a run consumed, where two runs part, and which documents were behind a step."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.schema import TokenizerConfig
+from equilibrium_mcore.data.ledger.record import (
+    Mark,
+    Segment,
+    ledger_behind,
+    plans_of,
+    read_segments,
+    segment_of,
+)
+from equilibrium_mcore.data.ledger.source import SourceDocuments, Span
+from equilibrium_mcore.data.tokenizer import Tokenizer, load_tokenizer
+
+TEXT_TOKENS = 60  # decoded of a document when its text is shown
+TEXT_CHARACTERS = 100
+# Of a segment's settings, those that decide which documents come next.
+DECISIVE = ("sequence_length", "global_batch_size", "packing", "seed", "split")
+
+
+def report(
+    run: Path,
+    *,
+    step: int | None = None,
+    compare: Path | None = None,
+    show: bool = False,
+) -> dict[str, Any]:
+    """What `tools/data_ledger.py` prints, as plain values.
+
+    Always `run`, `step`, and per source what was consumed up to it: by default the last saved step,
+    else `step`. With `compare` the same of another run, and where the two part. With `step` the
+    documents of that step, with the beginning of their text where `show` is set. Raises
+    FileNotFoundError, ValueError, and ConfigError for a step outside of the run.
+    """
+    segments = read_segments(run)
+    values: dict[str, Any] = {"run": str(run), **consumption(segments, step)}
+    values["changes"] = changes(segments)
+    if step is not None:
+        values["samples"] = documents_of_step(segments, step, show=show)
+    if compare is not None:
+        others = read_segments(compare)
+        values["other"] = {"run": str(compare), **consumption(others, step)}
+        values["parting"] = parting(segments, others)
+    return values
+
+
+# -------------------------------------------------------------------------------- consumption
+
+
+def consumption(segments: list[Segment], step: int | None = None) -> dict[str, Any]:
+    """Per source what the run consumed up to `step`; None: up to the last saved state.
+
+    `documents` counts those that were begun, over all epochs; `epochs` is by tokens.
+    """
+    if step is None:
+        mark = segments[-1].marks[-1]
+    else:
+        segment = segment_of(segments, step)
+        samples = segment.first.samples
+        samples += (step - segment.first.step) * segment.settings["global_batch_size"]
+        mark = Mark(step, samples, ledger_behind(segment, step).state())
+    state = mark.state
+    total = sum(cursor[3] for cursor in state["cursors"].values())
+    return {
+        "step": mark.step,
+        "sequences": mark.samples,
+        "tokens": total,
+        "sources": [
+            _consumed(name, state["sources"][name], cursor, state["weights"].get(name), total)
+            for name, cursor in state["cursors"].items()
+        ],
+    }
+
+
+def _consumed(
+    name: str, facts: dict[str, Any], cursor: list[int], weight: float | None, total: int
+) -> dict[str, Any]:
+    epoch, position, offset, tokens = cursor
+    return {
+        "name": name,
+        "weight": weight,  # None: it left the blend
+        "documents": epoch * facts["documents"] + position + (offset > 0),
+        "tokens": tokens,
+        "share": tokens / total if total else 0.0,
+        "epochs": tokens / facts["tokens"],
+        "epoch_documents": facts["documents"],
+        "epoch_tokens": facts["tokens"],
+    }
+
+
+def changes(segments: list[Segment]) -> list[dict[str, Any]]:
+    """Where settings of the data changed on the way: behind which step, and what."""
+    found = []
+    for before, after in pairwise(segments):
+        differences = _differences(before.settings, after.settings)
+        if differences:
+            found.append({"step": after.first.step, "changed": differences})
+    return found
+
+
+def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    texts = [
+        f"{key} {before[key]} -> {after[key]}" for key in DECISIVE if before[key] != after[key]
+    ]
+    old, new = ({s["name"]: s["weight"] for s in v["sources"]} for v in (before, after))
+    for name in {**old, **new}:
+        if old.get(name) != new.get(name):
+            texts.append(f"weight of {name} {old.get(name, 'none')} -> {new.get(name, 'none')}")
+    return texts
+
+
+# -------------------------------------------------------------------------------- comparison
+
+
+def parting(ours: list[Segment], theirs: list[Segment]) -> dict[str, Any] | None:
+    """The first step in which two runs take other documents, and why; None where they never do.
+
+    Two ledgers with equal states and settings take the same documents until settings change, so
+    only the steps are looked at behind which one of the runs started or changed.
+    """
+    starts = sorted({segment.first.step for segment in (*ours, *theirs)})
+    shared = max(ours[0].first.step, theirs[0].first.step)
+    for start in [step for step in starts if step >= shared]:
+        step = start + 1
+        try:
+            left, right = segment_of(ours, step), segment_of(theirs, step)
+        except ConfigError:  # one of the runs is shorter
+            return None
+        reasons = _differences(left.settings, right.settings)
+        one, other = (_state_behind(segment, start) for segment in (left, right))
+        reasons += _state_differences(one, other)
+        if reasons:
+            return {"step": step, "because": reasons}
+    return None
+
+
+def _state_behind(segment: Segment, step: int) -> dict[str, Any]:
+    mark = segment.mark_before(step)
+    return mark.state if mark.step == step else ledger_behind(segment, step).state()
+
+
+def _state_differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    texts = []
+    for name in {**one["cursors"], **other["cursors"]}:
+        facts = [state["sources"].get(name, {}).get("fingerprint") for state in (one, other)]
+        if facts[0] != facts[1]:
+            texts.append(f"{name} is other data: fingerprints {facts[0]} and {facts[1]}")
+            continue
+        places = [state["cursors"].get(name) for state in (one, other)]
+        if places[0] != places[1]:
+            texts.append(
+                f"{name} stands at epoch {places[0][0]}, position {places[0][1]:,}, token "
+                f"{places[0][2]:,}, and at {places[1][0]}, {places[1][1]:,}, {places[1][2]:,}"
+            )
+    return texts
+
+
+# -------------------------------------------------------------------------------- a step's text
+
+
+def documents_of_step(
+    segments: list[Segment], step: int, *, show: bool = False
+) -> list[dict[str, Any]]:
+    """The samples of a step, each with its source and the documents it is made of.
+
+    `offset` is the first token taken of the document, `tokens` how many, `of` how many it has.
+    """
+    segment = segment_of(segments, step)
+    ledger, plans = plans_of(segment, step)
+    tokenizer = None
+    if show:
+        tokenizer = load_tokenizer(TokenizerConfig(**_with_path(segment.settings["tokenizer"])))
+    samples = []
+    for number, plan in enumerate(plans):
+        source = ledger.sources[plan.source]
+        documents = [_document(source, span, tokenizer) for span in plan.spans]
+        samples.append({"sample": number, "source": source.name, "documents": documents})
+    return samples
+
+
+def _with_path(values: dict[str, Any]) -> dict[str, Any]:
+    return {**values, "model": Path(values["model"])}
+
+
+def _document(source: SourceDocuments, span: Span, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "document": span.document,
+        "offset": span.offset,
+        "tokens": span.tokens,
+        "of": source.length(span.document),
+    }
+    if tokenizer is not None:
+        ids = source.read(Span(span.document, span.offset, min(span.tokens, TEXT_TOKENS)))
+        values["text"] = tokenizer.decode(ids.tolist())[:TEXT_CHARACTERS]
+    return values
+
+
+# ------------------------------------------------------------------------------------- as text
+
+
+def as_text(values: dict[str, Any]) -> str:
+    """The values of `report` for people."""
+    parts = [_consumption_text(values)]
+    if values["changes"]:
+        lines = [f"  behind step {c['step']}: {', '.join(c['changed'])}" for c in values["changes"]]
+        parts.append("\n".join(["changed on the way:", *lines]))
+    if "other" in values:
+        parts.append(_consumption_text(values["other"]))
+        parting_at = values["parting"]
+        if parting_at is None:
+            parts.append("both take the same documents, as long as both go")
+        else:
+            reasons = "\n".join(f"  {reason}" for reason in parting_at["because"])
+            parts.append(f"the documents differ from step {parting_at['step']} on:\n{reasons}")
+    if "samples" in values:
+        parts.append(_samples_text(values))
+    return "\n\n".join(parts)
+
+
+def _consumption_text(values: dict[str, Any]) -> str:
+    rows = [("source", "weight", "documents", "tokens", "share", "epochs", "documents there")]
+    rows += [
+        (
+            source["name"],
+            "none" if source["weight"] is None else f"{source['weight']:.4f}",
+            f"{source['documents']:,}",
+            f"{source['tokens']:,}",
+            f"{source['share']:.4f}",
+            f"{source['epochs']:.4f}",
+            f"{source['epoch_documents']:,}",
+        )
+        for source in values["sources"]
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    head = (
+        f"{values['run']}: {values['tokens']:,} tokens in {values['sequences']:,} sequences, "
+        f"{values['step']:,} steps"
+    )
+    return "\n".join([head, *lines])
+
+
+def _samples_text(values: dict[str, Any]) -> str:
+    lines = [f"step {values['step']}: document, its tokens, of how many"]
+    for sample in values["samples"]:
+        for place, document in enumerate(sample["documents"]):
+            name = f"{sample['sample']:>5} {sample['source']}" if place == 0 else ""
+            first = document["offset"]
+            line = (
+                f"{name:<24} {document['document']:>10}  {first}..{first + document['tokens'] - 1}"
+                f" of {document['of']}"
+            )
+            lines.append(f"{line}  {document['text']!r}" if "text" in document else line)
+    return "\n".join(lines)

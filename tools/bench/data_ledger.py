@@ -1,0 +1,48 @@
+"""Print what opening a blend costs: the ledger beside megatron-core's builder, in one run.
+
+First a small dataset linked under many prefixes is opened both ways, then a few sources with very
+many documents by the ledger alone; the data is made up, in a temporary folder that needs about 20
+bytes for each document of one of those sources.
+
+Examples:
+    python tools/bench/data_ledger.py
+    python tools/bench/data_ledger.py --prefixes 200 --samples 20000 --documents 1000000
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from equilibrium_mcore.parallel import accelerator
+
+
+def main() -> int:
+    """Parse the command line, measure, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--prefixes", type=int, default=2000, help="small sources; default 2000")
+    add("--samples", type=int, default=200_000, help="samples of the run; default 200000")
+    add("--sources", type=int, default=64, help="large sources; default 64")
+    add("--documents", type=int, default=10**9, help="their documents in all; default 10^9")
+    add("--folder", type=Path, help="where the temporary folder is made; default the system's")
+    options = vars(parser.parse_args())
+    accelerator.quiet_libraries()
+    accelerator.install()  # before megatron-core is imported
+    from equilibrium_mcore.data.ledger import benchmark
+
+    try:
+        with tempfile.TemporaryDirectory(dir=options.pop("folder")) as folder:
+            print(benchmark.report(*benchmark.measure(Path(folder), **options), **options))
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
