@@ -13,7 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from equilibrium_mcore.data.indexed_files import open_tokens, read_header, sequence_lengths
+from equilibrium_mcore.data.indexed_files import (
+    HEADER_BYTES,
+    dataset_paths,
+    open_tokens,
+    read_header,
+)
 
 BLOCK = 1 << 20
 MAX_TOKENS = 64 << 20
@@ -104,18 +109,23 @@ def lengths_of(blocks: Iterator[np.ndarray], *, sequence_length: int) -> Lengths
     )
 
 
+def document_lengths(prefix: Path) -> np.ndarray:
+    """Tokens of each document with a token, int32, mapped and not read."""
+    count = read_header(prefix).sequences
+    return np.memmap(dataset_paths(prefix)[1], np.int32, "r", offset=HEADER_BYTES, shape=(count,))
+
+
 def indexed_lengths(prefix: Path) -> Iterator[np.ndarray]:
     """Lengths of an indexed dataset's documents, in blocks."""
-    lengths = sequence_lengths(prefix, read_header(prefix))
+    lengths = document_lengths(prefix)
     for begin in range(0, lengths.size, BLOCK):
         yield np.asarray(lengths[begin : begin + BLOCK])
 
 
 def indexed_documents(prefix: Path) -> Iterator[bytes]:
     """Token ids of each document, as bytes."""
-    header = read_header(prefix)
-    tokens, end = open_tokens(prefix, header), 0
-    for length in sequence_lengths(prefix, header):
+    tokens, end = open_tokens(prefix, read_header(prefix)), 0
+    for length in document_lengths(prefix):
         yield tokens[end : end + length].tobytes()
         end += int(length)
 

@@ -12,8 +12,9 @@ import zstandard
 
 from equilibrium_mcore.config.mixture import MixtureConfig, load_mixture
 from equilibrium_mcore.config.yaml_io import to_yaml
-from equilibrium_mcore.data.indexed_files import open_tokens, read_header, sequence_lengths
+from equilibrium_mcore.data.indexed_files import open_tokens, read_header
 from equilibrium_mcore.data.mixtures.prepare import Options, prepare
+from equilibrium_mcore.data.mixtures.statistics import document_lengths
 
 
 @pytest.fixture(scope="session")
@@ -107,9 +108,8 @@ def documents_of(tokenizer) -> Callable[[Path], list[str]]:
     """The texts of an indexed dataset, in order."""
 
     def read(prefix: Path) -> list[str]:
-        header = read_header(prefix)
-        tokens, texts, end = open_tokens(prefix, header), [], 0
-        for length in sequence_lengths(prefix, header):
+        tokens, texts, end = open_tokens(prefix, read_header(prefix)), [], 0
+        for length in document_lengths(prefix):
             ids = tokens[end : end + length].tolist()
             assert ids[-1] == tokenizer.eod
             texts.append(tokenizer.decode(ids[:-1]))
