@@ -156,7 +156,8 @@ def load_encoder(
             process, whose size is fixed when they first run: of two encoders in one process with
             different numbers, the first decides (RAYON_NUM_THREADS, where the user set it).
         choice: "auto" takes the fast encoder where it is exact, and says in one line on stderr
-            why not; "fast" raises ValueError instead; "plain" does not look.
+            why not (of a SentencePiece model it says nothing: there is no fast encoder). "fast"
+            raises ValueError instead. "plain" does not look.
 
     Raises what `load_tokenizer` raises, and ValueError.
     """
@@ -195,7 +196,7 @@ def _plan(
             f"tokenizer {loaded.path}: the fast encoder does not do it exactly: {reason}. Use "
             f"--encoder auto, which takes the plain encoder for it"
         )
-    if choice == "auto" and reason is not None:
+    if choice == "auto" and reason is not None and isinstance(loaded, HuggingFaceTokenizer):
         print(f"tokenizer {loaded.path}: plain encoder, since {reason}", file=sys.stderr)
     plan = EncoderPlan(
         config=config,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,15 +24,19 @@ EXACT_PRE_TOKENIZERS = ("ByteLevel", "Digits", "Split")
 PROBE_SEED = 20260101
 RUN_LENGTHS = (1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 129, 300)
 RUN_CHARACTERS = (
-    " ", "\n", "\t", "\r\n", "\u00a0", "\u3000", "a", "A", "1", "!", "=", "_", "é", "你", "🎉", "\u0301",
+    " ", "\n", "\t", "\r\n", "\u00a0", "\u3000", "a", "A", "1", "!", "=", "_",
+    "é", "你", "🎉", "\u0301",
 )  # fmt: skip
 FRAGMENTS = (
-    " ", "  ", "\n", "\n\n", "\r\n", "\t", "'s", "'S", "'ll", "'LL", "\u2019t", "don't", "\u017f", "\u212a",
-    "1", "12", "123", "1234", "٣", "½", "²", "_", "-", "...", "#!", "\u00a0", "\u2028", "\x85", "\u200b",
-    "\u200d", "\ufeff", "\u0301", "e\u0301", "\u1e9b\u0323", "\u212b", "ﬁ", "é", "Привет", "你好", "שלום",
-    "한국어", "\u1112\u1161\u11ab", "ไทย", "हिन्दी", "🎉", "👩\u200d💻", "🇩🇪", "\x00", "\x7f", "the", " The",
-    "camelCase", "HTTP", "\ue000", "\U000f0000", "\U0010ffff",
+    " ", "  ", "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u2028", "\x85", "\u200b", "\u200d", "\ufeff",
+    "'s", "'S", "'ll", "'LL", "\u2019t", "don't", "\u017f", "\u212a", "the", " The", "camelCase",
+    "1", "12", "123", "1234", "٣", "½", "²", "_", "-", "...", "#!", "HTTP", "\x00", "\x7f",
+    "\u0301", "e\u0301", "\u1e9b\u0323", "\u212b", "ﬁ", "é", "Привет", "你好", "שלום", "한국어",
+    "\u1112\u1161\u11ab", "ไทย", "हिन्दी", "🎉", "👩\u200d💻", "🇩🇪",
+    "\ue000", "\U000f0000", "\U0010ffff",
 )  # fmt: skip
+# First and last code point, and the step between samples.
+PLANES = ((0x250, 0xD800, 29), (0xE000, 0x20000, 61), (0x20000, 0x110000, 4999))
 
 
 def reason_against(tokenizer: Tokenizer) -> str | None:
@@ -78,8 +82,13 @@ def _parts(section: dict[str, Any] | None, nested: str) -> Iterator[dict[str, An
         yield section
 
 
-def compare_with_plain(tokenizer: Tokenizer, load_backend: Callable) -> str | None:
-    """Encode the probe with both; what differed, or None. `load_backend(path)` is fastokens."""
+def compare_with_plain(
+    tokenizer: Tokenizer, load_backend: Callable, more_texts: Sequence[str] = ()
+) -> str | None:
+    """Encode the probe with both, and `more_texts`; what differed, or None.
+
+    `load_backend(path)` is fastokens.
+    """
     assert isinstance(tokenizer, HuggingFaceTokenizer)
     try:
         backend = load_backend(tokenizer.path)
@@ -90,7 +99,7 @@ def compare_with_plain(tokenizer: Tokenizer, load_backend: Callable) -> str | No
     added = [
         entry.content for entry in list(tokenizer.backend.get_added_tokens_decoder().values())[:64]
     ]
-    texts = probe_texts(added)
+    texts = [*probe_texts(added), *more_texts]
     flat, offsets = backend.encode_batch_flat(texts)
     ids = np.frombuffer(flat, "<u4")
     ends = np.frombuffer(offsets, "<u8").astype(np.int64)
