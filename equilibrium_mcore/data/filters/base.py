@@ -21,6 +21,10 @@ class Dropped:
     reason: str
 
 
+class FilterError(RuntimeError):
+    """A filter failed on a document: a fault of the filter, not a reason to drop."""
+
+
 class DocumentFilter(ABC):
     """Looks at one document at a time; may change its text."""
 
@@ -75,6 +79,22 @@ class Outcome:
     signatures: tuple[np.ndarray, ...] = field(default=(), repr=False)
 
 
+def apply_or_sign(
+    part: DocumentFilter | CorpusFilter, text: str, fields: Mapping[str, Any]
+) -> str | Dropped | np.ndarray:
+    """What a filter makes of a document, or its signature.
+
+    Raises FilterError, which shows the beginning of the document, when the filter fails on it.
+    """
+    try:
+        return part.signature(text) if isinstance(part, CorpusFilter) else part.apply(text, fields)
+    except Exception as error:
+        raise FilterError(
+            f"filter {part.name} failed on a document of {len(text):,} characters that begins "
+            f"{text[:80]!r}: {type(error).__name__}: {error}"
+        ) from error
+
+
 class FilterChain:
     """Filters in their order.
 
@@ -97,13 +117,16 @@ class FilterChain:
         return bool(self._corpus_stages)
 
     def process(self, text: str, fields: Mapping[str, Any]) -> Outcome:
-        """Apply the document filters in order, and note signatures where others stand between."""
+        """Apply the document filters in order, and note signatures where others stand between.
+
+        Raises FilterError when a filter fails on this document.
+        """
         signatures: list[np.ndarray] = []
         for stage, part in enumerate(self.filters):
-            if isinstance(part, CorpusFilter):
-                signatures.append(part.signature(text))
+            result = apply_or_sign(part, text, fields)
+            if isinstance(result, np.ndarray):
+                signatures.append(result)
                 continue
-            result = part.apply(text, fields)
             if isinstance(result, Dropped):
                 return Outcome(text, result, stage, tuple(signatures))
             text = result

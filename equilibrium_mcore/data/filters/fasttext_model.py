@@ -6,7 +6,8 @@ from pathlib import Path
 
 from equilibrium_mcore.data.filters.optional import require, require_file
 
-INSTALL = "pip install fasttext-numpy2-wheel"  # the package named fasttext breaks with numpy 2
+# Of the packages with this library: fasttext-numpy2-wheel 0.9.2, compiled here, trained to NaN.
+INSTALL = "pip install fasttext-wheel"
 LABEL_PREFIX = "__label__"
 
 

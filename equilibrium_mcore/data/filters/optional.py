@@ -6,13 +6,19 @@ import importlib
 from pathlib import Path
 from types import ModuleType
 
+# The extra of pyproject.toml that has these libraries; the extra `data` includes it.
+INSTALL = "pip install -e '.[filters]'"
+
 
 class MissingLibraryError(ImportError):
     """A library that a filter needs is not installed."""
 
 
 def require(
-    module: str, *, wanted_by: str, install: str = "pip install -e '.[data]'"
+    module: str,
+    *,
+    wanted_by: str,
+    install: str = "pip install -e '.[filters]' (an extra of pyproject.toml)",
 ) -> ModuleType:
     """The module, imported. Raises MissingLibraryError with the command that installs it."""
     try:

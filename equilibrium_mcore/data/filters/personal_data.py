@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from equilibrium_mcore.config.filters import PiiRemovalConfig
 from equilibrium_mcore.data.filters.base import DocumentFilter, Dropped
 
+MIN_PHONE_DIGITS, MAX_PHONE_DIGITS = 8, 15  # 15: ITU-T E.164
 MIN_UNGROUPED_PHONE = 11  # characters: a plus sign and ten digits
 
 _LOCAL = r"A-Za-z0-9.!#$%&'*+/=?^_`{|}~\-"
@@ -38,7 +39,7 @@ _NUMBERED = re.compile(
 )
 # +CC and a number in groups; or North American with its separators.
 _PHONE = re.compile(
-    r"(?<![\w+.\-])\+[1-9](?:[ .\-/]?\(?\d\)?){7,14}(?!\d)"
+    r"(?<![\w+.\-])\+[1-9]\d{0,2}(?:[ .\-/]?\(\d{1,5}\))?(?:[ .\-/]?\d){4,14}(?!\d)"
     r"|(?<![\w+.\-/])(?:\([2-9]\d\d\) ?|[2-9]\d\d([.\-]))[2-9]\d\d[.\-]\d{4}(?![\w\-]|\.\d)"
 )
 # Digits in one run, or in the groups that cards are printed in.
@@ -86,7 +87,7 @@ def _is_phone(match: re.Match[str]) -> bool:
     text = match[0]
     if text.removeprefix("+").isdecimal() and len(text) < MIN_UNGROUPED_PHONE:
         return False
-    return text.count("(") == text.count(")") <= 1
+    return MIN_PHONE_DIGITS <= sum(map(str.isdecimal, text)) <= MAX_PHONE_DIGITS
 
 
 def _is_card(match: re.Match[str]) -> bool:

@@ -1,8 +1,9 @@
 """Words and sentences without any download, in the form that datatrove's filters take.
 
 datatrove's own tokenizers for English and most languages are spaCy's, an install of their own. The
-rules here need nothing: a word is a run of letters, digits and marks, with apostrophes inside; of
-other characters each run of the same one is a word by itself (`...`, `!`). A sentence ends behind
+rules here need nothing: a word is a run of letters, digits and marks, with apostrophes and full
+stops inside (`don't`, `os.path`, `3.14`); of other characters each run of the same one is a word by
+itself (`...`, `!`). A sentence ends behind
 `.`, `!`, `?` or their like in other scripts, with closing quotes, before white space or a line end.
 They suit languages that put spaces between words; for others name datatrove's tokenizer.
 """
@@ -12,7 +13,9 @@ from __future__ import annotations
 import regex
 from datatrove.utils.word_tokenizers import WordTokenizer, load_word_tokenizer
 
-_WORD = regex.compile(r"[\p{L}\p{N}\p{M}_]+(?:['’][\p{L}\p{M}]+)*|([^\s\p{L}\p{N}\p{M}_])\1*")
+_LETTERS = r"[\p{L}\p{N}\p{M}_]+"
+_JOINT = r"['’](?=\p{L})|\.(?=[\p{N}_\p{Ll}])|(?<=\p{Lu})\.(?=\p{Lu})|(?<=\p{N})[,:](?=\p{N})"
+_WORD = regex.compile(rf"{_LETTERS}(?:(?:{_JOINT}){_LETTERS})*|([^\s\p{{L}}\p{{N}}\p{{M}}_])\1*")
 _SENTENCE_END = regex.compile(r"""[.!?…]+["'”’)\]]*(?=\s|$)|[。！？｡।؟۔]+[」』”’]*""")
 
 
