@@ -22,7 +22,7 @@ def rows(texts) -> list[dict]:
     """400 rows of real text with an id, a quality and nested metadata."""
     return [
         {
-            "text": text,
+            "text": f"{text}\n# {place}",  # no two alike
             "id": place,
             "score": 1 + place % 5,
             "weight": 100.0 if place % 2 else 1.0,
