@@ -218,7 +218,11 @@ def test_shipped_mixture_is_legal(name):
     assert mixture.name == name.replace("/", "_")
     assert sum(effective_shares(mixture)) == pytest.approx(1)
     *folder, _ = name.split("/")
-    names = {"posttrain/ppo": "posttrain_reward_model", "equilibrium": "pretrain"}
+    names = {
+        "posttrain/ppo": "posttrain_reward_model",
+        "equilibrium": "pretrain",
+        "examples": "pretrain",
+    }
     place = "/".join(folder)
     assert mixture.metadata.phase == names.get(place, place.replace("/", "_"))
     assert all(stages_of(dataset) == 1 for dataset in mixture.datasets)
@@ -230,7 +234,7 @@ def test_shipped_mixture_is_legal(name):
 def test_every_phase_of_the_roadmap_is_shipped():
     phases = {load_mixture(name).metadata.phase for name in SHIPPED}
     assert phases == set(Phase.__args__)
-    assert len(SHIPPED) == 16
+    assert len(SHIPPED) == 17
 
 
 def test_equilibriums_shares():
