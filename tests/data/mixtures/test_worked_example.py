@@ -56,7 +56,7 @@ def test_a_run_trains_on_the_example(workplace, repository):
     for words in first:
         call(words, workplace)
     words = [word for word in check if word != "--check"]
-    call([*words, "training.steps=2"], workplace)
+    call([*words, "training.stop_after_steps=2"], workplace)
     assert (workplace / "runs/mixture/run/metrics.jsonl").is_file()
 
 
