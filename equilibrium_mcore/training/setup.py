@@ -160,27 +160,32 @@ def build_run_datasets(config: RunConfig) -> Datasets:
     for data that cannot be trained on.
     """
     training = config.training
-    ledger, consumed = _saved_ledger(config)
+    saved = _saved_progress(config)
+    samples = train_samples(config)
+    if config.data.order == "ledger":
+        # Steps that are done may have had another batch than those to come.
+        to_come = max(0, training.steps - saved["step"])
+        samples = saved["samples"] + to_come * training.global_batch_size
     tokenizer = load_tokenizer(config.data.tokenizer)
     validates = training.validation_interval_steps > 0
     return build_datasets(
         config.data,
         sequence_length=training.sequence_length,
-        train_samples=train_samples(config),
+        train_samples=samples,
         validation_samples=training.validation_batches * training.global_batch_size * validates,
         seed=training.seed,
         tokenizer=tokenizer,
         model_vocab_size=config.model.vocab_size,
-        ledger_state=ledger,
-        consumed_samples=consumed,
+        ledger_state=saved["ledger"],
+        consumed_samples=saved["samples"],
     )
 
 
-def _saved_ledger(config: RunConfig) -> tuple[dict[str, Any] | None, int]:
-    """The ledger of the checkpoint to go on from, and the samples behind it."""
+def _saved_progress(config: RunConfig) -> dict[str, Any]:
+    """Step, samples and ledger of the checkpoint that a run with a ledger goes on from."""
     path = checkpoint_to_resume(config)
     if path is None or config.data.order != "ledger":
-        return None, 0
+        return {"step": 0, "samples": 0, "ledger": None}
     facts = read_state(path)
     if facts.get("ledger") is None:
         raise ConfigError(
@@ -189,7 +194,7 @@ def _saved_ledger(config: RunConfig) -> tuple[dict[str, Any] | None, int]:
             "on, or start a new run in another output_directory with "
             f"checkpoint.initial_weights={path}"
         )
-    return facts["ledger"], facts["samples"]
+    return facts
 
 
 def checkpoint_to_resume(config: RunConfig) -> Path | None:

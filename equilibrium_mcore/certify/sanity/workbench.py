@@ -69,7 +69,8 @@ def sanity_config(
     samples = train_samples(config)
     if samples > MOST_SAMPLES:
         samples = MOST_SAMPLES
-        changes.append(f"the order of the data is made for {samples:,} sequences only")
+        if config.data.order == "megatron":
+            changes.append(f"the order of the data is made for {samples:,} sequences only")
     values["data"]["train_samples"] = samples
     values["training"].update(
         sequence_length=length,

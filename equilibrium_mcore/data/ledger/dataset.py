@@ -187,7 +187,7 @@ def _too_many_epochs(data: DataConfig, dataset: LedgerDataset) -> list[str]:
     left = len(dataset) - dataset.first_sample
     problems = []
     for place, wanted in enumerate(data.sources):
-        if wanted.max_epochs is None:
+        if wanted.max_epochs is None or left <= 0:
             continue
         source, taken = ledger.sources[place], ledger.taken[place]
         share = float(ledger.weights[place])
