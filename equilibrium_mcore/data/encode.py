@@ -30,6 +30,8 @@ from equilibrium_mcore.data.tokenizer import (
     load_tokenizer,
 )
 
+# How many threads fastokens takes, and tokenizers.
+THREAD_VARIABLES = ("FASTOKENS_BPE_THREADS", "RAYON_NUM_THREADS")
 EncoderChoice = Literal["auto", "fast", "plain"]
 Texts = Sequence[str] | Sequence[bytes]
 
@@ -154,7 +156,7 @@ def load_encoder(
     Args:
         threads: how many threads encode at most. The Rust libraries keep one pool of threads a
             process, whose size is fixed when they first run: of two encoders in one process with
-            different numbers, the first decides (RAYON_NUM_THREADS, where the user set it).
+            different numbers, the first decides. Where the user set THREAD_VARIABLES, they do.
         choice: "auto" takes the fast encoder where it is exact, and says in one line on stderr
             why not (of a SentencePiece model it says nothing: there is no fast encoder). "fast"
             raises ValueError instead. "plain" does not look.
@@ -214,5 +216,6 @@ def _plan(
 def _limit_threads(threads: int) -> None:
     if threads < 1:
         raise ValueError(f"{threads} threads: at least 1 is needed")
-    # The libraries read it when they first run; there is no other way to tell them.
-    os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
+    # The libraries read them when they first run; there is no other way to tell them.
+    for name in THREAD_VARIABLES:
+        os.environ.setdefault(name, str(threads))

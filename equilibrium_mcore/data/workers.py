@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from equilibrium_mcore.data.encode import BatchEncoder, EncoderPlan, open_encoder
+from equilibrium_mcore.data.encode import THREAD_VARIABLES, BatchEncoder, EncoderPlan, open_encoder
 from equilibrium_mcore.data.inputs import Range, read_span
 from equilibrium_mcore.data.jsonl import BYTE_ORDER_MARK, parse_lines
 
@@ -163,7 +163,7 @@ def _start_worker(parent: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # Each process is one core's worth; the libraries would start threads in each.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.environ["RAYON_NUM_THREADS"] = "1"
+    os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
     exit_with_parent(parent)
 
 
