@@ -97,7 +97,7 @@ def _text(error: dict, kind: type[BaseModel], location: list, key: str) -> str:
     if code == "extra_forbidden":
         return _unknown_key(key, str(location[-1]), _legal_keys(kind, location[:-1]))
     if code in ("union_tag_invalid", "union_tag_not_found"):
-        return _wrong_tag(key, code, context, error["input"])
+        return _wrong_tag(key, code, context)
     if code == "value_error":  # one of the schema's own rules, which says it all
         return f"{key}: {context['error']}"
     if code == "missing":
@@ -134,12 +134,10 @@ def _unknown_key(key: str, name: str, legal: list[str]) -> str:
     return f"{key}: unknown key{nearest}; legal keys here: {', '.join(legal) or 'none'}"
 
 
-def _wrong_tag(key: str, code: str, context: dict, value: Any) -> str:
+def _wrong_tag(key: str, code: str, context: dict) -> str:
     """A section that is one of several, and does not say which, or says it wrongly."""
     name = context["discriminator"].strip("'")
     if code == "union_tag_not_found":
-        if not isinstance(value, dict):
-            return f"{key}={_show(value)}: must be a mapping with the key {name}"
         return f"{key}.{name}: missing; it says which kind of section this is"
     choices = context["expected_tags"]
     hint = _nearest(context["tag"], choices.replace("'", "").split(", "))

@@ -91,7 +91,7 @@ def train_linear_classifier(
     share = torch.where(target > 0, 0.5 / positives, 0.5 / (len(labels) - positives))
     weights = torch.zeros(1 << bits, 1, requires_grad=True)
     bias = torch.zeros((), requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights, bias], max_iter=200, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weights, bias], max_iter=100, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()

@@ -40,7 +40,8 @@ _NUMBERED = re.compile(
 # +CC and a number in groups; or North American with its separators.
 _PHONE = re.compile(
     r"(?<![\w+.\-])\+[1-9]\d{0,2}(?:[ .\-/]?\(\d{1,5}\))?(?:[ .\-/]?\d){4,14}(?!\d)"
-    r"|(?<![\w+.\-/])(?:\([2-9]\d\d\) ?|[2-9]\d\d([.\-]))[2-9]\d\d[.\-]\d{4}(?![\w\-]|\.\d)"
+    r"|(?<![\w+.\-/])\([2-9]\d\d\) ?[2-9]\d\d-\d{4}(?![\w\-]|\.\d)"
+    r"|(?<![\w+.\-/])[2-9]\d\d([.\-])[2-9]\d\d\1\d{4}(?![\w\-]|\.\d)"
 )
 # Digits in one run, or in the groups that cards are printed in.
 _CARD = re.compile(
@@ -80,13 +81,24 @@ def _is_public_address(match: re.Match[str]) -> bool:
     except ValueError:
         return False
     before = match.string[max(0, match.start() - 12) : match.start()]
-    return address.is_global and not _NUMBERED.search(before)
+    numbered = _NUMBERED.search(before) or (address.version == 4 and _is_like_a_version(address))
+    return address.is_global and not address.is_multicast and not numbered
+
+
+def _is_like_a_version(address: ipaddress.IPv4Address) -> bool:
+    """Four numbers of which the first is small and most are: `1.7.3.3`, `11.8.172.15`.
+
+    So are 7 in 1000 addresses at random, and those of public name servers (`8.8.8.8`).
+    """
+    numbers = address.packed
+    return numbers[0] < 64 and sum(number >= 32 for number in numbers) < 2
 
 
 def _is_phone(match: re.Match[str]) -> bool:
     text = match[0]
-    if text.removeprefix("+").isdecimal() and len(text) < MIN_UNGROUPED_PHONE:
-        return False
+    marks = re.sub(r"[+\d]", "", text)
+    if marks == "." or (not marks and len(text) < MIN_UNGROUPED_PHONE):
+        return False  # a number with a sign
     return MIN_PHONE_DIGITS <= sum(map(str.isdecimal, text)) <= MAX_PHONE_DIGITS
 
 

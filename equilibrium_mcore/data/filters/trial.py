@@ -33,7 +33,7 @@ class Reason:
 
 @dataclass
 class Stage:
-    """What one filter did. Times are of one core; characters are of documents that stayed."""
+    """What one filter did. Seconds are of a processor; characters are of documents that stayed."""
 
     type: str
     settings: dict[str, Any]
@@ -150,12 +150,12 @@ def _run_stage(
     going = []
     index = part.start() if isinstance(part, CorpusFilter) else None
     for text, record in documents:
-        started = time.perf_counter()
+        started = time.process_time()
         result = apply_or_sign(part, text, record)
         if index is not None and isinstance(result, np.ndarray):
             reason = index.decide(result)
             result = text if reason is None else Dropped(reason)
-        stage.seconds += time.perf_counter() - started
+        stage.seconds += time.process_time() - started
         stage.reached += 1
         if isinstance(result, Dropped):
             entry = stage.reasons.setdefault(result.reason, Reason())
