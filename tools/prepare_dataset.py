@@ -31,7 +31,7 @@ def main() -> int:
     add("overrides", nargs="*", metavar="key=value", help="settings of the mixture")
     add("--output", type=Path, required=True, help="folder for the result and its work")
     add("--workers", type=int, default=1, help="processes")
-    add("--local", nargs="+", default=[], metavar="NAME=PATH", help="read a dataset from here")
+    add("--local", action="append", default=[], metavar="NAME=PATH", help="read a dataset here")
     add("--total-tokens", help="instead of metadata.total_tokens, e.g. 2e9")
     add("--temperature", type=float, help="instead of sampling.temperature of every dataset")
     add("--tokenizer-type", choices=("SentencePieceTokenizer", "HuggingFaceTokenizer"))

@@ -29,8 +29,20 @@ def hub_parts(dataset: DatasetConfig) -> list[Part]:
 def stream_rows(dataset: DatasetConfig, part: Part, skip: int) -> Iterator[tuple[str, Any]]:
     """Rows of one shard of a stream; what is skipped is read over the network all the same."""
     stream = _open(dataset, part.split).shard(num_shards=part.end, index=part.begin)
-    for number, row in enumerate(stream.skip(skip) if skip else stream, start=skip + 1):
-        yield f"{part.path} ({part.split}, shard {part.begin} of {part.end}), row {number:,}", row
+    where, number = f"{part.path} ({part.split}, shard {part.begin} of {part.end})", skip
+    rows = iter(stream.skip(skip) if skip else stream)
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # the network's errors are of many kinds
+            raise ValueError(
+                f"{dataset.name}: {where}: reading stopped behind row {number:,} "
+                f"({type(error).__name__}: {str(error)[:300]}); call again to go on"
+            ) from error
+        number += 1
+        yield f"{where}, row {number:,}", row
 
 
 def _open(dataset: DatasetConfig, split: str):

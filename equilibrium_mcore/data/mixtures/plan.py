@@ -30,6 +30,8 @@ from equilibrium_mcore.data.tokenizer import Tokenizer, load_tokenizer
 
 PROBED_ROWS = 20
 CHARACTERS_PER_TOKEN = 3  # for the disk alone, and low: more tokens need more room
+# Held-out documents are not of average length; so much more is taken, lest training lack it.
+SURPLUS = 0.01
 COMPRESSION = 4  # how much larger text is than a compressed file
 
 
@@ -95,7 +97,8 @@ def make_plan(mixture: MixtureConfig) -> Plan:
     sources = []
     for dataset, share in zip(mixture.datasets, effective_shares(mixture), strict=True):
         needed = None if total is None else share * total
-        take = None if needed is None else -int(-needed // (1 - mixture.validation.ratio))
+        kept = (1 - mixture.validation.ratio) / (1 + SURPLUS)
+        take = None if needed is None else -int(-needed // kept)
         sources.append(SourcePlan(dataset, share, needed, take, is_hub(dataset)))
     return Plan(mixture, sources, total)
 
