@@ -10,12 +10,11 @@ writes data/code_text_document.bin, .idx and .json (the manifest).
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 
 from equilibrium_mcore.config.schema import TokenizerConfig
-from equilibrium_mcore.data.preprocess import preprocess
+from equilibrium_mcore.data.partitions import preprocess_in_partitions
 
 
 def main() -> int:
@@ -32,18 +31,20 @@ def main() -> int:
     add("--tokenizer-model", type=Path, required=True, help=".model, tokenizer.json, or its folder")
     add("--end-of-document", help="the token that ends a document; default: the end of text")
     add("--append-eod", action="store_true", help="end each document with that token")
-    add("--workers", type=int, default=1, help="processes")
+    add("--workers", type=int, help="processes; default: every core that it may use")
+    add("--encoder", choices=("auto", "fast", "plain"), default="auto", help="auto: fast if exact")
+    add("--partitions", type=int, default=1, help="make it in N parts, then merge them")
+    add("--partition", type=int, help="make only part K of N, from 1: one host's share")
     add("--skip-bad-lines", action="store_true", help="leave out lines that are no documents")
     add("--overwrite", action="store_true", help="replace an existing dataset")
+    add("--restart", action="store_true", help="forget what a stopped run left, do not go on")
     options = vars(parser.parse_args())
     kind, model, eod = (
         options.pop(name) for name in ("tokenizer_type", "tokenizer_model", "end_of_document")
     )
-    # So that a terminated run removes what it wrote aside.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         tokenizer = TokenizerConfig(type=kind, model=model, end_of_document=eod)
-        done = preprocess(inputs=options.pop("input"), tokenizer=tokenizer, **options)
+        done = preprocess_in_partitions(inputs=options.pop("input"), tokenizer=tokenizer, **options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -100,7 +100,7 @@ def compare_states(what: str, found: Trace, expected: Trace) -> list[Verdict]:
 
 def _curve(what: str, found: list[float], expected: list[float], tolerance: float) -> Verdict:
     differences = [abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True)]
-    return _worst(what, {f"step {i + 1}": d for i, d in enumerate(differences)}, tolerance)
+    return worst_verdict(what, {f"step {i + 1}": d for i, d in enumerate(differences)}, tolerance)
 
 
 def _tensors(
@@ -124,7 +124,7 @@ def _tensors(
         differences[name] = apart / scale if scale else (0.0 if apart == 0 else math.inf)
     for name in found.keys() - expected.keys():
         differences[name] = math.inf
-    return _worst(what, differences, tolerance)
+    return worst_verdict(what, differences, tolerance)
 
 
 def _choices(layout: Trace, reference: Trace) -> Verdict:
@@ -134,16 +134,16 @@ def _choices(layout: Trace, reference: Trace) -> Verdict:
         counts[0] += layout.choices.get(place) != experts
         counts[1] += 1
     shares = {f"layer {layer}": wrong / of for layer, (wrong, of) in sorted(by_layer.items())}
-    return _worst("share of tokens routed elsewhere", shares, CHOICES)
+    return worst_verdict("share of tokens routed elsewhere", shares, CHOICES)
 
 
 def _replicas(layout: Trace) -> Verdict:
     last = layout.weights[max(layout.weights)]
     apart = {name: last[name].disagreement for name in sorted(last, key=_model_order)}
-    return _worst("weights differ between replicas", apart, STATE)
+    return worst_verdict("weights differ between replicas", apart, STATE)
 
 
-def _worst(what: str, differences: dict[str, float], tolerance: float) -> Verdict:
+def worst_verdict(what: str, differences: dict[str, float], tolerance: float) -> Verdict:
     """The first place beyond tolerance, with the worst difference of all."""
     worst = max(differences, key=lambda name: _size(differences[name]))
     beyond = [name for name, value in differences.items() if not value <= tolerance]

@@ -10,7 +10,7 @@ import torch
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
-from equilibrium_mcore.certify.compare import Verdict
+from equilibrium_mcore.certify.compare import Verdict, worst_verdict
 from equilibrium_mcore.certify.tokens import MadeUpTokens
 from equilibrium_mcore.config.load import run_from_mapping
 from equilibrium_mcore.config.schema import RunConfig
@@ -44,12 +44,9 @@ def compare_packing(
     alone = run_from_mapping(values)
     folder.mkdir(parents=True, exist_ok=True)
     run_ranks(partial(_packed, config=alone, folder=folder, prepare=prepare), world_size)
-    worst, where = 0.0, "every document"
-    for rank in range(world_size):
-        for document, difference in torch.load(folder / f"rank_{rank}.pt").items():
-            if not difference <= worst:
-                worst, where = difference, document
-    return [Verdict("packed documents against each alone", worst, TOLERANCE, where)]
+    ranks = [torch.load(folder / f"rank_{rank}.pt") for rank in range(world_size)]
+    differences = {document: max(rank[document] for rank in ranks) for document in ranks[0]}
+    return [worst_verdict("packed documents against each alone", differences, TOLERANCE)]
 
 
 def _packed(

@@ -1,11 +1,12 @@
-"""Writes the tables of docs/configuration.md from the schema, so that the two cannot differ.
+"""Writes the tables of settings in the documents from the schema, so that they cannot differ.
 
-`python -m equilibrium_mcore.config.describe` brings the file up to date.
+`python -m equilibrium_mcore.config.describe` brings the files up to date.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -13,11 +14,13 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from equilibrium_mcore.config.filters import FILTER_CLASSES
 from equilibrium_mcore.config.problems import section_of
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.config.yaml_io import write_text
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
+FILTERS_DOCUMENT = DOCUMENT.with_name("filters.md")
 BEGIN = "<!-- settings: written by equilibrium_mcore/config/describe.py -->"
 END = "<!-- end of settings -->"
 
@@ -42,6 +45,11 @@ def describe(kind: type[BaseModel] = RunConfig, *, key: str = "") -> str:
         cells = [f"`{name}`", type_text(field), default_text(field), meaning]
         lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
     return "\n\n".join(["\n".join(lines), *inner])
+
+
+def describe_filters() -> str:
+    """Markdown: one table per document filter, under its `type`."""
+    return "\n\n".join(describe(section, key=kind) for kind, section in FILTER_CLASSES.items())
 
 
 def type_text(field: FieldInfo) -> str:
@@ -104,7 +112,7 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def up_to_date(document: str) -> str:
+def up_to_date(document: str, settings: Callable[[], str] = describe) -> str:
     """`document` with the settings between its markers written anew.
 
     Raises ValueError when it lacks the markers.
@@ -113,13 +121,14 @@ def up_to_date(document: str) -> str:
     _, end, tail = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"the document must hold the lines {BEGIN!r} and {END!r}")
-    return f"{head}{BEGIN}\n\n{describe()}\n\n{END}{tail}"
+    return f"{head}{BEGIN}\n\n{settings()}\n\n{END}{tail}"
 
 
 def main() -> None:
-    """Bring docs/configuration.md up to date."""
-    write_text(up_to_date(DOCUMENT.read_text(encoding="utf-8")), DOCUMENT)
-    sys.stdout.write(f"wrote {DOCUMENT}\n")
+    """Bring the documents up to date."""
+    for path, settings in ((DOCUMENT, describe), (FILTERS_DOCUMENT, describe_filters)):
+        write_text(up_to_date(path.read_text(encoding="utf-8"), settings), path)
+        sys.stdout.write(f"wrote {path}\n")
 
 
 if __name__ == "__main__":

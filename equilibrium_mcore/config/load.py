@@ -101,7 +101,7 @@ def load_run(
     values = read_mapping(path)
     problems: list[str] = []
     for override in overrides:
-        _collect(problems, lambda o=override: _apply_override(values, o, folder=path.parent))
+        _collect(problems, lambda o=override: apply_override(values, o, folder=path.parent))
     return _finish(values, problems, path.parent, path, world_size, host)
 
 
@@ -204,7 +204,7 @@ def _parse_sections(
     return sections
 
 
-def _apply_override(values: dict[str, Any], override: str, *, folder: Path) -> None:
+def apply_override(values: dict[str, Any], override: str, *, folder: Path) -> None:
     """Set one `key.subkey=value` in `values`, reading a referenced model or data file first."""
     key, _, text = override.partition("=")
     parts = key.strip().split(".")

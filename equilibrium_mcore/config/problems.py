@@ -6,7 +6,7 @@ import difflib
 import json
 import math
 from types import UnionType
-from typing import Any, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -88,7 +88,7 @@ def _plain(value: Any, key: str, problems: list[Problem]) -> Any:
 def _explain(error: dict, kind: type[BaseModel], prefix: str) -> Problem:
     """One of pydantic's errors in plain words."""
     location = [part for part in error["loc"] if part != "[key]"]
-    key = ".".join(str(part) for part in ([prefix] if prefix else []) + location)
+    key = ".".join(str(part) for part in ([prefix] if prefix else []) + _shown(kind, location))
     return Problem(key, _text(error, kind, location, key))
 
 
@@ -96,6 +96,10 @@ def _text(error: dict, kind: type[BaseModel], location: list, key: str) -> str:
     code, context = error["type"], error.get("ctx", {})
     if code == "extra_forbidden":
         return _unknown_key(key, str(location[-1]), _legal_keys(kind, location[:-1]))
+    if code in ("union_tag_invalid", "union_tag_not_found"):
+        return _wrong_tag(key, code, context)
+    if code == "value_error":  # one of the schema's own rules, which says it all
+        return f"{key}: {context['error']}"
     if code == "missing":
         return _missing_key(key, kind, location)
     value = error["input"]
@@ -130,6 +134,16 @@ def _unknown_key(key: str, name: str, legal: list[str]) -> str:
     return f"{key}: unknown key{nearest}; legal keys here: {', '.join(legal) or 'none'}"
 
 
+def _wrong_tag(key: str, code: str, context: dict) -> str:
+    """A section that is one of several, and does not say which, or says it wrongly."""
+    name = context["discriminator"].strip("'")
+    if code == "union_tag_not_found":
+        return f"{key}.{name}: missing; it says which kind of section this is"
+    choices = context["expected_tags"]
+    hint = _nearest(context["tag"], choices.replace("'", "").split(", "))
+    return f"{key}.{name}={context['tag']!r}: must be one of {choices}{hint}"
+
+
 def _missing_key(key: str, kind: type[BaseModel], location: list) -> str:
     owner = _section_at(kind, location[:-1])
     field = owner.model_fields.get(location[-1]) if owner else None
@@ -155,26 +169,56 @@ def _meaning(kind: type[BaseModel], location: list) -> str:
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section class inside `annotation` (`X`, `X | None` or `list[X]`), if there is one."""
+    """The section class inside `annotation` (`X`, `X | None` or `list[X]`), if there is one.
+
+    Of several, told apart by a key, it is the first.
+    """
+    return next(iter(_sections_in(annotation)), None)
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """Every section class inside `annotation`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if get_origin(annotation) in (UnionType, Union, list):
-        for part in get_args(annotation):
-            found = section_of(part)
-            if found is not None:
-                return found
-    return None
+        return [annotation]
+    arguments = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        arguments = arguments[:1]
+    elif get_origin(annotation) not in (UnionType, Union, list):
+        return []
+    return [section for part in arguments for section in _sections_in(part)]
+
+
+def _walk(kind: type[BaseModel], location: list) -> tuple[type[BaseModel] | None, list]:
+    """The section at `location`, and the parts of `location` that stand in the file.
+
+    Where a section is one of several, pydantic names the chosen one behind its place; that name is
+    no key of the file.
+    """
+    here: list[type[BaseModel]] = [kind]
+    shown = []
+    for part in location:
+        if len(here) > 1 and isinstance(part, str):
+            here = [section for section in here if _tag(section) == part]
+            continue
+        shown.append(part)
+        if isinstance(part, str):
+            fields = here[0].model_fields if here else {}
+            here = _sections_in(fields[part].annotation) if part in fields else []
+    return (here[0] if len(here) == 1 else None), shown
+
+
+def _tag(section: type[BaseModel]) -> Any:
+    """What tells this section from the others of a union: its `type`."""
+    field = section.model_fields.get("type")
+    return field.default if field is not None else None
+
+
+def _shown(kind: type[BaseModel], location: list) -> list:
+    return _walk(kind, location)[1]
 
 
 def _section_at(kind: type[BaseModel], location: list) -> type[BaseModel] | None:
-    section: type[BaseModel] | None = kind
-    for part in location:
-        if isinstance(part, int):
-            continue
-        if section is None or part not in section.model_fields:
-            return None
-        section = section_of(section.model_fields[part].annotation)
-    return section
+    return _walk(kind, location)[0]
 
 
 def _legal_keys(kind: type[BaseModel], location: list) -> list[str]:

@@ -18,6 +18,7 @@ import json
 import os
 import struct
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -34,6 +35,7 @@ CODE_DTYPES: dict[int, type] = {
 }  # fmt: skip
 # megatron-core's own limit (DType.optimal_dtype), a little below 2^16.
 UINT16_VOCABULARY_LIMIT = 65500
+LENGTH_BYTES = 4
 COPY_BLOCK = 1 << 20  # sequences handled at a time when the index is written
 LOCK_PATIENCE_SECONDS = 5.0  # workers of a killed run hold its lock for a moment
 SAMPLE_BYTES = 16 << 20  # of a dataset without manifest, how much is searched for its largest id
@@ -73,11 +75,22 @@ class Manifest:
     format_version: int = 1
 
 
+@dataclass(frozen=True)
+class WriterState:
+    """How far a writer was: what lies aside up to here is whole."""
+
+    documents: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    largest_token: int = -1
+
+
 class IndexedWriter:
     """Writes a dataset aside and gives it its final names when it is whole.
 
     `.bin` is renamed first and `.idx` last, so an `.idx` under its final name means complete. The
-    files aside are locked while their writer lives; those of a dead run are overwritten.
+    files aside are locked while their writer lives. Those of a dead run are still there when the
+    writer is made: `rewind` takes up from a state of it, or from the start.
     """
 
     def __init__(self, prefix: Path, dtype: type, *, overwrite: bool = False) -> None:
@@ -94,26 +107,67 @@ class IndexedWriter:
             )
         prefix.parent.mkdir(parents=True, exist_ok=True)
         self._bin = _open_locked(_aside(dataset_paths(prefix)[0]))
-        self._lengths = _lengths_path(prefix).open("w+b")
+        self._lengths = _lengths_path(prefix).open("a+b")
+        self._rewound = False
+
+    def holds(self, state: WriterState) -> bool:
+        """Whether the files of a dead run hold all that this state speaks of."""
+        sizes = (os.fstat(stream.fileno()).st_size for stream in (self._bin, self._lengths))
+        needed = (state.tokens * self.dtype.itemsize, state.documents * LENGTH_BYTES)
+        return all(size >= least for size, least in zip(sizes, needed, strict=True))
+
+    def rewind(self, state: WriterState | None = None) -> None:
+        """Forget what was written behind `state`; without one, everything."""
+        state = state or WriterState()
+        self._bin.truncate(state.tokens * self.dtype.itemsize)
+        self._lengths.truncate(state.documents * LENGTH_BYTES)
+        self.documents, self.sequences = state.documents, state.sequences
+        self.tokens, self.largest_token = state.tokens, state.largest_token
+        self._rewound = True
+
+    @property
+    def state(self) -> WriterState:
+        """What was added so far."""
+        return WriterState(self.documents, self.sequences, self.tokens, self.largest_token)
+
+    def sync(self) -> None:
+        """To disk, so that what was added so far outlives a crash of the machine."""
+        _to_disk(self._bin)
+        _to_disk(self._lengths)
 
     def add(self, tokens: bytes, lengths: np.ndarray) -> None:
         """Append documents: their token ids as bytes of `dtype`, and each one's length (int32).
 
         A document of length 0 counts as a document without a sequence, as in Megatron-LM.
         """
+        count = len(tokens) // self.dtype.itemsize
+        if int(lengths.sum(dtype=np.int64)) != count:
+            raise ValueError(f"lengths sum to {lengths.sum()}, but there are {count} tokens")
+        self.add_tokens(tokens)
+        self.add_lengths(lengths)
+
+    def add_tokens(self, tokens: bytes) -> None:
+        """Token ids alone, of documents whose lengths `add_lengths` gets."""
+        if not self._rewound:
+            self.rewind()
         values = np.frombuffer(tokens, self.dtype)
-        if int(lengths.sum(dtype=np.int64)) != values.size:
-            raise ValueError(f"lengths sum to {lengths.sum()}, but there are {values.size} tokens")
         self._bin.write(tokens)
-        self._lengths.write(np.ascontiguousarray(lengths, np.int32).data)
-        self.documents += lengths.size
-        self.sequences += int(np.count_nonzero(lengths))
         self.tokens += values.size
         if values.size:
             self.largest_token = max(self.largest_token, int(values.max()))
 
+    def add_lengths(self, lengths: np.ndarray) -> None:
+        """Lengths alone (int32 [documents])."""
+        if not self._rewound:
+            self.rewind()
+        self._lengths.write(np.ascontiguousarray(lengths, np.int32).data)
+        self.documents += lengths.size
+        self.sequences += int(np.count_nonzero(lengths))
+
     def finish(self) -> None:
         """Write the index, and everything to disk; `publish` then gives the final names."""
+        if not self._rewound:
+            self.rewind()
         with _aside(dataset_paths(self.prefix)[1]).open("wb") as index:
             self._write_index(index)
             _to_disk(index)
@@ -121,16 +175,19 @@ class IndexedWriter:
         _lengths_path(self.prefix).unlink()
         _to_disk(self._bin)
 
-    def publish(self, manifest: Manifest) -> None:
+    def publish(self, manifest: Manifest | None) -> None:
         """Rename into place. Until the last rename no `.idx` has its final name."""
         binary, index, description = dataset_paths(self.prefix)
-        with _aside(description).open("w", encoding="utf-8") as stream:
-            json.dump(asdict(manifest), stream, indent=2)
-            stream.write("\n")
-            _to_disk(stream)
-        index.unlink(missing_ok=True)  # of the dataset that is replaced
+        if manifest is not None:
+            with _aside(description).open("w", encoding="utf-8") as stream:
+                json.dump(asdict(manifest), stream, indent=2)
+                stream.write("\n")
+                _to_disk(stream)
+        for path in (index, description):  # of the dataset that is replaced
+            path.unlink(missing_ok=True)
         for path in (binary, description, index):
-            os.replace(_aside(path), path)
+            if path != description or manifest is not None:
+                os.replace(_aside(path), path)
         # From here on, files aside belong to another run: only let go of the lock.
         self._bin.close()
 
@@ -140,6 +197,11 @@ class IndexedWriter:
         _lengths_path(self.prefix).unlink(missing_ok=True)
         for path in dataset_paths(self.prefix):
             _aside(path).unlink(missing_ok=True)
+        self._bin.close()
+
+    def keep(self) -> None:
+        """Leave what lies aside to a later run, and release the lock."""
+        self._lengths.close()
         self._bin.close()
 
     def __enter__(self) -> IndexedWriter:
@@ -176,7 +238,7 @@ class IndexedWriter:
     def _length_blocks(self):
         self._lengths.flush()
         self._lengths.seek(0)
-        while block := self._lengths.read(4 * COPY_BLOCK):
+        while block := self._lengths.read(LENGTH_BYTES * COPY_BLOCK):
             yield np.frombuffer(block, np.int32)
 
 
@@ -194,7 +256,7 @@ def _to_disk(stream: IO) -> None:
 
 
 def _open_locked(path: Path) -> IO[bytes]:
-    """Open for writing from the start; raises FileExistsError while another process writes it."""
+    """Open for appending; raises FileExistsError while another process writes it."""
     deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
     while True:
         stream = path.open("ab")
@@ -214,7 +276,6 @@ def _open_locked(path: Path) -> IO[bytes]:
         # Between opening and locking, its owner may have renamed it to its final name.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(stream.fileno()), path.stat()):
-                stream.truncate(0)
                 return stream
         stream.close()
 
@@ -232,7 +293,7 @@ class IndexHeader:
     tokens: int
 
 
-def read_header(prefix: Path) -> IndexHeader:
+def read_header(prefix: Path, *, may_be_empty: bool = False) -> IndexHeader:
     """Read and check a dataset's files without reading its data.
 
     Raises FileNotFoundError for a missing file and ValueError for an index that is not one, is cut
@@ -263,6 +324,8 @@ def read_header(prefix: Path) -> IndexHeader:
                 f"{index} has {index.stat().st_size:,} bytes, but its header, with {sequences:,} "
                 f"sequences, needs {expected:,}: it is cut short or damaged. Make the dataset anew"
             )
+        if sequences == 0 and may_be_empty and binary.stat().st_size == 0:
+            return IndexHeader(dtype, 0, ends - 1, 0)
         if sequences == 0:
             raise ValueError(f"{prefix} is empty: {index.name} lists no sequence with a token")
         stream.seek(HEADER_BYTES + 4 * (sequences - 1))
@@ -332,6 +395,32 @@ def fingerprint(prefix: Path, header: IndexHeader) -> str:
                 stream.seek(start + last * piece // (FINGERPRINT_PIECES - 1) // unit * unit)
                 state.update(stream.read(min(FINGERPRINT_BYTES, size)))
     return state.hexdigest()[:16]
+
+
+def document_lengths(prefix: Path, header: IndexHeader) -> Iterator[np.ndarray]:
+    """Tokens of each document, in blocks of int32; 0 for an empty one, which has no sequence.
+
+    Raises ValueError for documents of several sequences.
+    """
+    with (
+        dataset_paths(prefix)[1].open("rb") as lengths,
+        dataset_paths(prefix)[1].open("rb") as ends,
+    ):
+        lengths.seek(HEADER_BYTES)
+        ends.seek(HEADER_BYTES + 12 * header.sequences)
+        before = int(np.frombuffer(ends.read(8), np.int64)[0])
+        while block := ends.read(8 * COPY_BLOCK):
+            steps = np.diff(np.frombuffer(block, np.int64), prepend=before)
+            before += int(steps.sum())
+            if steps.size and steps.max(initial=0) > 1:
+                raise ValueError(
+                    f"{prefix} has documents of several sequences (--split-sentences), which are "
+                    f"not handled here: make it anew without that option"
+                )
+            sizes = np.zeros(steps.size, np.int32)
+            count = int(steps.sum())
+            sizes[steps == 1] = np.frombuffer(lengths.read(LENGTH_BYTES * count), np.int32)
+            yield sizes
 
 
 def open_tokens(prefix: Path, header: IndexHeader) -> np.ndarray:

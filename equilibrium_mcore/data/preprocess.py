@@ -1,57 +1,42 @@
 """JSONL in, Megatron's .bin/.idx out: ordered, in a stream, on several processes.
 
-The inputs are cut into ranges of whole lines. Only (file, start, end) goes to a worker, which
-reads its range itself; token ids come back as bytes, are written in order, and forgotten. At most
-`IN_FLIGHT_PER_WORKER` ranges per worker are under way, so memory does not grow with the input.
+`inputs.py` cuts the inputs into ranges of whole lines, `workers.py` makes token ids of them, and
+here they are written in order and forgotten: memory does not grow with the input. Every
+`JOURNAL_SECONDS` the files aside go to disk and the journal says how far they are whole, from
+where a run goes on that was killed.
 """
 
 from __future__ import annotations
 
-import json
-import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
 
-import numpy as np
-
 from equilibrium_mcore.config.schema import TokenizerConfig
-from equilibrium_mcore.data.indexed_files import IndexedWriter, Manifest, token_dtype
-from equilibrium_mcore.data.tokenizer import Tokenizer, load_tokenizer
+from equilibrium_mcore.data.encode import EncoderChoice, EncoderPlan, plan_encoder
+from equilibrium_mcore.data.indexed_files import IndexedWriter, Manifest
+from equilibrium_mcore.data.inputs import (
+    RANGE_BYTES,
+    Input,
+    Range,
+    RangeCutter,
+    Window,
+    list_inputs,
+    partition_windows,
+)
+from equilibrium_mcore.data.journal import Journal, Progress, describe_run
+from equilibrium_mcore.data.workers import Encoded, Job, Workers
 
-RANGE_BYTES = 1 << 20
-IN_FLIGHT_PER_WORKER = 4
 BAD_LINES_SHOWN = 20
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-
-@dataclass(frozen=True)
-class Range:
-    """Whole lines of one file, as bytes [start, end). `encode` off: only look for bad lines."""
-
-    path: Path
-    start: int
-    end: int
-    encode: bool = True
-
-
-@dataclass
-class Encoded:
-    """What a worker makes of a Range; line numbers count from 1 within it."""
-
-    lines: int = 0
-    tokens: dict[str, bytes] = field(default_factory=dict)
-    lengths: dict[str, np.ndarray] = field(default_factory=dict)
-    bad_lines: list[tuple[int, str]] = field(default_factory=list)
-    bad_count: int = 0
+JOURNAL_SECONDS = 20.0
 
 
 class BadLinesError(ValueError):
@@ -60,7 +45,7 @@ class BadLinesError(ValueError):
 
 @dataclass(frozen=True)
 class PreprocessSummary:
-    """What was written, for each key."""
+    """What was written, for each key; bytes are those of the inputs on disk."""
 
     prefixes: dict[str, Path]
     documents: int
@@ -70,84 +55,9 @@ class PreprocessSummary:
     seconds: float
 
 
-@dataclass(frozen=True)
-class LineEncoder:
-    """Lines of a Range to token ids; lives in each worker."""
-
-    tokenizer: Tokenizer
-    keys: Sequence[str]
-    append_eod: bool
-
-    def encode_range(self, piece: Range) -> Encoded:
-        """Read the range, encode its documents, note its bad lines."""
-        with piece.path.open("rb") as stream:
-            stream.seek(piece.start)
-            data = stream.read(piece.end - piece.start)
-        if piece.start == 0:
-            data = data.removeprefix(BYTE_ORDER_MARK)
-        result = Encoded()
-        dtype = token_dtype(self.tokenizer.vocab_size)
-        ids: dict[str, list[np.ndarray]] = {key: [] for key in self.keys}
-        for line in data.removesuffix(b"\n").split(b"\n") if data else []:
-            result.lines += 1
-            if not line.strip():
-                continue
-            try:
-                texts = parse_line(line, self.keys)
-            except ValueError as error:
-                result.bad_count += 1
-                if len(result.bad_lines) < BAD_LINES_SHOWN:
-                    result.bad_lines.append((result.lines, str(error)))
-                continue
-            if piece.encode:
-                for key, text in zip(self.keys, texts, strict=True):
-                    ids[key].append(np.array(self._encode(text), dtype=dtype))
-        for key, documents in ids.items():
-            joined = np.concatenate(documents) if documents else np.empty(0, dtype)
-            result.tokens[key] = joined.tobytes()
-            result.lengths[key] = np.array([document.size for document in documents], np.int32)
-        return result
-
-    def _encode(self, text: str) -> list[int]:
-        ids = self.tokenizer.encode(text)
-        # An empty text stays empty, as in Megatron-LM.
-        return [*ids, self.tokenizer.eod] if ids and self.append_eod else ids
-
-
-def parse_line(line: bytes, keys: Sequence[str]) -> list[str]:
-    """The texts under `keys`. Raises ValueError that says what is wrong with the line."""
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte {error.start} of the line)") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not usable JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"not a JSON object but {_json_name(record)}")
-    texts = []
-    for key in keys:
-        if key not in record:
-            held = ", ".join(map(repr, list(record)[:8])) or "no key"
-            raise ValueError(f"no key {key!r}; it has {held}")
-        text = record[key]
-        if not isinstance(text, str):
-            raise ValueError(f"{key!r} is not a string but {_json_name(text)}")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise ValueError(f"{key!r} holds half of a surrogate pair, which is no text") from None
-        texts.append(text)
-    return texts
-
-
-def _json_name(value: object) -> str:
-    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean"}
-    return "null" if value is None else names.get(type(value), "a number")
-
-
-# ------------------------------------------------------------------------------------ the line
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def preprocess(
@@ -157,113 +67,218 @@ def preprocess(
     tokenizer: TokenizerConfig,
     json_keys: Sequence[str] = ("text",),
     append_eod: bool = False,
-    workers: int = 1,
+    workers: int | None = None,
+    encoder: EncoderChoice = "auto",
     skip_bad_lines: bool = False,
     overwrite: bool = False,
+    restart: bool = False,
+    partition: int = 1,
+    partitions: int = 1,
     range_bytes: int = RANGE_BYTES,
+    journal_seconds: float = JOURNAL_SECONDS,
 ) -> PreprocessSummary:
     """Write `<output_prefix>_<key>_document.{bin,idx,json}` for each key.
 
+    Args:
+        workers: processes; None takes the cores that this process may use.
+        restart: forget what a stopped run left, instead of going on from it.
+        partition, partitions: write only the lines of part K of N, counted from 1.
+
     Raises FileNotFoundError, FileExistsError, BadLinesError (unless `skip_bad_lines`) and
-    ValueError (no document, no such tokenizer). On any of them no final name is taken.
+    ValueError (no document, no such tokenizer, an input that is damaged, a journal of another
+    run). On any of them no final name is taken.
     """
     started = time.perf_counter()
-    _check_arguments(inputs, json_keys, workers)
-    loaded = load_tokenizer(tokenizer)
-    dtype = token_dtype(loaded.vocab_size)
-    prefixes = {key: Path(f"{output_prefix}_{key}_document") for key in json_keys}
-    bad = _BadLines(skip_bad_lines)
+    workers = available_cores() if workers is None else workers
+    _check_arguments(json_keys, workers, partition, partitions)
+    items = list_inputs(inputs)
+    prefixes = output_prefixes(output_prefix, json_keys)
     with ExitStack() as stack:
-        run = stack.enter_context(_Runner(tokenizer, json_keys, append_eod, workers))
+        # First of all: workers are forked, and later there are locked files and threads.
+        pool = stack.enter_context(Workers(workers))
+        plan = plan_encoder(tokenizer, choice=encoder)
         writers = {
-            key: stack.enter_context(IndexedWriter(prefix, dtype, overwrite=overwrite))
+            key: stack.enter_context(IndexedWriter(prefix, plan.dtype.type, overwrite=overwrite))
             for key, prefix in prefixes.items()
         }
-        lines = _write_documents(inputs, range_bytes, run, writers, bad)
-        bad.finish()
-        facts = [
-            {"path": str(path), "bytes": path.stat().st_size, "lines": lines[path]}
-            for path in inputs
-        ]
-        for key, writer in writers.items():
-            if writer.tokens == 0:
+        facts = describe_run(
+            items,
+            tokenizer={"sha256": plan.fingerprint, "end of document": plan.eod},
+            options={
+                "--json-keys": list(json_keys),
+                "--append-eod": append_eod,
+                "partition": f"{partition} of {partitions}",
+            },
+        )
+        journal = Journal(Path(f"{next(iter(prefixes.values()))}.journal.partial"), facts)
+        windows = partition_windows(items, partition=partition, partitions=partitions)
+        run = _Run(items, windows, writers, journal, skip_bad_lines, journal_seconds)
+        stack.push(run.leave)
+        run.take_up(restart)
+        with _stop_signals() as told_to_stop:
+            job = Job(plan, tuple(json_keys), append_eod)
+            run.write_all(pool, job, range_bytes=range_bytes, told_to_stop=told_to_stop)
+        run.publish(plan, append_eod, may_be_empty=partitions > 1)
+    return PreprocessSummary(
+        prefixes=prefixes,
+        documents=next(iter(writers.values())).documents,
+        tokens={key: writer.tokens for key, writer in writers.items()},
+        bytes_read=sum(end - start for start, end in windows),
+        skipped_lines=run.bad.count,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def output_prefixes(output_prefix: Path, keys: Sequence[str]) -> dict[str, Path]:
+    """The dataset of each key; Megatron-LM's names."""
+    return {key: Path(f"{output_prefix}_{key}_document") for key in keys}
+
+
+def _check_arguments(keys: Sequence[str], workers: int, partition: int, partitions: int) -> None:
+    double = sorted({key for key in keys if list(keys).count(key) > 1})
+    if double:
+        raise ValueError(f"--json-keys names {', '.join(double)} more than once")
+    if workers < 1:
+        raise ValueError(f"--workers {workers}: at least 1 is needed")
+    if not 1 <= partition <= partitions:
+        raise ValueError(f"--partition {partition}: partitions count from 1 to {partitions}")
+
+
+class _Run:
+    """The files of one run, what was read so far, and the journal of both."""
+
+    def __init__(
+        self,
+        inputs: Sequence[Input],
+        windows: Sequence[Window],
+        writers: dict[str, IndexedWriter],
+        journal: Journal,
+        skip_bad_lines: bool,
+        journal_seconds: float,
+    ) -> None:
+        self.inputs = inputs
+        self.windows = windows
+        self.writers = writers
+        self.journal = journal
+        self.journal_seconds = journal_seconds
+        self.bad = _BadLines(skip_bad_lines)
+        self.position = (0, 0)
+        self.lines: dict[int, int] = {}
+        self.journaled = False
+
+    def take_up(self, restart: bool) -> None:
+        """Go on from what a stopped run left, or begin."""
+        left = None if restart else self.journal.read()
+        if left and all(self.writers[key].holds(state) for key, state in left.writers.items()):
+            self.position, self.lines = left.position, left.lines
+            self.bad.count = left.skipped_lines
+            self.journaled = True
+            number, offset = left.position
+            name = self.inputs[number].path if number < len(self.inputs) else "the end"
+            print(f"{self.journal.path}: going on at {name}, byte {offset:,}", file=sys.stderr)
+        for key, writer in self.writers.items():
+            writer.rewind(left.writers[key] if self.journaled and left else None)
+        self._remove_spooled()
+
+    def write_all(
+        self, pool: Workers, job: Job, *, range_bytes: int, told_to_stop: Callable[[], int]
+    ) -> None:
+        """Encode every range and write it in order; complain of bad lines at the end."""
+        spool = partial(next, map(self._spool_path, count()))
+        cutter = RangeCutter(self.inputs, self.windows, range_bytes=range_bytes, spool=spool)
+        ranges = cutter.ranges(self.position)
+        journaled_at = time.monotonic()
+        with _progress_bar(sum(end - start for start, end in self.windows)) as advance:
+            # Behind a bad line nothing will be published: the rest is only searched for more.
+            for piece, encoded in pool.in_order(ranges, job, encode=lambda: not self.bad.fatal):
+                self._take(piece, encoded)
+                advance(piece.disk_bytes)
+                if told_to_stop():
+                    self._write_journal()
+                    raise SystemExit(128 + told_to_stop())
+                if time.monotonic() - journaled_at >= self.journal_seconds:
+                    self._write_journal()
+                    journaled_at = time.monotonic()
+        self.bad.finish(kept=self.journaled)
+
+    def publish(self, plan: EncoderPlan, append_eod: bool, *, may_be_empty: bool) -> None:
+        """Finish every key's files, and give them their final names."""
+        names = ", ".join(str(item.path) for item in self.inputs[:5])
+        for key, writer in self.writers.items():
+            if writer.tokens == 0 and not may_be_empty:
                 raise ValueError(
-                    f"{', '.join(map(str, inputs))}: no line holds any text under {key!r}, so "
-                    f"there is nothing to write"
+                    f"{names}{', ...' if len(self.inputs) > 5 else ''}: no line holds any text "
+                    f"under {key!r}, so there is nothing to write"
                 )
             writer.finish()
-        for key, writer in writers.items():
+        facts = [
+            {"path": str(item.path), "bytes": item.size, "lines": self.lines.get(number, 0)}
+            for number, item in enumerate(self.inputs)
+        ]
+        for key, writer in self.writers.items():
             writer.publish(
                 Manifest(
-                    tokenizer_type=loaded.kind,
-                    tokenizer_sha256=loaded.fingerprint,
-                    vocab_size=loaded.vocab_size,
-                    eod=loaded.eod,
+                    tokenizer_type=plan.kind,
+                    tokenizer_sha256=plan.fingerprint,
+                    vocab_size=plan.vocab_size,
+                    eod=plan.eod,
                     append_eod=append_eod,
                     key=key,
                     documents=writer.documents,
                     tokens=writer.tokens,
                     largest_token=writer.largest_token,
                     dtype=writer.dtype.name,
-                    skipped_lines=bad.count,
+                    skipped_lines=self.bad.count,
                     inputs=facts,
                 )
             )
-    return PreprocessSummary(
-        prefixes=prefixes,
-        documents=next(iter(writers.values())).documents,
-        tokens={key: writer.tokens for key, writer in writers.items()},
-        bytes_read=sum(fact["bytes"] for fact in facts),
-        skipped_lines=bad.count,
-        seconds=time.perf_counter() - started,
-    )
+        self.journal.remove()
+        self.journaled = False
 
+    def leave(self, *_: object) -> None:
+        """Without a journal, the writers remove their files; with one, a later run needs them."""
+        self._remove_spooled()
+        if self.journaled:
+            for writer in self.writers.values():
+                writer.keep()
 
-def _write_documents(
-    inputs: Sequence[Path],
-    range_bytes: int,
-    run: _Runner,
-    writers: dict[str, IndexedWriter],
-    bad: _BadLines,
-) -> dict[Path, int]:
-    """Encode every range and write it in order; returns the lines of each input."""
-    lines = dict.fromkeys(inputs, 0)
-    ranges = (piece for path in inputs for piece in line_ranges(path, range_bytes))
-    with _progress_bar(sum(path.stat().st_size for path in inputs)) as progress:
-        # Behind a bad line nothing will be published: the rest is only searched for more of them.
-        for piece, encoded in run.in_order(ranges, encode=lambda: not bad.fatal):
-            bad.note(piece.path, lines[piece.path], encoded)
-            lines[piece.path] += encoded.lines
-            if not bad.fatal:
-                for key, writer in writers.items():
-                    writer.add(encoded.tokens[key], encoded.lengths[key])
-            progress.update(piece.end - piece.start)
-    return lines
+    def _take(self, piece: Range, encoded: Encoded) -> None:
+        self.bad.note(piece, encoded, self.line_number)
+        if not self.bad.fatal:
+            for key, writer in self.writers.items():
+                writer.add(encoded.tokens[key], encoded.lengths[key])
+            self.position = piece.after
+        for span, lines in zip(piece.spans, encoded.lines, strict=True):
+            self.lines[span.number] = self.lines.get(span.number, 0) + lines
 
+    def line_number(self, number: int, line: int) -> int:
+        """Number within its file of a line that is the `line`-th behind what was taken so far."""
+        begin = self.windows[number][0]
+        before = 0
+        if begin:  # lines of other partitions are counted when there is something to say
+            with self.inputs[number].path.open("rb") as stream:
+                while block := stream.read(min(1 << 20, begin - stream.tell())):
+                    before += block.count(b"\n")
+        return before + self.lines.get(number, 0) + line
 
-def line_ranges(path: Path, range_bytes: int) -> Iterator[Range]:
-    """Cut a file into ranges of about `range_bytes`, each ending behind a newline."""
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        start = 0
-        while start < size:
-            stream.seek(min(start + range_bytes, size))
-            stream.readline()  # to the end of the line that the cut fell into
-            end = min(stream.tell(), size)
-            yield Range(path, start, end)
-            start = end
+    def _write_journal(self) -> None:
+        if self.bad.fatal or self.position == (0, 0):
+            return  # what was written before the first bad line may be journaled already
+        for writer in self.writers.values():
+            writer.sync()
+        states = {key: writer.state for key, writer in self.writers.items()}
+        self.journal.write(Progress(self.position, self.lines, self.bad.count, states))
+        self.journaled = True
 
+    def _spool_path(self, number: int) -> Path:
+        return self.journal.path.with_name(f"{self.journal.path.stem}.{number}.partial")
 
-def _check_arguments(inputs: Sequence[Path], keys: Sequence[str], workers: int) -> None:
-    missing = [str(path) for path in inputs if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(f"--input: no such file: {', '.join(missing)}")
-    for name, values in (("--input", [str(p) for p in inputs]), ("--json-keys", list(keys))):
-        double = sorted({value for value in values if values.count(value) > 1})
-        if double:
-            raise ValueError(f"{name} names {', '.join(double)} more than once")
-    if workers < 1:
-        raise ValueError(f"--workers {workers}: at least 1 is needed")
+    def _remove_spooled(self) -> None:
+        start = f"{self.journal.path.stem}."
+        for path in self.journal.path.parent.iterdir():
+            middle = path.name.removeprefix(start).removesuffix(".partial")
+            if path.name.startswith(start) and middle.isdecimal():
+                path.unlink(missing_ok=True)
 
 
 class _BadLines:
@@ -278,108 +293,51 @@ class _BadLines:
     def fatal(self) -> bool:
         return self.count > 0 and not self.skip
 
-    def note(self, path: Path, lines_before: int, encoded: Encoded) -> None:
+    def note(self, piece: Range, encoded: Encoded, line_number: Callable[[int, int], int]) -> None:
         self.count += encoded.bad_count
-        for number, reason in encoded.bad_lines[: BAD_LINES_SHOWN - len(self.shown)]:
-            self.shown.append(f"{path}, line {lines_before + number}: {reason}")
+        for which, line, reason in encoded.bad_lines[: BAD_LINES_SHOWN - len(self.shown)]:
+            span = piece.spans[which]
+            self.shown.append(f"{span.source}, line {line_number(span.number, line)}: {reason}")
             print(self.shown[-1], file=sys.stderr)
 
-    def finish(self) -> None:
+    def finish(self, *, kept: bool) -> None:
         if self.count > len(self.shown):
             print(f"... and {self.count - len(self.shown):,} more", file=sys.stderr)
         if self.fatal:
-            raise BadLinesError(
-                f"{self.count:,} bad lines, the first: {self.shown[0]}. Nothing was written. "
-                f"Repair them, or leave them out with --skip-bad-lines"
+            written = (
+                "What was written before it is kept aside: with --skip-bad-lines the run goes on "
+                "from there"
+                if kept
+                else "Nothing was written. Repair them, or leave them out with --skip-bad-lines"
             )
+            raise BadLinesError(f"{self.count:,} bad lines, the first: {self.shown[0]}. {written}")
 
 
-# ------------------------------------------------------------------------------------ workers
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], int]]:
+    """A function that gives the signal which told this process to stop, or 0."""
+    received = [0]
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: 0
+        return
+    before = {
+        number: signal.signal(number, lambda number, _: received.__setitem__(0, number))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield lambda: received[0]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-class _Runner:
-    """Maps ranges to Encoded in order: in this process, or on a bounded queue of workers."""
-
-    def __init__(
-        self, tokenizer: TokenizerConfig, keys: Sequence[str], append_eod: bool, workers: int
-    ) -> None:
-        self._arguments = (tokenizer, tuple(keys), append_eod)
-        self._in_flight = workers * IN_FLIGHT_PER_WORKER
-        self._pool: ProcessPoolExecutor | None = None
-        if workers > 1:
-            method = "fork" if sys.platform == "linux" else "spawn"
-            self._pool = ProcessPoolExecutor(
-                workers,
-                mp_context=multiprocessing.get_context(method),
-                initializer=_start_worker,
-                initargs=(os.getpid(), *self._arguments),
-            )
-            # Fork now: later there are locked files to inherit, and the bar's thread.
-            self._pool.submit(os.getpid).result()
-
-    def __enter__(self) -> _Runner:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def in_order(self, ranges: Iterator[Range], *, encode) -> Iterator[tuple[Range, Encoded]]:
-        """Yields (range, result) in order; `encode()` says whether new ranges need token ids."""
-        if self._pool is None:
-            encoder = _make_encoder(*self._arguments)
-            for piece in ranges:
-                yield piece, encoder.encode_range(_with_encode(piece, encode()))
-            return
-        pending: deque = deque()
-        for piece in ranges:
-            job = self._pool.submit(_encode_in_worker, _with_encode(piece, encode()))
-            pending.append((piece, job))
-            if len(pending) >= self._in_flight:
-                oldest, job = pending.popleft()
-                yield oldest, job.result()
-        for piece, job in pending:
-            yield piece, job.result()
-
-
-_worker_encoder: LineEncoder | None = None
-
-
-def _make_encoder(tokenizer: TokenizerConfig, keys: Sequence[str], append_eod: bool) -> LineEncoder:
-    return LineEncoder(load_tokenizer(tokenizer), keys, append_eod)
-
-
-def _start_worker(
-    parent: int, tokenizer: TokenizerConfig, keys: Sequence[str], append_eod: bool
-) -> None:
-    """Load the tokenizer, and leave when the parent is gone: a killed parent cannot say so."""
-    global _worker_encoder
-    # The parent ends its workers; a signal to the whole group must not reach them first.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    # Each process is one core's worth; the tokenizers library would start threads in each.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
-    _worker_encoder = _make_encoder(tokenizer, keys, append_eod)
-
-
-def _exit_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
-def _encode_in_worker(piece: Range) -> Encoded:
-    assert _worker_encoder is not None
-    return _worker_encoder.encode_range(piece)
-
-
-def _with_encode(piece: Range, encode: bool) -> Range:
-    return Range(piece.path, piece.start, piece.end, encode)
-
-
-def _progress_bar(total_bytes: int):
+@contextmanager
+def _progress_bar(total_bytes: int) -> Iterator[Callable[[int], object]]:
     """A bar on a terminal; nothing in a log file, where the summary is enough."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
     from tqdm import tqdm
 
-    return tqdm(total=total_bytes, unit="B", unit_scale=True, desc="tokenizing", disable=None)
+    with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="tokenizing") as bar:
+        yield bar.update

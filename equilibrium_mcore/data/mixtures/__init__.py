@@ -1,0 +1,1 @@
+"""From a mixture's datasets to indexed data and a blend."""

@@ -1,0 +1,46 @@
+"""This project's preprocessing beside Megatron-LM's two tools: time, memory, equal bytes.
+
+Example:
+    git clone --depth 1 https://github.com/NVIDIA/Megatron-LM /tmp/Megatron-LM
+    pip install gigatoken      # what its preprocess_data_fast.py needs
+    python tools/bench/preprocess.py --folder /tmp/bench --megatron /tmp/Megatron-LM
+collects 200 MB of text of this machine, trains a tokenizer on it, and lets the tools take turns,
+each as a whole new process. Megatron-LM's preprocess_data.py takes minutes: it runs once unless
+--slow-repetitions says otherwise. Without --megatron only this project's tool runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from equilibrium_mcore.data.benchmark import run_benchmark
+
+TOOL = Path(__file__).resolve().parents[1] / "preprocess_data.py"
+
+
+def main() -> int:
+    """Parse the command line, run the benchmark, print its table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--folder", type=Path, required=True, help="for text, tokenizer and outputs")
+    add("--megatron", type=Path, help="a checkout of Megatron-LM")
+    add("--input", type=Path, dest="input_path", help="JSONL; default: text of this machine")
+    add("--megabytes", type=float, default=200.0, help="of text that is collected (10^6 bytes)")
+    add("--workers", type=int, default=2, help="of the tools that have workers")
+    add("--repetitions", type=int, default=3, help="runs of each tool")
+    add("--slow-repetitions", type=int, default=1, help="runs of Megatron-LM's plain tool")
+    options = parser.parse_args()
+    try:
+        print(run_benchmark(tool=TOOL, **vars(options)))
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

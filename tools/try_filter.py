@@ -1,0 +1,50 @@
+"""Try filters on a sample of a JSONL file: what each would drop, and why, with examples.
+
+Examples:
+    python tools/try_filter.py data/web.jsonl --filter type=language,languages=[en] \\
+        --filter type=gopher_quality,min_words=30 --sample 500
+    python tools/try_filter.py data/web.jsonl.gz --filters filters.yaml --markdown > report.md
+
+--filter may be given several times and takes key=value pairs, whose values are YAML; filters.yaml
+holds `filters:` with a list, as a data mixture does. Nothing is written. All filters with their
+settings: docs/filters.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from equilibrium_mcore.data.filters.trial_command import report_trial
+
+
+def main() -> int:
+    """Parse the command line, try the filters, print the report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("input", type=Path, help="JSONL file, plain or .gz")
+    add("--filter", action="append", default=[], metavar="type=...", help="a filter; repeatable")
+    add("--filters", type=Path, metavar="FILE.yaml", help="filters that come before those")
+    add("--sample", type=int, default=1000, help="documents, drawn evenly; 0: all; default 1000")
+    add("--seed", type=int, default=1234, help="decides which are drawn")
+    add("--text-field", default="text", help="the key that holds the text; default text")
+    add("--tokenizer-model", type=Path, help=".model or tokenizer.json, for length in tokens")
+    add("--examples", type=int, default=2, help="documents shown per reason; default 2")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", dest="form", action="store_const", const="json")
+    form.add_argument("--markdown", dest="form", action="store_const", const="markdown")
+    parser.set_defaults(form="table")
+    options = vars(parser.parse_args())
+    try:
+        sys.stdout.write(report_trial(options.pop("input"), words=options.pop("filter"), **options))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
