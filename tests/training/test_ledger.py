@@ -15,8 +15,8 @@ import pytest
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.ledger.record import open_sources, plans_of, read_segments, segment_of
 from equilibrium_mcore.data.ledger.report import documents_of_step, report
-from equilibrium_mcore.data.ledger.source import Span
 from equilibrium_mcore.parallel.launch import Place
+from tests.data.ledger.support import laned
 from tests.support.pool import RankError
 from tests.support.runs import MODEL, tiny_run
 
@@ -135,7 +135,7 @@ def test_every_step_was_fed_what_the_ledger_names(eventful):
 
 
 def test_no_token_came_twice_or_never(eventful):
-    """From what ranks were fed alone: each source's samples joined are its epochs' orders."""
+    """From what ranks were fed alone: each source's samples are its epochs' orders, in lanes."""
     segments = read_segments(eventful)
     consumed: dict[str, list[np.ndarray]] = {"first": [], "second": []}
     for step in range(1, 17):
@@ -144,12 +144,9 @@ def test_no_token_came_twice_or_never(eventful):
         for row, sample in zip(rows, samples, strict=True):
             consumed[sample["source"]].append(row)
     for source in open_sources(segments[0].settings):
-        fed, epoch, expected = np.concatenate(consumed[source.name]), 0, []
-        while sum(map(len, expected)) < fed.size:
-            order = source.order(epoch, 0, source.documents)
-            expected += [source.read(Span(int(d), 0, source.length(d))) for d in order]
-            epoch += 1
-        assert np.array_equal(fed, np.concatenate(expected)[: fed.size]), source.name
+        rows = consumed[source.name]
+        for row, expected in zip(rows, laned(source, map(len, rows)), strict=True):
+            assert np.array_equal(row, expected), source.name
 
 
 def test_the_report_counts_what_was_fed(eventful):

@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import DataConfig
 from equilibrium_mcore.data.indexed_files import IndexHeader
-from equilibrium_mcore.data.ledger.ledger import Ledger, Plan, padded
+from equilibrium_mcore.data.ledger.lanes import padded
+from equilibrium_mcore.data.ledger.ledger import Ledger, Plan
 from equilibrium_mcore.data.ledger.maps import OpenMaps
 from equilibrium_mcore.data.ledger.source import SourceDocuments
 

@@ -1,10 +1,10 @@
 """Which source gives the next sample, and where every source stands.
 
-A sample is `sequence_length` tokens of one source from its cursor on (fewer where documents are
-padded), and one more token, looked at and not consumed, for the last label. The source is the one
-that has the largest deficit of tokens against its weight, counted since the weights last changed;
-the first of several. So the order follows from weights and cursors alone: not from the layout, the
-batch, or how long the run is.
+A sample is `sequence_length` tokens of one lane of one source (fewer where documents are padded),
+and one more token, looked at and not consumed, for the last label. The source is the one that has
+the largest deficit of tokens against its weight, counted since the weights last changed; the first
+of several. So the order follows from weights and cursors alone: not from the layout, the batch, or
+how long the run is.
 
     deficit(s) = weight(s) * (given to all + sequence_length) - given(s)
 """
@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from equilibrium_mcore.config.errors import ConfigError
-from equilibrium_mcore.data.ledger.source import START, Cursor, SourceDocuments, Span
+from equilibrium_mcore.data.ledger.lanes import Lanes
+from equilibrium_mcore.data.ledger.source import SourceDocuments, Span
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class Plan(NamedTuple):
@@ -28,14 +29,9 @@ class Plan(NamedTuple):
     source: int
     """Place of the source in the blend."""
     spans: tuple[Span, ...]
-    """`sequence_length` tokens, padding counted; each span is another document."""
+    """`sequence_length` tokens, padding counted; each span is a document begun or gone on with."""
     label: Span
     """The token behind, for the last label."""
-
-
-def padded(tokens: int, multiple: int) -> int:
-    """The next multiple from `tokens` on."""
-    return -(-tokens // multiple) * multiple
 
 
 class Ledger:
@@ -71,9 +67,10 @@ class Ledger:
             key: {name: value for name, value in saved[key].items() if name not in self._names}
             for key in ("sources", "cursors")
         }
-        cursors = [saved["cursors"].get(name, [*START, 0]) for name in self._names]
-        self.cursors = [Cursor(*values[:3]) for values in cursors]
-        self.taken = [values[3] for values in cursors]
+        cursors = [saved["cursors"].get(name) for name in self._names]
+        self.lanes = [Lanes(*pair) for pair in zip(self.sources, cursors, strict=True)]
+        """Where each source stands."""
+        self.taken = [cursor["tokens"] if cursor else 0 for cursor in cursors]
         """Tokens of each source that the run has consumed since its first step."""
         # Deficits of other weights say nothing about these.
         same = saved["weights"] == dict(zip(self._names, self.weights.tolist(), strict=True))
@@ -90,7 +87,7 @@ class Ledger:
         """A second ledger at the same place; they share what is looked up of the documents."""
         other = object.__new__(Ledger)
         other.__dict__.update(self.__dict__)
-        other.cursors, other.taken = list(self.cursors), list(self.taken)
+        other.lanes, other.taken = [lanes.copy() for lanes in self.lanes], list(self.taken)
         other._given, other._wanted = self._given.copy(), self._wanted.copy()
         return other
 
@@ -98,8 +95,7 @@ class Ledger:
         """Plan the next sample, and move on behind it."""
         spans: list[Span] = []
         chosen = self._next(spans)
-        label = self.sources[chosen].next_token(self.cursors[chosen])
-        return Plan(chosen, tuple(spans), label)
+        return Plan(chosen, tuple(spans), self.lanes[chosen].label())
 
     def skip(self, samples: int) -> None:
         """Move on by so many samples."""
@@ -113,38 +109,23 @@ class Ledger:
         np.multiply(self.weights, self._given_in_all + length, out=self._wanted)
         self._wanted -= self._given
         chosen = int(self._wanted.argmax())
-        taken = self._advance(chosen, spans)
+        taken = self.lanes[chosen].take(length, spans, multiple=self.document_multiple)
         self._given[chosen] += taken
         self._given_in_all += taken
         self.taken[chosen] += taken
         return chosen
 
-    def _advance(self, chosen: int, spans: list[Span] | None) -> int:
-        """Move a source on by one sample; returns the tokens taken."""
-        source, room = self.sources[chosen], self.sequence_length
-        if self.document_multiple == 1:
-            self.cursors[chosen] = source.advance(self.cursors[chosen], room, spans)
-            return room
-        taken = 0
-        while room > 0:
-            here = source.next_token(self.cursors[chosen])
-            tokens = min(source.length(here.document) - here.offset, room)
-            self.cursors[chosen] = source.advance(self.cursors[chosen], tokens, spans)
-            taken += tokens
-            room -= padded(tokens, self.document_multiple)
-        return taken
-
     def state(self) -> dict[str, Any]:
         """All that `state=` needs to go on here: plain values that JSON keeps exactly.
 
-        `sources` says which data each name stood for; `cursors` has per source epoch, position,
-        offset, and the tokens consumed since the run began; sources that left the blend stay in
-        both. `weights` and `given` are the blend's since its weights last changed.
+        `sources` says which data each name stood for; `cursors` has per source the state of its
+        lanes, and `tokens`, consumed since the run began; sources that left the blend stay in both.
+        `weights` and `given` are the blend's since its weights last changed.
         """
         facts = {source.name: describe(source) for source in self.sources}
         cursors = {
-            name: [*cursor, taken]
-            for name, cursor, taken in zip(self._names, self.cursors, self.taken, strict=True)
+            name: {**lanes.state(), "tokens": taken}
+            for name, lanes, taken in zip(self._names, self.lanes, self.taken, strict=True)
         }
         return {
             "version": STATE_VERSION,
@@ -164,14 +145,19 @@ def describe(source: SourceDocuments) -> dict[str, Any]:
     }
 
 
-def check_state(sources: Sequence[SourceDocuments], state: dict[str, Any]) -> None:
-    """Raise ConfigError where a name of `state` stands for other data now, or data was renamed."""
-    problems = []
+def check_version(state: dict[str, Any]) -> None:
+    """Raise ConfigError where a state's values mean something else than here."""
     if state.get("version") != STATE_VERSION:
         raise ConfigError(
             f"the ledger's state has version {state.get('version')!r}, and this program reads "
             f"version {STATE_VERSION}: go on with the program that wrote it"
         )
+
+
+def check_state(sources: Sequence[SourceDocuments], state: dict[str, Any]) -> None:
+    """Raise ConfigError where a name of `state` stands for other data now, or data was renamed."""
+    check_version(state)
+    problems = []
     here = {source.name for source in sources}
     gone = {
         facts["fingerprint"]: name for name, facts in state["sources"].items() if name not in here
@@ -182,9 +168,9 @@ def check_state(sources: Sequence[SourceDocuments], state: dict[str, Any]) -> No
             old = gone[now["fingerprint"]]
             problems.append(
                 f"data source {source.name!r}: {source.prefix} holds the documents of {old!r}, "
-                f"which the run has read up to epoch {state['cursors'][old][0]}, position "
-                f"{state['cursors'][old][1]:,}; under a new name it would begin again: call it "
-                f"{old!r} as before"
+                f"which the run has read up to epoch {state['cursors'][old]['epoch']}, "
+                f"position {state['cursors'][old]['position']:,}; under a new name it would "
+                f"begin again: call it {old!r} as before"
             )
         elif known is not None and known["fingerprint"] != now["fingerprint"]:
             problems.append(

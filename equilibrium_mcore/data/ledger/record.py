@@ -20,7 +20,7 @@ from typing import Any
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import RunConfig, SourceConfig
 from equilibrium_mcore.data.indexed_files import read_header
-from equilibrium_mcore.data.ledger.ledger import Ledger, Plan
+from equilibrium_mcore.data.ledger.ledger import Ledger, Plan, check_version
 from equilibrium_mcore.data.ledger.maps import OpenMaps
 from equilibrium_mcore.data.ledger.source import SourceDocuments
 
@@ -130,8 +130,8 @@ class Segment:
 def read_segments(run_directory: Path) -> list[Segment]:
     """The run's segments in order, without steps that were lost and trained again.
 
-    Raises FileNotFoundError where the run has no ledger, and ValueError for a broken line before
-    the last.
+    Raises FileNotFoundError where the run has no ledger, ValueError for a broken line before the
+    last, and ConfigError for a state of another version.
     """
     path = Path(run_directory) / LEDGER_FILE
     if not path.is_file():
@@ -141,6 +141,7 @@ def read_segments(run_directory: Path) -> list[Segment]:
     segments: list[Segment] = []
     for record in _records(path):
         step = record["step"]
+        check_version(record["state"])
         if record["kind"] == "start":
             segments = _cut(segments, step)
             mark = Mark(step, record["samples"], record["state"])

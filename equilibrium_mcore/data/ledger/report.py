@@ -75,7 +75,7 @@ def consumption(segments: list[Segment], step: int | None = None) -> dict[str, A
         samples += (step - segment.first.step) * segment.settings["global_batch_size"]
         mark = Mark(step, samples, ledger_behind(segment, step).state())
     state = mark.state
-    total = sum(cursor[3] for cursor in state["cursors"].values())
+    total = sum(cursor["tokens"] for cursor in state["cursors"].values())
     return {
         "step": mark.step,
         "sequences": mark.samples,
@@ -88,13 +88,13 @@ def consumption(segments: list[Segment], step: int | None = None) -> dict[str, A
 
 
 def _consumed(
-    name: str, facts: dict[str, Any], cursor: list[int], weight: float | None, total: int
+    name: str, facts: dict[str, Any], cursor: dict[str, Any], weight: float | None, total: int
 ) -> dict[str, Any]:
-    epoch, position, offset, tokens = cursor
+    tokens = cursor["tokens"]
     return {
         "name": name,
         "weight": weight,  # None: it left the blend
-        "documents": epoch * facts["documents"] + position + (offset > 0),
+        "documents": cursor["epoch"] * facts["documents"] + cursor["position"],
         "tokens": tokens,
         "share": tokens / total if total else 0.0,
         "epochs": tokens / facts["tokens"],
@@ -163,11 +163,17 @@ def _state_differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
             continue
         places = [state["cursors"].get(name) for state in (one, other)]
         if places[0] != places[1]:
-            texts.append(
-                f"{name} stands at epoch {places[0][0]}, position {places[0][1]:,}, token "
-                f"{places[0][2]:,}, and at {places[1][0]}, {places[1][1]:,}, {places[1][2]:,}"
-            )
+            texts.append(f"{name} stands at {' and at '.join(map(_place, places))}")
     return texts
+
+
+def _place(cursor: dict[str, Any] | None) -> str:
+    if cursor is None:
+        return "its first document"
+    return (
+        f"epoch {cursor['epoch']}, position {cursor['position']:,}, {cursor['tokens']:,} tokens "
+        f"read, {len(cursor['held'])} documents under way"
+    )
 
 
 # -------------------------------------------------------------------------------- a step's text

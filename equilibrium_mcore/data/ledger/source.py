@@ -1,4 +1,4 @@
-"""One source's documents in their order: a seeded permutation per epoch, and a place in it.
+"""One source's documents in their order: a seeded permutation per epoch.
 
 Documents are the sequences of a Megatron index, numbered as in the file. Only the lengths of the
 documents near the place in question are looked up, in blocks of BLOCK, so that memory and start do
@@ -30,17 +30,27 @@ BLOCK = 1024  # documents whose lengths are looked up together
 BLOCKS_KEPT = 3  # those being planned, those being trained on, and the next
 
 
-class Cursor(NamedTuple):
-    """Where a source goes on: the next token is token `offset` of the document at `position`."""
+class Pointer(NamedTuple):
+    """The document that a source begins next."""
 
     epoch: int
     position: int
     """Place in the epoch's order, not a document's number."""
+
+
+START = Pointer(0, 0)
+
+
+class Unfinished(NamedTuple):
+    """A document that was begun and has tokens left."""
+
+    epoch: int
+    document: int
+    """The sequence's number in the index."""
     offset: int
-    """Tokens of that document that were already given out."""
-
-
-START = Cursor(0, 0, 0)
+    """Tokens of it that were given out."""
+    length: int = 0
+    """Tokens that it has; 0: not looked up yet."""
 
 
 class Span(NamedTuple):
@@ -50,11 +60,14 @@ class Span(NamedTuple):
     """The sequence's number in the index."""
     offset: int
     tokens: int
+    epoch: int = 0
+    """The epoch in which the document was begun."""
 
 
 class _Block(NamedTuple):
     """Consecutive positions of one epoch's order."""
 
+    epoch: int
     first: int
     documents: memoryview
     starts: memoryview
@@ -118,29 +131,34 @@ class SourceDocuments:
             self._orders[epoch] = Permutation(self.documents, f"{self._key}|{epoch}")
         return self._orders[epoch]
 
-    def advance(self, cursor: Cursor, tokens: int, spans: list[Span] | None = None) -> Cursor:
-        """Where the source stands `tokens` further on; what lies between is added to `spans`."""
-        epoch, position, offset = cursor
+    def advance(
+        self, at: Pointer, tokens: int, spans: list[Span] | None = None
+    ) -> tuple[Pointer, Unfinished | None]:
+        """Give out `tokens` tokens of the documents from `at` on; their spans go to `spans`.
+
+        Returns the document to begin next, and the last one begun where it has tokens left.
+        """
+        epoch, position = at
         while True:
             block = self._block(epoch, position // BLOCK)
-            place = position - block.first
-            here = block.starts[place] + offset
-            target, whole = here + tokens, block.starts[-1]
+            starts, place = block.starts, position - block.first
+            here, whole = starts[place], starts[-1]
+            target = here + tokens
             if spans is not None and tokens:
                 _add_spans(spans, block, place, here, min(target, whole))
             if target < whole:
-                place = bisect_right(block.starts, target) - 1
-                return Cursor(epoch, block.first + place, target - block.starts[place])
+                place = bisect_right(starts, target) - 1
+                offset = target - starts[place]
+                if not offset:
+                    return Pointer(epoch, block.first + place), None
+                length = starts[place + 1] - starts[place]
+                held = Unfinished(epoch, block.documents[place], offset, length)
+                return self._pointer(epoch, block.first + place + 1), held
             tokens = target - whole
-            position, offset = block.first + len(block.documents), 0
-            if position == self.documents:
-                epoch, position = epoch + 1, 0
+            epoch, position = self._pointer(epoch, block.first + len(block.documents))
 
-    def next_token(self, cursor: Cursor) -> Span:
-        """The token at the cursor, as a span of one."""
-        spans: list[Span] = []
-        self.advance(cursor, 1, spans)
-        return spans[0]
+    def _pointer(self, epoch: int, position: int) -> Pointer:
+        return Pointer(epoch, position) if position < self.documents else Pointer(epoch + 1, 0)
 
     def _block(self, epoch: int, number: int) -> _Block:
         key = (epoch, number)
@@ -162,7 +180,7 @@ class SourceDocuments:
             )
         starts = np.zeros(lengths.size + 1, np.int64)
         np.cumsum(lengths, out=starts[1:])
-        return _Block(first, memoryview(documents), memoryview(starts))
+        return _Block(epoch, first, memoryview(documents), memoryview(starts))
 
     # ------------------------------------------------------------------------------ the tokens
 
@@ -206,6 +224,7 @@ def _add_spans(spans: list[Span], block: _Block, place: int, here: int, until: i
     while here < until:
         end = min(starts[place + 1], until)
         if end > here:
-            spans.append(Span(documents[place], here - starts[place], end - here))
+            offset = here - starts[place]
+            spans.append(Span(documents[place], offset, end - here, block.epoch))
             here = end
         place += 1

@@ -7,14 +7,14 @@ from typing import Any
 
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.data.ledger.record import Mark, Segment, ledger_behind
-from equilibrium_mcore.data.ledger.source import SourceDocuments
+from equilibrium_mcore.data.ledger.source import START, SourceDocuments
 
 
 def readings(segments: list[Segment], name: str, document: int) -> dict[str, Any]:
     """Where document number `document` of source `name` was read, up to the last saved state.
 
     `read` has per piece the epoch, step, sample within the step's batch, offset and tokens. Only
-    steps between two saved states are replayed in which the source's cursor passed the document.
+    steps between two saved states are replayed in which the document was begun or under way.
     Raises ConfigError for a source or a document that the run never had for training.
     """
     found: list[dict[str, Any]] = []
@@ -47,38 +47,39 @@ def _with_ends(segments: list[Segment]) -> list[tuple[Segment, tuple[Mark, ...]]
 
 
 def _passes(source: SourceDocuments, document: int, before: Mark, after: Mark) -> bool:
-    """Whether the source's cursor touches the document between two states."""
-    start, end = (
-        tuple(mark.state["cursors"].get(source.name, (0, 0, 0))[:3]) for mark in (before, after)
+    """Whether the document may have been read between two states."""
+    start, end = (mark.state["cursors"].get(source.name) for mark in (before, after))
+    if end is None:
+        return False
+    if start is not None and any(held[2] == document for held in start["held"]):
+        return True
+    begins, ends = (
+        (cursor["epoch"], cursor["position"]) if cursor else START for cursor in (start, end)
     )
-    for epoch in range(start[0], end[0] + 1):
-        place = (epoch, source.position_of(document, epoch))
-        if start[:2] <= place <= end[:2]:
-            return True
-    return False
+    return any(
+        begins <= (epoch, source.position_of(document, epoch)) < ends
+        for epoch in range(begins[0], ends[0] + 1)
+    )
 
 
 def _replay(
     segment: Segment, place: int, document: int, before: Mark, after: Mark
 ) -> list[dict[str, Any]]:
     ledger = ledger_behind(segment, before.step)
-    source, found = ledger.sources[place], []
+    found = []
     for step in range(before.step + 1, after.step + 1):
         for sample in range(segment.settings["global_batch_size"]):
-            cursor = ledger.cursors[place]
             plan = ledger.take()
-            if plan.source != place or all(span.document != document for span in plan.spans):
-                continue
-            for span in plan.spans:
-                if span.document == document:
-                    found.append(
-                        {
-                            "epoch": cursor.epoch,
-                            "step": step,
-                            "sample": sample,
-                            "offset": span.offset,
-                            "tokens": span.tokens,
-                        }
-                    )
-                cursor = source.advance(cursor, span.tokens)
+            if plan.source == place:
+                found += [
+                    {
+                        "epoch": span.epoch,
+                        "step": step,
+                        "sample": sample,
+                        "offset": span.offset,
+                        "tokens": span.tokens,
+                    }
+                    for span in plan.spans
+                    if span.document == document
+                ]
     return found

@@ -12,7 +12,7 @@ from tests.data.ledger.support import write_source
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """Prefixes by name: small, middling, of one document, and of lengths far apart."""
+    """Prefixes by name: small, middling, of one document, of lengths far apart, of long ones."""
     folder = tmp_path_factory.mktemp("sources")
     generator = np.random.default_rng(0)
     lengths = {
@@ -21,6 +21,7 @@ def sources(tmp_path_factory):
         "one": [50],
         "mixed": generator.choice([1, 2, 700, 40], 90).tolist(),
         "blocks": generator.integers(1, 3, 2049).tolist(),  # the last block has one document
+        "books": generator.integers(600, 3000, 150).tolist(),
     }
     return SimpleNamespace(
         folder=folder,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from equilibrium_mcore.config.schema import SourceConfig
 from equilibrium_mcore.data.indexed_files import IndexedWriter, read_header
-from equilibrium_mcore.data.ledger.source import SourceDocuments
+from equilibrium_mcore.data.ledger import lanes
+from equilibrium_mcore.data.ledger.source import SourceDocuments, Span
 
 SEED = 11
 
@@ -27,3 +29,60 @@ def write_source(prefix: Path, lengths: list[int]) -> Path:
 def open_source(prefix: Path, name: str, *, part="train", split="90,8,2", seed=SEED):
     source = SourceConfig(name=name, prefix=prefix, weight=1.0)
     return SourceDocuments(source, read_header(prefix), split=split, part=part, seed=seed)
+
+
+def lanes_of(source: SourceDocuments) -> int:
+    """How many documents are read side by side."""
+    return min(lanes.LANES, source.documents)
+
+
+def documents_in_order(source: SourceDocuments) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Epoch, number and token ids of the documents that hold tokens, epoch after epoch."""
+    epoch = 0
+    while True:
+        for document in source.order(epoch, 0, source.documents).tolist():
+            length = source.length(document)
+            if length:
+                yield epoch, document, source.read(Span(document, 0, length))
+        epoch += 1
+
+
+def laned(source: SourceDocuments, lengths: Iterable[int]) -> list[np.ndarray]:
+    """What samples of so many tokens hold, in the plainest way: no pointer, block or state."""
+    coming, count = documents_in_order(source), lanes_of(source)
+    rests = [np.empty(0, np.int32)] * count
+    samples = []
+    for number, length in enumerate(lengths):
+        ids = rests[number % count]
+        while ids.size < length:
+            ids = np.concatenate([ids, next(coming)[2]])
+        samples.append(ids[:length])
+        rests[number % count] = ids[length:]
+    return samples
+
+
+def assert_given_once(source: SourceDocuments, samples: list[np.ndarray]) -> None:
+    """Every document of every epoch begun in its order, and given out once without gap or overlap.
+
+    Of a dataset by `write_source`, from the ids alone: nothing is assumed of lanes but how many
+    documents may be under way at the end.
+    """
+    lengths = np.array([source.length(d) for d in range(source.documents)])
+    first_ids = np.cumsum(lengths) - lengths
+    begun: list[int] = []
+    open_ends: dict[int, int] = {}  # the id with which a document under way goes on: how many
+    for ids in samples:
+        cuts = (np.diff(ids) != 1) | np.isin(ids[1:], first_ids[lengths > 0])
+        for piece in np.split(ids, np.flatnonzero(cuts) + 1):
+            document = int(np.searchsorted(first_ids + lengths, piece[0], side="right"))
+            if piece[0] == first_ids[document]:
+                begun.append(document)
+            else:
+                assert open_ends.get(piece[0], 0) > 0, f"token {piece[0]} follows none"
+                open_ends[piece[0]] -= 1
+            end = piece[-1] + 1
+            if end < first_ids[document] + lengths[document]:
+                open_ends[end] = open_ends.get(end, 0) + 1
+    order = documents_in_order(source)
+    assert begun == [next(order)[1] for _ in begun]
+    assert sum(open_ends.values()) <= lanes_of(source)

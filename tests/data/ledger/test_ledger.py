@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import pickle
 import random
@@ -12,10 +13,18 @@ import numpy as np
 import pytest
 
 from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.data.ledger import lanes
 from equilibrium_mcore.data.ledger.dataset import LedgerDataset, planned_batches
-from equilibrium_mcore.data.ledger.ledger import Ledger, padded
-from equilibrium_mcore.data.ledger.source import START, Span
-from tests.data.ledger.support import open_source, write_source
+from equilibrium_mcore.data.ledger.lanes import LANES, padded
+from equilibrium_mcore.data.ledger.ledger import Ledger
+from equilibrium_mcore.data.ledger.source import START
+from tests.data.ledger.support import (
+    assert_given_once,
+    documents_in_order,
+    laned,
+    open_source,
+    write_source,
+)
 
 SPLIT = "100"  # all documents, so that epochs are short
 
@@ -24,16 +33,6 @@ def opened(sources, names, **settings):
     return [
         open_source(sources.prefixes[name], name, **{"split": SPLIT, **settings}) for name in names
     ]
-
-
-def straight(source, tokens):
-    """The ids of the first `tokens` tokens of epoch after epoch, without cursors or blocks."""
-    ids, epoch = [], 0
-    while sum(map(len, ids)) < tokens:
-        for document in source.order(epoch, 0, source.documents):
-            ids.append(source.read(Span(int(document), 0, source.length(document))))
-        epoch += 1
-    return np.concatenate(ids)[:tokens]
 
 
 def read(ledger, plan):
@@ -52,12 +51,13 @@ def saved(ledger):
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_no_schedule_of_changes_repeats_or_skips_a_token(sources, seed):
+def test_no_schedule_of_changes_repeats_or_skips_a_token(sources, seed, monkeypatch):
     """Weights, sources, sequence length, batch and ranks change; the process is killed or goes on.
 
-    Of each source, what was trained on, joined in order, is exactly its epochs' orders.
+    Of each source, what was trained on is exactly its epochs' orders, read in lanes.
     """
     rng = random.Random(seed)
+    monkeypatch.setattr(lanes, "LANES", rng.choice([1, 2, 5, LANES]))
     names = list(sources.prefixes)
     consumed = {name: [] for name in names}
     state, position = None, 0
@@ -105,8 +105,9 @@ def test_no_schedule_of_changes_repeats_or_skips_a_token(sources, seed):
     for name, ids in consumed.items():
         if ids:
             source = open_source(sources.prefixes[name], name, split=SPLIT)
-            whole = np.concatenate(ids)
-            assert np.array_equal(whole, straight(source, whole.size)), name
+            assert_given_once(source, ids)
+            for given, expected in zip(ids, laned(source, map(len, ids)), strict=True):
+                assert np.array_equal(given, expected), name
 
 
 def note(consumed, dataset, plan):
@@ -117,11 +118,58 @@ def note(consumed, dataset, plan):
     consumed[source.name].append(ids)
 
 
-def test_the_last_label_is_the_next_samples_first_token(sources):
-    ledger = Ledger(opened(sources, ["small"]), [1.0], sequence_length=4)
-    pairs = [read(ledger, ledger.take()) for _ in range(40)]  # several epochs
-    for (_, label), (ids, _) in zip(pairs, pairs[1:], strict=False):
-        assert label == ids[0]
+@pytest.mark.parametrize("name", ["small", "one", "mixed", "books"])
+def test_the_last_label_is_the_lanes_next_token(sources, name):
+    """Its document's, or the first token of the document that is begun next."""
+    (source,) = opened(sources, [name])
+    ledger = Ledger([source], [1.0], sequence_length=4)
+    count = ledger.lanes[0].count
+    samples = [read(ledger, ledger.take()) for _ in range(40 + 6 * count)]
+    order = (ids[0] for _, _, ids in documents_in_order(source))
+    coming, kinds = next(order), set()
+    epoch = itertools.islice(documents_in_order(source), source.documents)
+    firsts = {ids[0] for _, _, ids in epoch}
+    for number, (ids, label) in enumerate(samples[:-count]):
+        for token in ids:
+            if token in firsts:
+                assert token == coming
+                coming = next(order)
+        goes_on = label == ids[-1] + 1 and label not in firsts
+        kinds.add(goes_on)
+        assert label == (samples[number + count][0][0] if goes_on else coming)
+    assert kinds == ({True, False} if name != "books" else {True})
+
+
+def test_pieces_of_a_long_document_lie_far_apart(sources):
+    """A batch of books is many books; a book's next piece comes LANES samples later."""
+    (source,) = opened(sources, ["books"])
+    ledger = Ledger([source], [1.0], sequence_length=64)
+    plans = [ledger.take() for _ in range(40 * LANES)]
+    read_in: dict[tuple[int, int], list[int]] = {}
+    for number, plan in enumerate(plans):
+        for span in plan.spans:
+            read_in.setdefault((span.epoch, span.document), []).append(number)
+    assert max(len(numbers) for numbers in read_in.values()) > 20
+    for numbers in read_in.values():
+        assert np.all(np.diff(numbers) == LANES)
+    for begin in range(0, len(plans), LANES):
+        batch = plans[begin : begin + LANES]
+        pieces = [(span.epoch, span.document) for plan in batch for span in plan.spans]
+        assert len(pieces) == len(set(pieces)) >= LANES
+
+
+def test_a_source_of_few_documents_reads_each_of_them_at_first(sources):
+    """No more lanes than documents: several copies of one text are not read side by side."""
+    (source,) = opened(sources, ["small"])
+    ledger = Ledger([source], [1.0], sequence_length=1)
+    documents = [ledger.take().spans[0].document for _ in range(6)]
+    assert sorted(documents) == list(range(6))
+    (source,) = opened(sources, ["one"])
+    ledger = Ledger([source], [1.0], sequence_length=25)
+    plans = [ledger.take() for _ in range(6)]
+    assert [(p.spans[0].epoch, p.spans[0].offset) for p in plans] == [
+        (epoch, offset) for epoch in range(3) for offset in (0, 25)
+    ]
 
 
 def test_every_epoch_has_each_document_once_and_its_own_order(sources):
@@ -211,13 +259,13 @@ def test_a_source_that_comes_back_goes_on(sources):
     both, alone = ["middling", "small"], ["middling"]
     ledger = Ledger(opened(sources, both), [1, 1], sequence_length=5)
     ledger.skip(20)
-    place = ledger.cursors[1]
-    assert place != START
+    place = saved(ledger)["cursors"]["small"]
+    assert ledger.lanes[1].pointer != START and place["held"]
     ledger = Ledger(opened(sources, alone), [1], sequence_length=5, state=saved(ledger))
     ledger.skip(20)
-    assert "small" in saved(ledger)["cursors"]
+    assert saved(ledger)["cursors"]["small"] == place
     ledger = Ledger(opened(sources, both), [1, 1], sequence_length=5, state=saved(ledger))
-    assert ledger.cursors[1] == place
+    assert saved(ledger)["cursors"]["small"] == place
 
 
 def test_moved_data_goes_on(sources, tmp_path):
@@ -266,17 +314,26 @@ def test_a_state_of_another_version_is_refused(sources):
 # ------------------------------------------------------------------------------- planted faults
 
 
-def test_the_contracts_test_can_fail(sources):
-    """The comparison above sees one token left out, and one given twice."""
-    for shift in (1, -1):
-        (source,) = opened(sources, ["middling"])
-        ledger = Ledger([source], [1], sequence_length=16)
-        parts = [read(ledger, ledger.take())[0] for _ in range(9)]
-        cursor = ledger.cursors[0]
-        ledger.cursors[0] = cursor._replace(offset=max(0, cursor.offset + shift))
-        parts.append(read(ledger, ledger.take())[0])
-        whole = np.concatenate(parts)
-        assert not np.array_equal(whole, straight(source, whole.size))
+@pytest.mark.parametrize("fault", ["early", "late", "lost", "skipped", "again"])
+def test_the_contracts_test_can_fail(sources, fault):
+    """The check above sees one token left out or given twice, a lost document, a wrong pointer."""
+    (source,) = opened(sources, ["books"])
+    ledger = Ledger([source], [1], sequence_length=16)
+    samples = [read(ledger, ledger.take())[0] for _ in range(500)]
+    assert_given_once(source, samples)
+    state = ledger.lanes[0]
+    held = state.held[state.lane]
+    if fault in ("early", "late"):
+        shift = 1 if fault == "late" else -1
+        state.held[state.lane] = held._replace(offset=held.offset + shift)
+    elif fault == "lost":
+        del state.held[state.lane]
+    else:
+        shift = 1 if fault == "skipped" else -1
+        state.pointer = state.pointer._replace(position=state.pointer.position + shift)
+    samples += [read(ledger, ledger.take())[0] for _ in range(150 * LANES)]
+    with pytest.raises(AssertionError):
+        assert_given_once(source, samples)
 
 
 # ---------------------------------------------------------------------------------- edge cases
@@ -292,8 +349,8 @@ def test_documents_without_tokens_are_passed_over(sources, tmp_path):
     lengths.flush()
     source = open_source(prefix, "gaps", split=SPLIT)
     ledger = Ledger([source], [1.0], sequence_length=7)
-    ids = np.concatenate([read(ledger, ledger.take())[0] for _ in range(500)])
-    assert np.array_equal(ids, straight(source, ids.size))
+    ids = [read(ledger, ledger.take())[0] for _ in range(500)]
+    assert np.array_equal(ids, laned(source, [7] * 500))
 
 
 def test_a_ledger_travels_to_another_process(sources):

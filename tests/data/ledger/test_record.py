@@ -149,7 +149,7 @@ def test_the_report_names_what_a_step_took(tmp_path, prefixes):
     assert len(values["samples"]) == len(plans[11]) == 3
     for sample, plan in zip(values["samples"], plans[11], strict=True):
         found = [(d["document"], d["offset"], d["tokens"]) for d in sample["documents"]]
-        assert found == [tuple(span) for span in plan.spans]
+        assert found == [span[:3] for span in plan.spans]
     assert values["tokens"] == 10 * BATCH * LENGTH + 3 * 24
     text = as_text(values)
     assert "behind step 10: sequence_length 16 -> 24, global_batch_size 4 -> 3" in text
