@@ -96,6 +96,9 @@ class Lanes:
 
     def _rest(self) -> int:
         """Tokens left of the document at which the lane stands."""
+        held = self.held.get(self.lane)
+        if held is not None and held.length:
+            return held.length - held.offset
         here = self._next_token(self.lane)
         return self.source.length(here.document) - here.offset
 

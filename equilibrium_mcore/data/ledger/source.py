@@ -92,6 +92,7 @@ class SourceDocuments:
         Raises ValueError where the split holds no token, or the index does not fit its data.
         """
         self.name, self.prefix, self.header = source.name, Path(source.prefix), header
+        self._data_file, self._index_file, _ = dataset_paths(self.prefix)
         self.begin, self.end = split_documents(split, header.sequences)[SPLITS.index(part)]
         self.documents = self.end - self.begin
         """How many documents an epoch has."""
@@ -175,7 +176,7 @@ class SourceDocuments:
         lengths = self._lengths()[documents].astype(np.int64)
         if lengths.min() < 0:
             raise ValueError(
-                f"{dataset_paths(self.prefix)[1]} is damaged: document "
+                f"{self._index_file} is damaged: document "
                 f"{documents[lengths.argmin()]} has {lengths.min()} tokens. Make the dataset anew"
             )
         starts = np.zeros(lengths.size + 1, np.int64)
@@ -188,8 +189,7 @@ class SourceDocuments:
         return self._index(np.int32, HEADER_BYTES)
 
     def _index(self, dtype: type, offset: int) -> np.ndarray:
-        path = dataset_paths(self.prefix)[1]
-        return self._maps.array(path, dtype, offset=offset, count=self.header.sequences)
+        return self._maps.array(self._index_file, dtype, offset=offset, count=self.header.sequences)
 
     def length(self, document: int) -> int:
         """Tokens of a document."""
@@ -205,12 +205,12 @@ class SourceDocuments:
         start = int(offsets[span.document]) // itemsize + span.offset
         if start < 0 or start + span.tokens > self.header.tokens:
             raise ValueError(
-                f"{dataset_paths(self.prefix)[1]} does not fit its data: document {span.document} "
+                f"{self._index_file} does not fit its data: document {span.document} "
                 f"would lie at tokens {start:,} to {start + span.tokens:,} of "
                 f"{self.header.tokens:,}. Make the dataset anew"
             )
         return self._maps.array(
-            dataset_paths(self.prefix)[0],
+            self._data_file,
             self.header.dtype,
             offset=start * itemsize,
             count=span.tokens,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -61,28 +62,35 @@ def laned(source: SourceDocuments, lengths: Iterable[int]) -> list[np.ndarray]:
     return samples
 
 
-def assert_given_once(source: SourceDocuments, samples: list[np.ndarray]) -> None:
+def assert_given_once(
+    source: SourceDocuments, samples: list[np.ndarray], cursor: dict[str, Any]
+) -> None:
     """Every document of every epoch begun in its order, and given out once without gap or overlap.
 
-    Of a dataset by `write_source`, from the ids alone: nothing is assumed of lanes but how many
-    documents may be under way at the end.
+    Of a dataset by `write_source`, from the ids alone: nothing is assumed of lanes. What is under
+    way at the end is what the saved `cursor` holds.
     """
     lengths = np.array([source.length(d) for d in range(source.documents)])
-    first_ids = np.cumsum(lengths) - lengths
+    ends = np.cumsum(lengths)
+    first_ids = ends - lengths
+    with_tokens = first_ids[lengths > 0]
     begun: list[int] = []
     open_ends: dict[int, int] = {}  # the id with which a document under way goes on: how many
     for ids in samples:
-        cuts = (np.diff(ids) != 1) | np.isin(ids[1:], first_ids[lengths > 0])
+        cuts = (np.diff(ids) != 1) | np.isin(ids[1:], with_tokens)
         for piece in np.split(ids, np.flatnonzero(cuts) + 1):
-            document = int(np.searchsorted(first_ids + lengths, piece[0], side="right"))
+            document = int(np.searchsorted(ends, piece[0], side="right"))
             if piece[0] == first_ids[document]:
                 begun.append(document)
             else:
                 assert open_ends.get(piece[0], 0) > 0, f"token {piece[0]} follows none"
                 open_ends[piece[0]] -= 1
             end = piece[-1] + 1
-            if end < first_ids[document] + lengths[document]:
+            if end < ends[document]:
                 open_ends[end] = open_ends.get(end, 0) + 1
     order = documents_in_order(source)
     assert begun == [next(order)[1] for _ in begun]
-    assert sum(open_ends.values()) <= lanes_of(source)
+    rests = sorted(int(end) for end, times in open_ends.items() for _ in range(times))
+    held = [int(first_ids[document]) + offset for _, _, document, offset in cursor["held"]]
+    assert rests == sorted(held)
+    assert len(held) <= lanes_of(source)
