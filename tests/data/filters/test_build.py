@@ -129,10 +129,25 @@ def test_datatroves_own_tokenizers_are_asked_for_before_any_document(chain):
 
 
 ODD = [
-    "", " ", "\n\n", "\x00", ".", "...", "\ufeff", "e\u0301" * 9, "日本語。" * 30,
-    "\U0001f600 " * 60, "a" * 5000, "word " * 600, "half \ud83d of a pair, \udc00 and more words behind it", 
-    "\r\n- \r\n", "1 " * 300, "\u2028\u2029\x85\x0b", "[[[" * 99, "\u202e right to left \u0627\u0644" * 20,
-]  # fmt: skip
+    "",
+    " ",
+    "\n\n",
+    "\x00",
+    ".",
+    "...",
+    "\ufeff",
+    "e\u0301" * 9,
+    "日本語。" * 30,
+    "\U0001f600 " * 60,
+    "a" * 5000,
+    "word " * 600,
+    "half \ud83d of a pair, \udc00 and more words behind it",
+    "\r\n- \r\n",
+    "1 " * 300,
+    "\u2028\u2029\x85\x0b",
+    "[[[" * 99,
+    "\u202e right to left \u0627\u0644" * 20,
+]
 
 
 @pytest.mark.parametrize(
