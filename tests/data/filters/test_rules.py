@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from tests.data.filters.conftest import PROSE
@@ -261,3 +263,21 @@ def test_language_is_told_from_all_of_a_long_document(reason):
     settings = dict(type="language", languages=["en"], max_characters=800)
     assert reason(GERMAN + PROSE * 50, **settings) is None
     assert reason(PROSE + GERMAN * 50, **settings) == "language de"
+
+
+@pytest.mark.slow
+def test_language_of_short_text(chain, stdlib_texts, capsys):
+    """The shares that docs/filters.md has. Run with -s to see them."""
+    generator = random.Random(0)
+    filters = chain(type="language", languages=["en"])
+    shares = []
+    for length in (20, 40, 80, 160):
+        kept = []
+        for text in map(" ".join, map(str.split, stdlib_texts["prose"] * 4)):
+            if len(text) >= length + 200:
+                start = generator.randrange(100, len(text) - length)
+                kept.append(filters.process(text[start : start + length], {}).dropped is None)
+        shares.append(sum(kept) / len(kept))
+        with capsys.disabled():
+            print(f"\n{length} characters: {shares[-1]:.2f} of {len(kept)} kept", end="")
+    assert shares == sorted(shares) and shares[-1] > 0.85
