@@ -247,12 +247,13 @@ class DeduplicationConfig(Section):
         "whitespace",
         "exact: what is made equal first; simplified is case, digits, punctuation and accents too",
     )
-    shingle_words: PositiveInt = setting(5, "minhash, simhash: words of an n-gram")
+    shingle_words: PositiveInt = setting(5, "minhash: words of an n-gram")
     bands: PositiveInt = setting(14, "minhash: bands; one equal band is a duplicate")
     rows: PositiveInt = setting(8, "minhash: hashes per band; caught at about (1/bands)^(1/rows)")
     seed: NonNegativeInt = setting(1, "minhash: seed of the hash functions")
+    simhash_words: PositiveInt = setting(2, "simhash: words of an n-gram")
     max_distance_bits: Annotated[int, Field(ge=0, le=15)] = setting(
-        3, "simhash: bits in which duplicates may differ"
+        6, "simhash: of 64 bits, in how many duplicates may differ"
     )
 
 

@@ -2,9 +2,9 @@
 
 A document is compared with those that stayed, not with those that went: so a chain of small changes
 does not carry off what differs from everything kept. Memory grows with the documents that stay, in
-one process: 11 to 27 bytes for each with `exact`, `bands` times as much with `minhash`, about 50
-with `simhash`. Two different texts with one 64-bit hash are taken for the same: among a billion
-documents the chance that any pair is hit is 3 in 100.
+one process: 11 to 27 bytes for each with `exact`, `bands` times as much with `minhash`, about 9
+times (`max_distance_bits` + 1) with `simhash`. Two different texts with one 64-bit hash are taken
+for the same: among a billion documents the chance that any pair is hit is 3 in 100.
 """
 
 from __future__ import annotations
@@ -100,6 +100,8 @@ class MinHashDeduplication(CorpusFilter):
 
     def signature(self, text: str) -> np.ndarray:
         """See CorpusFilter. A text with fewer words than an n-gram is one n-gram."""
+        # Half of a surrogate pair cannot be encoded, which datatrove's hashes are made from.
+        text = text.encode("utf-8", "replace").decode("utf-8")
         shingles = self._step.get_shingles(text)
         if not len(shingles):
             whole = hash_text(simplified(text, wanted_by=NAME))
@@ -119,14 +121,17 @@ class MinHashDeduplication(CorpusFilter):
 
 
 class SimHashDeduplication(CorpusFilter):
-    """64-bit fingerprints of word n-grams that differ in few bits. Manku, Jain, Das Sarma 2007."""
+    """64-bit fingerprints of word n-grams that differ in few bits. Manku, Jain, Das Sarma 2007.
+
+    Less exact than MinHash: docs/filters.md has both, measured.
+    """
 
     name = NAME
     signature_size = 1
 
     def __init__(self, config: DeduplicationConfig) -> None:
         """Raises MissingLibraryError when datatrove is missing."""
-        self._words = config.shingle_words
+        self._words = config.simhash_words
         self._distance = config.max_distance_bits
         simplified("", wanted_by=NAME)
 

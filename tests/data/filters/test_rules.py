@@ -229,15 +229,24 @@ def test_c4_takes_lines_out(chain):
     outcome = chain(type="c4").process(text, {})
     assert outcome.dropped is None
     assert outcome.text == PROSE + "As was shown before , it holds."
-    all_lines = chain(
-        type="c4",
-        require_terminal_punctuation=False,
-        min_words_per_line=0,
-        remove_javascript_lines=False,
-        remove_policy_lines=False,
-        remove_citations=False,
-    )
-    assert all_lines.process(text, {}).text == text.strip()
+
+
+@pytest.mark.parametrize(
+    ("switch", "line"),
+    [
+        ({"require_terminal_punctuation": False}, "A line that just breaks off"),
+        ({"min_words_per_line": 2}, "Home about."),
+        ({"remove_javascript_lines": False}, "Enable javascript to see this page well."),
+        ({"remove_policy_lines": False}, "We use cookies to know you better."),
+        ({"max_word_length": 1001}, f"It ends with a word: {'x' * 1000}."),
+    ],
+)
+def test_c4_takes_a_line_out_for_one_reason(switch, line, chain):
+    text = PROSE + line
+    assert chain(type="c4").process(text, {}).text == PROSE.strip()
+    assert chain(type="c4", **switch).process(text, {}).text == text
+    citation = PROSE + "As was shown before [12], it holds."
+    assert chain(type="c4", remove_citations=False).process(citation, {}).text == citation
 
 
 def test_length_in_tokens(chain, tokenizer):
