@@ -8,6 +8,7 @@ like any other. A Range ends with the position behind it, from which a later run
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -73,7 +74,13 @@ class Range:
 
 def list_inputs(paths: Sequence[Path]) -> list[Input]:
     """Look at every input once. Raises FileNotFoundError and ValueError that name the files."""
-    missing = [str(path) for path in paths if not path.is_file()]
+    items: list[Input] = []
+    missing: list[str] = []
+    for path in paths:
+        try:
+            items.append(_look_at(path))
+        except (FileNotFoundError, IsADirectoryError):
+            missing.append(str(path))
     if missing:
         more = f" and {len(missing) - 5:,} more" if len(missing) > 5 else ""
         raise FileNotFoundError(f"--input: no such file: {', '.join(missing[:5])}{more}")
@@ -81,12 +88,12 @@ def list_inputs(paths: Sequence[Path]) -> list[Input]:
         seen: set[Path] = set()
         double = sorted({str(path) for path in paths if path in seen or seen.add(path)})
         raise ValueError(f"--input names {', '.join(double[:5])} more than once")
-    return [_look_at(path) for path in paths]
+    return items
 
 
 def _look_at(path: Path) -> Input:
-    status = path.stat()
-    with path.open("rb") as stream:
+    with path.open("rb", buffering=0) as stream:
+        status = os.fstat(stream.fileno())
         head = stream.read(4)
     found = next((name for name, magic in MAGIC.items() if head.startswith(magic)), None)
     promised = SUFFIXES.get(path.suffix)
@@ -216,12 +223,13 @@ class RangeCutter:
 
     def _plain(self, number: int, begin: int, end: int) -> Iterator[Range]:
         path = self.inputs[number].path
-        with path.open("rb") as stream:
-            while end - begin > self.range_bytes - self._bytes:
-                cut = min(line_start(stream, begin + self.range_bytes - self._bytes), end)
-                self._add(Span(number, path, path, begin, cut, begin == 0))
-                yield from self._flush((number, cut))
-                begin = cut
+        if end - begin > self.range_bytes - self._bytes:
+            with path.open("rb") as stream:
+                while end - begin > self.range_bytes - self._bytes:
+                    cut = min(line_start(stream, begin + self.range_bytes - self._bytes), end)
+                    self._add(Span(number, path, path, begin, cut, begin == 0))
+                    yield from self._flush((number, cut))
+                    begin = cut
         if begin < end:
             self._add(Span(number, path, path, begin, end, begin == 0))
 
@@ -283,8 +291,8 @@ def partition_windows(
         if item.compression is not None:
             mine = low <= at < high
             windows.append((0, item.size) if mine else (0, 0))
-        elif first >= last:
-            windows.append((0, 0))
+        elif first >= last or (first, last) == (0, item.size):
+            windows.append((first, last))
         else:
             with item.path.open("rb") as stream:
                 windows.append((line_start(stream, first), line_start(stream, last)))

@@ -96,7 +96,7 @@ class Journal:
         }
         aside = self.path.with_name(self.path.name + ".new")
         with aside.open("w", encoding="utf-8") as stream:
-            json.dump(content, stream)
+            stream.write(json.dumps(content))
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(aside, self.path)

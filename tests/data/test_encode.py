@@ -72,15 +72,14 @@ def random_texts(number: int, seed: int) -> list[str]:
 def test_equal_on_hard_text(folder, texts):
     hard = ["", " " * 40_000 + "x", "a" * 50_000, "\n" * 30_000, "=" * 30_000 + " \t" * 500]
     hard += ["<|endoftext|> in text <|im_start|>x<|im_start|", "I'M we'Ll \u017f's", "\x00\x7f"]
-    assert_equal(config_of(folder), [*hard, *random_texts(600, 1), *texts])
+    assert_equal(config_of(folder), [*hard, *random_texts(300, 1), *texts])
 
 
 @pytest.mark.slow
 def test_equal_on_all_of_unicode(folder):
     points = [chr(point) for point in range(0x110000) if not 0xD800 <= point <= 0xDFFF]
     rows = ["".join(points[i : i + 997]) for i in range(0, len(points), 997)]
-    spaced = [" ".join(points[i : i + 499]) for i in range(0, len(points), 499)]
-    assert_equal(config_of(folder), [*rows, *spaced, *random_texts(20_000, 2)])
+    assert_equal(config_of(folder), [*rows, *random_texts(3000, 2)])
 
 
 def test_equal_with_added_tokens(folder, texts):
@@ -206,3 +205,18 @@ def test_a_plan_opens_in_any_process(gpt2):
     assert not slow.fast and open_encoder(slow).name == "plain"
     with pytest.raises(ValueError, match="0 threads"):
         open_encoder(plan, threads=0)
+
+
+def test_a_text_that_the_library_refuses_goes_the_plain_way(gpt2, capsys):
+    encoder = load_encoder(config_of(gpt2), choice="fast")
+    expected = encoder.encode(["one", "two"])
+
+    class Refusing:
+        def encode_batch_flat(self, _):
+            raise RuntimeError("match limit exceeded")
+
+    encoder.backend = Refusing()
+    for _ in range(2):
+        ids, lengths = encoder.encode(["one", "two"])
+        assert (ids.tolist(), lengths.tolist()) == tuple(part.tolist() for part in expected)
+    assert capsys.readouterr().err.count("match limit exceeded") == 1

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from equilibrium_mcore.data.benchmark import run_benchmark
 
+TOOL = Path(__file__).resolve().parents[1] / "preprocess_data.py"
+
 
 def main() -> int:
     """Parse the command line, run the benchmark, print its table."""
@@ -33,7 +35,7 @@ def main() -> int:
     add("--slow-repetitions", type=int, default=1, help="runs of Megatron-LM's plain tool")
     options = parser.parse_args()
     try:
-        print(run_benchmark(**vars(options)))
+        print(run_benchmark(tool=TOOL, **vars(options)))
     except (OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
