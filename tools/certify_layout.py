@@ -8,18 +8,30 @@ layout and a load in the other are compared.
     python tools/certify_layout.py configs/runs/pretrain_3b.yaml \\
         --layouts tp=2,cp=2,pp=2,ep=2 tp=4,ep=4 --json certificate.json
 
+On a GPU host the layouts are certified on CPU ranks too, and a second tier compares what only a GPU
+has: Transformer Engine, the Triton scan, fused attention and FP8 against PyTorch's reference, layer
+by layer at the model's real widths.
+
+    python tools/certify_layout.py configs/runs/pretrain_3b.yaml --tier kernels
+
 The exit status is 0 when every layout passes, 1 when one does not, 2 for a config that cannot be.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.load import load_run
 from equilibrium_mcore.parallel import accelerator
+
+
+def show(text: str) -> None:
+    """A line of progress."""
+    print(f"... {text}", flush=True)
 
 
 def main() -> int:
@@ -36,19 +48,28 @@ def main() -> int:
         "--world-size", type=int, help="ranks of the real run, if not in the config"
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the certificate here")
+    parser.add_argument(
+        "--tier", choices=["layouts", "kernels"], default="layouts", help="kernels needs a GPU"
+    )
     options = parser.parse_args()
+    kernels = options.tier == "kernels"
+    if kernels and not accelerator.has_cuda():
+        parser.error("--tier kernels: this host has no CUDA device; --tier layouts needs none")
+    if not kernels:  # one GPU is not several ranks
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     accelerator.install()  # before megatron-core is imported
     accelerator.quiet_libraries()
-    from equilibrium_mcore.certify.certificate import certify, write_certificate
+    from equilibrium_mcore.certify.certificate import certify, certify_device, write_certificate
     from equilibrium_mcore.certify.twin import parse_layout, shrink_layout
 
     try:
         config = load_run(options.config, options.overrides, world_size=options.world_size)
         layouts = shrink_layout(config, options.world_size)
         layouts += [parse_layout(text, base=config.parallelism) for text in options.layouts]
-        certificate = certify(
-            config, layouts, progress=lambda text: print(f"... {text}", flush=True)
-        )
+        if kernels:
+            certificate = certify_device(config, progress=show)
+        else:
+            certificate = certify(config, layouts, progress=show)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

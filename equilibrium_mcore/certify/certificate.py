@@ -16,20 +16,38 @@ import megatron.core
 import torch
 
 import equilibrium_mcore
-from equilibrium_mcore.certify.compare import Verdict, compare, compare_states, main_weights
+from equilibrium_mcore.certify.compare import (
+    Verdict,
+    compare,
+    compare_states,
+    compare_updates,
+    main_weights,
+)
+from equilibrium_mcore.certify.kernels import certify_kernels
 from equilibrium_mcore.certify.packing import compare_packing
 from equilibrium_mcore.certify.trace import Trace, read_trace, trace_rank
 from equilibrium_mcore.certify.twin import STEPS, Layout, in_layout, make_twin
-from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.config.schema import ParallelismConfig, RunConfig
+from equilibrium_mcore.parallel import process_groups
+from equilibrium_mcore.parallel.host import describe_host
 from equilibrium_mcore.parallel.launch import Place, start_ranks
 
-NOT_CERTIFIED = (
-    "NCCL, Transformer Engine, Triton and FP8 kernels: the twin runs their PyTorch references over "
-    "gloo; on a GPU host tests/gpu compares the kernels with those",
-    "rounding of bf16 training: the twin trains in float32",
-    "activation recomputation, which the twin leaves out",
-    "packed documents under context parallelism, which need Transformer Engine's index kernel",
-)
+NOT_CERTIFIED = {
+    "layouts": (
+        "NCCL, Transformer Engine, Triton and FP8 kernels: the twin runs their PyTorch references "
+        "over gloo; on a GPU host --tier kernels compares the kernels with those",
+        "rounding of bf16 training: the twin trains in float32",
+        "activation recomputation, which the twin leaves out",
+    ),
+    "kernels": (
+        "layouts, which --tier layouts certifies, and NCCL between devices",
+        "whole models, where rounding flips a choice of experts now and then: tests/gpu",
+    ),
+}
+AGREEMENT = {
+    "layouts": "the same numbers in every layout",
+    "kernels": "the kernels of this host agree with PyTorch's reference",
+}
 
 
 @dataclass
@@ -38,6 +56,7 @@ class Certificate:
 
     run: str
     config_hash: str
+    tier: str = "layouts"  # or "kernels", where the one layout is this host's device
     layouts: dict[str, list[Verdict]] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -50,6 +69,7 @@ class Certificate:
         return {
             "run": self.run,
             "config_hash": self.config_hash,
+            "tier": self.tier,
             "passed": self.passed,
             "layouts": {
                 name: [
@@ -64,7 +84,7 @@ class Certificate:
                 ]
                 for name, verdicts in self.layouts.items()
             },
-            "not_certified": list(NOT_CERTIFIED),
+            "not_certified": list(NOT_CERTIFIED[self.tier]),
             "steps": STEPS,
             "seconds": round(self.seconds, 1),
             "versions": {
@@ -78,7 +98,7 @@ class Certificate:
         """What, worst relative difference, where, verdict: one line each."""
         lines = []
         for name, verdicts in self.layouts.items():
-            lines.append(f"layout {name}")
+            lines.append(f"layout {name}" if self.tier == "layouts" else f"device {name}")
             width = max(len(v.what) for v in verdicts)
             for v in verdicts:
                 mark = "ok  " if v.passed else "FAIL"
@@ -87,12 +107,12 @@ class Certificate:
                     f"(<= {v.tolerance:.0e})  {v.where}"
                 )
         lines.append("cannot certify:")
-        lines += [f"  - {text}" for text in NOT_CERTIFIED]
+        lines += [f"  - {text}" for text in NOT_CERTIFIED[self.tier]]
         failed = [v for verdicts in self.layouts.values() for v in verdicts if not v.passed]
         if failed:
             lines.append(f"NOT the same numbers: first in {failed[0].what}, at {failed[0].where}")
         else:
-            lines.append(f"the same numbers in every layout ({self.seconds:.0f} s)")
+            lines.append(f"{AGREEMENT[self.tier]} ({self.seconds:.0f} s)")
         return "\n".join(lines)
 
 
@@ -109,8 +129,7 @@ def certify(
     tests plant faults with it. Raises RuntimeError when ranks fail.
     """
     started = time.monotonic()
-    digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()
-    certificate = Certificate(config.name, digest)
+    certificate = Certificate(config.name, _hash(config))
     with tempfile.TemporaryDirectory(prefix="certificate_") as folder:
         bench = _Bench(Path(folder), config, layouts, prepare)
         progress("one rank, the reference")
@@ -122,25 +141,51 @@ def certify(
     return certificate
 
 
+def certify_device(
+    config: RunConfig, *, progress: Callable[[str], None] = lambda text: None
+) -> Certificate:
+    """Certify the kernels of this host's device for `config`, in this process as one rank."""
+    started = time.monotonic()
+    certificate = Certificate(config.name, _hash(config), tier="kernels")
+    with tempfile.TemporaryDirectory(prefix="certificate_") as folder:
+        place = Place(0, 1, 0, f"file://{Path(folder) / 'rendezvous'}")
+        groups = process_groups.join(place, ParallelismConfig(), seed=config.training.seed)
+        try:
+            verdicts = certify_kernels(config, groups, progress=progress)
+        finally:
+            process_groups.destroy()
+    certificate.layouts[describe_host().device_name] = verdicts
+    certificate.seconds = time.monotonic() - started
+    return certificate
+
+
+def _hash(config: RunConfig) -> str:
+    return hashlib.sha256(config.model_dump_json().encode()).hexdigest()
+
+
 class _Bench:
     """Runs the twin in its layouts, with checkpoints passed between them."""
 
     def __init__(self, folder: Path, config: RunConfig, layouts: list[Layout], prepare) -> None:
         self.folder, self.prepare = folder, prepare
         self.twin = make_twin(config, layouts, folder=folder / "reference")
+        checkpoints = folder / "reference" / "checkpoints"
+        self._ends = checkpoints / "step_00000000", checkpoints / f"step_{STEPS:08d}"
 
     def reference(self) -> Trace:
         one = Layout("one rank", {}, 1)
-        return self._trace("reference", self.twin, one, save_first=True, save_last=True)
+        trace = self._trace("reference", self.twin, one, save_first=True, save_last=True)
+        restart = self.twin.model_copy(update={"output_directory": self.folder / "updates"})
+        trace.update = self._trace("updates", restart, one, steps=0, given=True).update
+        return trace
 
     def verdicts(self, layout: Layout, reference: Trace) -> list[Verdict]:
         name = layout.name.replace(",", "_").replace("=", "")
-        first = self.folder / "reference" / "checkpoints" / "step_00000000"
-        last = self.folder / "reference" / "checkpoints" / f"step_{STEPS:08d}"
+        first, last = self._ends
         start = in_layout(self.twin, layout, initial_weights=str(first))
         start = start.model_copy(update={"output_directory": self.folder / name})
         trace = self._trace(name, start, layout, save_last=True, fault=True)
-        found = compare(trace, reference)
+        found = compare(trace, reference, optimizer=self.twin.optimizer)
         sharp = start.model_copy(
             update={
                 "training": start.training.model_copy(update={"precision": "bf16"}),
@@ -151,7 +196,8 @@ class _Bench:
         # A save in one layout, a load in the other, both ways: the values themselves.
         resumed = in_layout(self.twin, layout, resume="must")
         resumed = self._resumable(resumed, last, name + "_loaded")
-        loaded = self._trace(name + "_loaded", resumed, layout, steps=0, fault=True)
+        loaded = self._trace(name + "_loaded", resumed, layout, steps=0, fault=True, given=True)
+        found.append(compare_updates(loaded, reference, optimizer=self.twin.optimizer))
         found += compare_states("saved by one rank, loaded in the layout", loaded, reference)
         back = self._resumable(
             self.twin.model_copy(
@@ -185,6 +231,7 @@ class _Bench:
         steps: int = STEPS,
         save_first: bool = False,
         save_last: bool = False,
+        given: bool = False,
         fault: bool = False,
     ) -> Trace:
         folder = self.folder / f"{name}_trace"
@@ -195,6 +242,7 @@ class _Bench:
             steps=steps,
             save_first=save_first,
             save_last=save_last,
+            gradients_from=self._ends[0] if given else None,
             prepare=self.prepare if fault else None,
         )
         self._ranks(work, layout.world_size)

@@ -1,4 +1,4 @@
-"""Packed documents: each one's logits must be what it gives alone."""
+"""Packed documents: each one's logits must be what it gives alone, by the plain path."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
-from equilibrium_mcore.certify.compare import Verdict
+from equilibrium_mcore.certify.compare import Verdict, worst_verdict
 from equilibrium_mcore.certify.tokens import MadeUpTokens
 from equilibrium_mcore.config.load import run_from_mapping
 from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.models.packing import packed_documents, rank_tokens
 from equilibrium_mcore.parallel import process_groups
 from equilibrium_mcore.parallel.launch import Place
 from equilibrium_mcore.training.setup import build_chunks
 
-# Borders inside a chunk of the scan, at its end, and across several chunks; each divides among
-# ranks.
-LENGTHS = (24, 8, 40, 16)
+# Borders inside a chunk of the scan, at its end, and across several chunks; multiplied so that each
+# divides among ranks.
+LENGTHS = (12, 4, 20, 8)
 # Sums over one document are the same sums; only the order within a chunk of the scan differs.
 TOLERANCE = 1e-4
 
@@ -32,26 +33,20 @@ def compare_packing(
     *,
     prepare: Callable[[], None] | None,
 ) -> list[Verdict]:
-    """Packed against unpacked documents in the layout of `config`, without pipeline and context.
-
-    Under context parallelism megatron-core's packing needs Transformer Engine; the certificate says
-    so.
-    """
+    """Packed against unpacked documents in the layout of `config`, without its pipeline."""
     values = config.model_dump(mode="json")
     layout = values["parallelism"]
-    layout.update(pipeline=1, virtual_pipeline=1, context=1)
-    world_size = max(layout["tensor"], layout["expert"] * layout["expert_tensor"])
+    layout.update(pipeline=1, virtual_pipeline=1)
+    dense = layout["tensor"] * layout["context"]
+    world_size = max(dense, layout["expert"] * layout["expert_tensor"])
     layout["world_size"] = world_size
     values["training"]["global_batch_size"] = world_size
     alone = run_from_mapping(values)
     folder.mkdir(parents=True, exist_ok=True)
     run_ranks(partial(_packed, config=alone, folder=folder, prepare=prepare), world_size)
-    worst, where = 0.0, "every document"
-    for rank in range(world_size):
-        for document, difference in torch.load(folder / f"rank_{rank}.pt").items():
-            if not difference <= worst:
-                worst, where = difference, document
-    return [Verdict("packed documents against each alone", worst, TOLERANCE, where)]
+    ranks = [torch.load(folder / f"rank_{rank}.pt") for rank in range(world_size)]
+    differences = {document: max(rank[document] for rank in ranks) for document in ranks[0]}
+    return [worst_verdict("packed documents against each alone", differences, TOLERANCE)]
 
 
 def _packed(
@@ -59,27 +54,25 @@ def _packed(
 ) -> None:
     if prepare is not None:
         prepare()
-    process_groups.initialize_distributed(
-        rank=place.rank,
-        world_size=place.world_size,
-        local_rank=place.local_rank,
-        timeout_minutes=config.parallelism.timeout_minutes,
-        init_method=place.init_method,
-    )
-    groups = process_groups.initialize_groups(config.parallelism)
-    process_groups.seed_everything(config.training.seed)
+    layout = config.parallelism
+    groups = process_groups.join(place, layout, seed=config.training.seed)
     _, (chunk,) = build_chunks(config, groups)
+    # 2 * CP chunks of a document, of which TP ranks take equal parts under sequence parallelism.
+    multiple = max(2, layout.context * layout.tensor // 2)
+    lengths = torch.tensor(LENGTHS) * multiple
     source = MadeUpTokens(
-        samples=len(LENGTHS),
-        sequence_length=max(LENGTHS),
+        samples=len(lengths),
+        sequence_length=int(lengths.max()),
         vocab_size=config.model.vocab_size,
         seed=config.training.seed,
     )
-    documents = [source[i]["tokens"][:length] for i, length in enumerate(LENGTHS)]
-    together = _logits(chunk, documents).split(LENGTHS)
+    documents = [source[i]["tokens"][:length] for i, length in enumerate(lengths)]
+    # A rank's tokens of the pack are its tokens of each document, one behind the other.
+    together = _packed_logits(chunk, documents, groups.cp)
+    parts = together.split((lengths // layout.context).tolist())
     differences = {}
-    for index, (packed, tokens) in enumerate(zip(together, documents, strict=True)):
-        alone = _logits(chunk, [tokens])
+    for index, (packed, tokens) in enumerate(zip(parts, documents, strict=True)):
+        alone = _plain_logits(chunk, tokens, groups.cp)
         difference = ((packed - alone).norm() / alone.norm()).item()
         differences[f"document {index} ({len(tokens)} tokens)"] = difference
     torch.save(differences, folder / f"rank_{place.rank}.pt")
@@ -88,23 +81,37 @@ def _packed(
 
 
 @torch.no_grad()
-def _logits(chunk: torch.nn.Module, documents: list[Tensor]) -> Tensor:
-    """(tokens, this rank's part of the vocabulary), of documents packed one behind the other."""
-    lengths = [len(tokens) for tokens in documents]
-    ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=ends,
-        cu_seqlens_kv=ends,
-        max_seqlen_q=max(lengths),
-        max_seqlen_kv=max(lengths),
-        total_tokens=sum(lengths),
-    )
-    positions = torch.cat([torch.arange(length) for length in lengths])
+def _packed_logits(
+    chunk: torch.nn.Module, documents: list[Tensor], cp: torch.distributed.ProcessGroup
+) -> Tensor:
+    """(tokens of this rank, its part of the vocabulary), of documents one behind the other."""
+    lengths = torch.tensor([len(tokens) for tokens in documents])
+    mine = rank_tokens(lengths, cp_size=cp.size(), cp_rank=cp.rank())
+    positions = torch.cat([torch.arange(len(tokens)) for tokens in documents])
     chunk.eval()
     return chunk(
-        input_ids=torch.cat(documents).unsqueeze(0),
-        position_ids=positions.unsqueeze(0),
+        input_ids=torch.cat(documents)[mine].unsqueeze(0),
+        position_ids=positions[mine].unsqueeze(0),
         attention_mask=None,
-        packed_seq_params=packed,
+        packed_seq_params=packed_documents(lengths),
+    )[0]
+
+
+@torch.no_grad()
+def _plain_logits(
+    chunk: torch.nn.Module, tokens: Tensor, cp: torch.distributed.ProcessGroup
+) -> Tensor:
+    """The same of one document as a plain sequence, by megatron-core's own cut."""
+    batch = get_batch_on_this_cp_rank(
+        {
+            "tokens": tokens.unsqueeze(0),
+            "position_ids": torch.arange(len(tokens)).unsqueeze(0),
+            "cu_seqlens": None,
+        },
+        is_hybrid_cp=False,
+        cp_group=cp,
+    )
+    chunk.eval()
+    return chunk(
+        input_ids=batch["tokens"], position_ids=batch["position_ids"], attention_mask=None
     )[0]

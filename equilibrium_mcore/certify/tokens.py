@@ -11,11 +11,23 @@ from equilibrium_mcore.data.blend import Datasets
 
 
 class MadeUpTokens(Dataset):
-    """Sample i: a random walk over the vocabulary, so that there is something to learn."""
+    """Sample i: a random walk over the vocabulary, so that there is something to learn.
 
-    def __init__(self, *, samples: int, sequence_length: int, vocab_size: int, seed: int) -> None:
+    With `document_multiple` a sample is cut into documents whose lengths are multiples of it.
+    """
+
+    def __init__(
+        self,
+        *,
+        samples: int,
+        sequence_length: int,
+        vocab_size: int,
+        seed: int,
+        document_multiple: int | None = None,
+    ) -> None:
         self._samples, self._length = samples, sequence_length
         self._vocabulary, self._seed = vocab_size, seed
+        self._multiple = document_multiple
 
     def __len__(self) -> int:
         return self._samples
@@ -29,12 +41,23 @@ class MadeUpTokens(Dataset):
         mask = torch.ones(self._length)
         # Some positions do not count, as in fine-tuning: ranks then hold unequal numbers of tokens.
         mask[: index % 7] = 0.0
+        positions = torch.arange(self._length)
+        for start in self._document_starts(generator):
+            positions[start:] = torch.arange(self._length - start)
+            mask[start - 1] = 0.0  # its label belongs to the next document
         return {
             "tokens": walk[:-1],
             "labels": walk[1:],
-            "position_ids": torch.arange(self._length),
+            "position_ids": positions,
             "loss_mask": mask,
         }
+
+    def _document_starts(self, generator: torch.Generator) -> list[int]:
+        """Where a document begins behind another one: up to three places, or none."""
+        if self._multiple is None:
+            return []
+        places = torch.randperm(self._length // self._multiple, generator=generator)[:3]
+        return sorted(int(place) * self._multiple for place in places if place > 0)
 
 
 def made_up_datasets(config: RunConfig) -> Datasets:
@@ -45,5 +68,8 @@ def made_up_datasets(config: RunConfig) -> Datasets:
         sequence_length=training.sequence_length,
         vocab_size=config.model.vocab_size,
         seed=training.seed,
+        document_multiple=(
+            config.data.document_multiple if config.data.packing == "documents" else None
+        ),
     )
     return Datasets(train=tokens, validation=None, test=None)

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from equilibrium_mcore.certify.tokens import made_up_datasets
-from equilibrium_mcore.certify.whole import Piece, Whole, assemble, pieces_of
+from equilibrium_mcore.certify.updates import update_from_given_gradients
+from equilibrium_mcore.certify.whole import Piece, Whole, assemble, pieces_of, whole_piece
 from equilibrium_mcore.checkpoint.sharded import save_checkpoint
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.parallel.launch import Place
 from equilibrium_mcore.training.setup import Run, setup, teardown
-from equilibrium_mcore.training.step import train_step
+from equilibrium_mcore.training.step import rank_batch, train_step
 
 # (layer, micro-batch of the step, sequence of the micro-batch) -> (positions, experts chosen there)
 Choices = dict[tuple[int, int, int], tuple[list[int], list[tuple[int, ...]]]]
@@ -36,6 +36,7 @@ class RankTrace:
     gradient_norm: list[float] = field(default_factory=list)
     gradients: list[Piece] = field(default_factory=list)  # of the first step
     weights: dict[int, list[Piece]] = field(default_factory=dict)  # after so many steps
+    update: list[Piece] = field(default_factory=list)  # of given gradients, in float64
     state: dict[str, list[Piece]] = field(default_factory=dict)  # optimizer state at the end
     choices: Choices = field(default_factory=dict)
 
@@ -49,16 +50,26 @@ class Trace:
     gradient_norm: list[float]
     gradients: dict[str, Whole]
     weights: dict[int, dict[str, Whole]]
+    update: dict[str, Whole]
     state: dict[str, dict[str, Whole]]
     choices: dict[tuple[int, int, int], tuple[int, ...]]  # (layer, sample, position) -> experts
 
 
 def trace_rank(
-    place: Place, config: RunConfig, folder: Path, *, steps: int, save_first: bool, save_last: bool
+    place: Place,
+    config: RunConfig,
+    folder: Path,
+    *,
+    steps: int,
+    save_first: bool = False,
+    save_last: bool = False,
+    gradients_from: Path | None = None,
 ) -> None:
     """Run the twin in one rank and write its trace to `folder`. Collective.
 
-    `save_first` saves a checkpoint before the first step, `save_last` one after the last.
+    `save_first` saves a checkpoint before the first step, `save_last` one after the last. From the
+    weights of the checkpoint `gradients_from` gradients are made for float64 updates, at the end,
+    since the run is of no use then.
     """
     run = setup(config, place, datasets=made_up_datasets(config))
     trace = RankTrace()
@@ -71,6 +82,8 @@ def trace_rank(
         _train(run, trace, steps)
     if save_last:
         _save(run)
+    if gradients_from is not None:
+        trace.update = update_from_given_gradients(run, gradients_from)
     torch.save(
         dataclasses.asdict(trace) | {"data_rank": run.groups.dp.rank()}, _file(folder, place)
     )
@@ -100,6 +113,7 @@ def read_trace(folder: Path, world_size: int) -> Trace:
         gradient_norm=first["gradient_norm"],
         gradients=whole(lambda rank: rank["gradients"]),
         weights={step: whole(lambda rank, s=step: rank["weights"][s]) for step in first["weights"]},
+        update=whole(lambda rank: rank["update"]),
         state={key: whole(lambda rank, k=key: rank["state"].get(k, [])) for key in _keys(ranks)},
         choices=choices,
     )
@@ -142,33 +156,30 @@ def _weights(run: Run) -> list[Piece]:
 
 
 def _state(run: Run) -> dict[str, list[Piece]]:
-    """Parameter-shaped optimizer state, as its owners hold it."""
+    """Optimizer state as its owners hold it: of the parameter's shape, and of its whole maps."""
     run.optimizer.init_state()
     by_key: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    pieces: dict[str, list[Piece]] = defaultdict(list)
     for parameter in run.optimizer.parameters:
         if parameter.is_owned:
             for key, value in run.optimizer.state_of(parameter).items():
                 if value.shape == parameter.model.shape:
                     by_key[key][parameter.name] = value
-    return {key: pieces_of(run, values) for key, values in by_key.items()}
+            for key, value in run.optimizer.whole_state_of(parameter).items():
+                state, _, part = key.partition(".")
+                pieces[state].append(whole_piece(f"{parameter.name}.{part}", value))
+    return pieces | {key: pieces_of(run, values) for key, values in by_key.items()}
 
 
 def _watch_routers(run: Run, trace: RankTrace) -> list:
     """Hooks that note which experts every token goes to, in the first step."""
-    length = run.config.training.sequence_length
-    positions = get_batch_on_this_cp_rank(
-        {"position_ids": torch.arange(length).unsqueeze(0), "cu_seqlens": None},
-        is_hybrid_cp=False,
-        cp_group=run.groups.cp,
-    )["position_ids"][0]
-    if run.config.parallelism.sequence:
-        positions = positions.chunk(run.groups.tp.size())[run.groups.tp.rank()]
     seen: dict[int, int] = defaultdict(int)
 
     def note(router: TopKRouter, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        chosen = output[1].reshape(len(positions), -1)
         layer, micro_batch = router.layer_number, seen[router.layer_number]
         seen[router.layer_number] += 1
+        positions = _positions(run, micro_batch)
+        chosen = output[1].reshape(len(positions), -1)
         experts = [tuple(row.nonzero().flatten().tolist()) for row in chosen]
         trace.choices[layer, micro_batch, 0] = (positions.tolist(), experts)
 
@@ -178,6 +189,17 @@ def _watch_routers(run: Run, trace: RankTrace) -> list:
         for module in chunk.modules()
         if isinstance(module, TopKRouter)
     ]
+
+
+def _positions(run: Run, micro_batch: int) -> Tensor:
+    """Which places of the sequence this rank's router sees in a micro-batch of the first step."""
+    sample = run.datasets.train[micro_batch * run.data_parallel_size + run.groups.dp.rank()]
+    batch = {name: value.unsqueeze(0) for name, value in sample.items()}
+    batch["tokens"] = torch.arange(run.config.training.sequence_length).unsqueeze(0)
+    places = rank_batch(batch, run)[0]["tokens"][0]
+    if run.config.parallelism.sequence:
+        places = places.chunk(run.groups.tp.size())[run.groups.tp.rank()]
+    return places
 
 
 def _save(run: Run) -> None:

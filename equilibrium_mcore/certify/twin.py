@@ -123,7 +123,9 @@ def make_twin(config: RunConfig, layouts: list[Layout], *, folder: Path) -> RunC
         "moe_dispatcher": config.parallelism.moe_dispatcher,
         "distributed_optimizer": config.parallelism.distributed_optimizer,
     }
-    values["data"].update(train_samples=None, num_workers=0)
+    values["data"].update(
+        train_samples=None, num_workers=0, document_multiple=2 * largest["context"]
+    )
     values["training"].update(
         sequence_length=64 * largest["context"],
         micro_batch_size=1,
@@ -138,6 +140,7 @@ def make_twin(config: RunConfig, layouts: list[Layout], *, folder: Path) -> RunC
     values["optimizer"]["schedule"] = {"kind": "constant"}
     # Products in bfloat16 would hide a fault below their rounding.
     values["optimizer"]["muon"]["matmul_precision"] = "highest"
+    values["optimizer"]["soap"]["basis_interval_steps"] = 2  # renewed within the few steps
     values["checkpoint"] = {"resume": "never"}
     values["logging"] = {"tensorboard": False}
     return run_from_mapping(values)

@@ -53,6 +53,12 @@ def pieces_of(run: Run, tensors: dict[str, Tensor]) -> list[Piece]:
     return pieces
 
 
+def whole_piece(name: str, tensor: Tensor) -> Piece:
+    """A tensor that this rank holds whole."""
+    data = tensor.detach().clone().cpu()
+    return Piece(name, tuple(data.shape), (0,) * data.dim(), data)
+
+
 def _parts(placed: ShardedTensor | ShardedTensorFactory) -> Iterable[ShardedTensor]:
     if isinstance(placed, ShardedTensorFactory):
         for part in nested_values(placed.build()):

@@ -91,15 +91,14 @@ def _optimizer_state(config: RunConfig) -> dict[str, Any]:
     """Settings that decide which state tensors there are, and their shapes."""
     optimizer = config.optimizer
     chosen = {o.pattern: (o.optimizer, o.split) for o in optimizer.overrides}
-    used = {optimizer.matrices} | {name for name, _ in chosen.values()}
     bound = {
         "optimizer.matrices": optimizer.matrices,
         "optimizer.overrides": {p: c for p, c in chosen.items() if c != (None, None)},
         "optimizer.schedule_free": "null" if optimizer.schedule_free is None else "used",
     }
-    if "soap" in used:
+    if "soap" in optimizer.used:
         bound["optimizer.soap.max_dimension"] = optimizer.soap.max_dimension
-    if "cosmos" in used:
+    if "cosmos" in optimizer.used:
         bound["optimizer.cosmos.rank"] = optimizer.cosmos.rank
     return bound
 

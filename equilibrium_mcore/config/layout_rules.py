@@ -151,6 +151,47 @@ def experts_divide(subject: Subject) -> Iterator[str]:
         )
 
 
+@rule("data", "parallelism", "training")
+def packed_documents_divide(subject: Subject) -> Iterator[str]:
+    """Each document is cut over CP ranks by itself."""
+    data, p, training = subject.config.data, subject.config.parallelism, subject.config.training
+    if data.packing != "documents":
+        return
+    multiple, chunks = data.document_multiple, 2 * p.context
+    if p.context > 1 and multiple % chunks:
+        yield (
+            f"data.document_multiple={multiple} with data.packing: documents and "
+            f"parallelism.context={p.context}: each document is cut into {chunks} equal chunks, so "
+            f"use a multiple of {chunks}. It decides where documents end, so choose one that fits "
+            "every layout that the run may have"
+        )
+    if training.sequence_length % multiple:
+        fit = [n for n in divisors(training.sequence_length) if n % chunks == 0]
+        yield (
+            f"data.document_multiple={multiple} does not divide training.sequence_length="
+            f"{training.sequence_length} (sequences hold whole documents or end in a cut one): use "
+            f"{choices(fit)}"
+        )
+
+
+@rule("data", "model", "training")
+def packing_keeps_sequences_apart(subject: Subject) -> Iterator[str]:
+    """A packed micro-batch is one sequence to the model."""
+    batch = subject.config.training.micro_batch_size
+    if (
+        subject.config.data.packing == "documents"
+        and uses(subject, "moe")
+        and subject.config.model.moe.load_balancing == "seq_aux_loss"
+        and batch > 1
+    ):
+        yield (
+            f"model.moe.load_balancing='seq_aux_loss' with data.packing: documents and "
+            f"training.micro_batch_size={batch}: packed sequences are one to the router, so the "
+            "loss would depend on the micro-batch; use training.micro_batch_size: 1, or "
+            "load_balancing: aux_loss"
+        )
+
+
 @rule("model", "parallelism")
 def context_divides_mamba(subject: Subject) -> Iterator[str]:
     """megatron-core's MambaContextParallel: heads of a TP rank are dealt to the CP ranks."""

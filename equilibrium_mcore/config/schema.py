@@ -165,8 +165,13 @@ class DataConfig(Section):
     )
     packing: Literal["stream", "documents"] = setting(
         "stream",
-        "stream: documents follow each other as one text; documents: positions start anew at each "
-        "document, and the loss leaves out a label that belongs to the next one",
+        "stream: a document sees what stands before it in its sequence; documents: attention, "
+        "Mamba's state and positions begin anew at each, and no label belongs to the next one",
+    )
+    document_multiple: PositiveInt = setting(
+        1,
+        "packing documents: each is padded to a multiple of so many tokens, which do not count in "
+        "the loss; context parallelism needs a multiple of 2 * parallelism.context",
     )
     train_samples: PositiveInt | None = setting(
         None,
@@ -177,6 +182,11 @@ class DataConfig(Section):
         None, "order megatron: where index caches go; null: beside the data"
     )
     num_workers: NonNegativeInt = setting(0, "loader processes per rank")
+
+    @property
+    def padding_multiple(self) -> int:
+        """What documents are padded to in a sequence; 1 where they follow each other as one."""
+        return self.document_multiple if self.packing == "documents" else 1
 
 
 # ----------------------------------------------------------------------------------- the run
@@ -344,6 +354,12 @@ class OptimizerConfig(Section):
         None, "average the weights instead of lowering the rate; {} for its defaults, null for not"
     )
     clip_gradient_norm: NonNegativeFloat = setting(1.0, "clip to this global norm; 0 for never")
+
+    @property
+    def used(self) -> set[str]:
+        """Names of the optimizers that update something, as far as the settings tell."""
+        overrides = {o.optimizer for o in self.overrides if o.optimizer is not None}
+        return {"adamw", self.matrices} | overrides
 
 
 class TrainingConfig(Section):

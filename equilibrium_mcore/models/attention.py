@@ -13,15 +13,12 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.ssm.mamba_context_parallel import (
-    _all_to_all_cp2hp,
-    _all_to_all_hp2cp,
-    _redo_attention_load_balancing,
-    _undo_attention_load_balancing,
-)
+from megatron.core.ssm.mamba_context_parallel import _all_to_all_cp2hp, _all_to_all_hp2cp
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from equilibrium_mcore.models.packing import to_rank_order, to_text_order
 
 
 class TorchCoreAttention(torch.nn.Module):
@@ -91,7 +88,7 @@ class TorchCoreAttention(torch.nn.Module):
         )
         context = context.permute(2, 0, 1, 3).flatten(2)  # (s, b, n v)
         if cp_size > 1:
-            context = _redo_attention_load_balancing(context, cp_size, packed_seq_params)
+            context = to_rank_order(context, cp_size, packed_seq_params)
             context = _all_to_all_hp2cp(context.contiguous(), self.cp_group)
         return context.squeeze(1) if packed else context.contiguous()
 
@@ -102,7 +99,7 @@ class TorchCoreAttention(torch.nn.Module):
             return x
         width = x.shape[-1]
         x = _all_to_all_cp2hp(x.flatten(2).contiguous(), self.cp_group)
-        x = _undo_attention_load_balancing(x, cp_size, packed_seq_params)
+        x = to_text_order(x, cp_size, packed_seq_params)
         return x.unflatten(-1, (-1, width))
 
 

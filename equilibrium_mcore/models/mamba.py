@@ -13,18 +13,25 @@ from megatron.core.ssm.mamba_mixer import MambaMixer
 from torch import Tensor
 
 from equilibrium_mcore.models.norms import GroupRMSNorm
+from equilibrium_mcore.models.packing import TorchMambaContextParallel
 from equilibrium_mcore.models.ssd import causal_conv, ssd_scan
+
+_SUPPLIED = {
+    "HAVE_MAMBA_SSM": True,
+    "ExtendedRMSNorm": GroupRMSNorm,
+    "MambaContextParallel": TorchMambaContextParallel,
+}
 
 
 @contextlib.contextmanager
-def _norm_supplied() -> Iterator[None]:
-    """Let MambaMixer be built without mamba-ssm: only its norm class comes from there."""
-    before = mamba_mixer.HAVE_MAMBA_SSM, mamba_mixer.ExtendedRMSNorm
-    mamba_mixer.HAVE_MAMBA_SSM, mamba_mixer.ExtendedRMSNorm = True, GroupRMSNorm
+def _parts_supplied() -> Iterator[None]:
+    """Let MambaMixer be built without mamba-ssm and Transformer Engine, which it asks by name."""
+    before = {name: getattr(mamba_mixer, name) for name in _SUPPLIED}
     try:
+        vars(mamba_mixer).update(_SUPPLIED)
         yield
     finally:
-        mamba_mixer.HAVE_MAMBA_SSM, mamba_mixer.ExtendedRMSNorm = before
+        vars(mamba_mixer).update(before)
 
 
 class TorchMambaMixer(MambaMixer):
@@ -35,7 +42,7 @@ class TorchMambaMixer(MambaMixer):
     """
 
     def __init__(self, *args, **kwargs) -> None:
-        with _norm_supplied():
+        with _parts_supplied():
             super().__init__(*args, **kwargs)
 
     def _ssm_training(

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from equilibrium_mcore.config.schema import CosmosConfig
 from equilibrium_mcore.optim.eigenbasis import DAMPING, first_basis, gram
-from equilibrium_mcore.optim.matrix import MatrixOptimizer, WholeState
+from equilibrium_mcore.optim.matrix import StatefulMatrixOptimizer, WholeState
 from equilibrium_mcore.optim.newton_schulz import orthogonalise
 from equilibrium_mcore.optim.parameters import Parameter
 
 
-class Cosmos(MatrixOptimizer):
+class Cosmos(StatefulMatrixOptimizer):
     """COSMOS.
 
     Args:

@@ -7,6 +7,7 @@ tensor-parallel ranks of the parameter, and are saved once under its layout-free
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -38,7 +39,7 @@ def rate_groups(parameters: Iterable[Parameter]) -> list[dict[str, Any]]:
     ]
 
 
-class MatrixOptimizer(torch.optim.Optimizer):
+class MatrixOptimizer(torch.optim.Optimizer, ABC):
     """Updates matrices that this rank owns, in place, from their `grad`; decoupled weight decay.
 
     All tensor-parallel ranks of a matrix must step together.
@@ -61,9 +62,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """State of one part before the first step; none by default."""
         return {}
 
+    @abstractmethod
     def directions(self, batch: list[Tensor]) -> dict[Tensor, Tensor]:
         """This rank's slices of what is subtracted, times the learning rate, from each weight."""
-        raise NotImplementedError
 
     # --------------------------------------------------------------------------------------------
 
@@ -117,9 +118,29 @@ class MatrixOptimizer(torch.optim.Optimizer):
             for start in range(0, len(members), count):
                 yield members[start : start + count]
 
+    def gather(self, tensors: dict[Tensor, Tensor]) -> dict[Tensor, list[Tensor]]:
+        """Whole parts of each parameter's tensor. Collective over tensor ranks."""
+        return {
+            main: whole_parts(tensor, info.treatment.parts, **_split(info))
+            for main, tensor in tensors.items()
+            for info in (self._info[main],)
+        }
+
+    def scatter(self, wholes: dict[Tensor, list[Tensor]]) -> dict[Tensor, Tensor]:
+        """This rank's slices again."""
+        return {
+            main: local_slice(parts, info.treatment.parts, **_split(info))
+            for main, parts in wholes.items()
+            for info in (self._info[main],)
+        }
+
+
+class StatefulMatrixOptimizer(MatrixOptimizer):
+    """A matrix optimizer whose whole parts have state of their own, stacked for the update."""
+
+    @abstractmethod
     def update_stack(self, gradient: Tensor, momentum: Tensor, state: WholeState) -> Tensor:
         """Directions of a stack of parts (B, m, n) of one shape; renews their stacked `state`."""
-        raise NotImplementedError
 
     def update_parts(
         self, gradients: dict[Tensor, list[Tensor]], momenta: dict[Tensor, list[Tensor]]
@@ -139,22 +160,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 for key, value in stacked.items():
                     states[number][key].copy_(value[number])
         return updates
-
-    def gather(self, tensors: dict[Tensor, Tensor]) -> dict[Tensor, list[Tensor]]:
-        """Whole parts of each parameter's tensor. Collective over tensor ranks."""
-        return {
-            main: whole_parts(tensor, info.treatment.parts, **_split(info))
-            for main, tensor in tensors.items()
-            for info in (self._info[main],)
-        }
-
-    def scatter(self, wholes: dict[Tensor, list[Tensor]]) -> dict[Tensor, Tensor]:
-        """This rank's slices again."""
-        return {
-            main: local_slice(parts, info.treatment.parts, **_split(info))
-            for main, parts in wholes.items()
-            for info in (self._info[main],)
-        }
 
 
 def by_part_shape(wholes: dict[Tensor, list[Tensor]]) -> list[list[tuple[Tensor, int]]]:

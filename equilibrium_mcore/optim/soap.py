@@ -13,13 +13,13 @@ from torch import Tensor
 
 from equilibrium_mcore.config.schema import SoapConfig
 from equilibrium_mcore.optim.eigenbasis import first_basis, gram, renewed_basis
-from equilibrium_mcore.optim.matrix import MatrixOptimizer, WholeState
+from equilibrium_mcore.optim.matrix import StatefulMatrixOptimizer, WholeState
 from equilibrium_mcore.optim.parameters import Parameter
 
 SIDES = ("left", "right")  # of the rows, of the columns
 
 
-class Soap(MatrixOptimizer):
+class Soap(StatefulMatrixOptimizer):
     """SOAP; `momentum` stays in the parameter's own coordinates, the second moment is rotated.
 
     Args:

@@ -15,9 +15,24 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from equilibrium_mcore.config.schema import ParallelismConfig
 from equilibrium_mcore.parallel import accelerator
+from equilibrium_mcore.parallel.launch import Place
 
 # Within a node: tensor, then context, then expert; pipeline stages lie furthest apart.
 RANK_ORDER = "tp-cp-ep-dp-pp"
+
+
+def join(place: Place, layout: ParallelismConfig, *, seed: int) -> ProcessGroupCollection:
+    """Take this rank's place: the default group, the groups of `layout`, and seeds. Collective."""
+    initialize_distributed(
+        rank=place.rank,
+        world_size=place.world_size,
+        local_rank=place.local_rank,
+        timeout_minutes=layout.timeout_minutes,
+        init_method=place.init_method,
+    )
+    groups = initialize_groups(layout)
+    seed_everything(seed)
+    return groups
 
 
 def initialize_groups(layout: ParallelismConfig) -> ProcessGroupCollection:

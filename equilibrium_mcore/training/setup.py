@@ -118,15 +118,7 @@ def setup(config: RunConfig, place: Place, *, datasets: Datasets | None = None) 
     problems = rules.check(config, world_size=place.world_size, host=describe_host())
     if problems:
         raise ConfigError(problems, source=f"run {config.name}")
-    process_groups.initialize_distributed(
-        rank=place.rank,
-        world_size=place.world_size,
-        local_rank=place.local_rank,
-        timeout_minutes=config.parallelism.timeout_minutes,
-        init_method=place.init_method,
-    )
-    groups = process_groups.initialize_groups(config.parallelism)
-    process_groups.seed_everything(config.training.seed)
+    groups = process_groups.join(place, config.parallelism, seed=config.training.seed)
     if datasets is None:
         datasets = build_run_datasets(config)
     transformer, chunks = build_chunks(config, groups)

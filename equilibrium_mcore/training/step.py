@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
@@ -14,6 +15,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from equilibrium_mcore.config.pattern import count_kinds
+from equilibrium_mcore.models.packing import document_lengths, packed_documents, rank_tokens
 from equilibrium_mcore.parallel import accelerator
 from equilibrium_mcore.training.setup import Run
 
@@ -79,12 +81,13 @@ def forward_step(
     iterator: Iterator[dict[str, Tensor]], chunk: torch.nn.Module, *, run: Run
 ) -> tuple[Tensor, partial]:
     """megatron-core's forward step: losses per token on the last stage, hidden states before."""
-    batch = rank_batch(next(iterator), run)
+    batch, packed = rank_batch(next(iterator), run)
     output = chunk(
         input_ids=batch["tokens"],
         position_ids=batch["position_ids"],
         attention_mask=None,
         labels=batch["labels"],
+        packed_seq_params=packed,
     )
     return output, partial(sum_of_losses, loss_mask=batch["loss_mask"])
 
@@ -97,15 +100,27 @@ def sum_of_losses(losses: Tensor, *, loss_mask: Tensor) -> tuple[Tensor, Tensor,
     return total, tokens.to(torch.int), torch.stack([total.detach(), tokens])
 
 
-def rank_batch(batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
-    """The batch on this rank's device, cut to its part of the sequence under CP."""
+def rank_batch(
+    batch: dict[str, Tensor], run: Run
+) -> tuple[dict[str, Tensor], PackedSeqParams | None]:
+    """The batch on this rank's device, cut to its part of the sequence under CP.
+
+    With `data.packing: documents` its sequences become one, (1, batch * sequence), described by the
+    second value.
+    """
     device = accelerator.device()
     names = ("tokens", "labels", "loss_mask", "position_ids")
     batch = {name: batch[name].to(device, non_blocking=True) for name in names}
+    cp = run.groups.cp
+    if run.config.data.packing == "documents":
+        lengths = document_lengths(batch["position_ids"])
+        mine = rank_tokens(lengths, cp_size=cp.size(), cp_rank=cp.rank())
+        batch = {name: value.reshape(1, -1)[:, mine] for name, value in batch.items()}
+        return batch, packed_documents(lengths)
     # Without a group megatron-core would split over all ranks, so it is always given.
     return get_batch_on_this_cp_rank(
-        {**batch, "cu_seqlens": None}, is_hybrid_cp=False, cp_group=run.groups.cp
-    )
+        {**batch, "cu_seqlens": None}, is_hybrid_cp=False, cp_group=cp
+    ), None
 
 
 def _run_schedule(
@@ -113,6 +128,9 @@ def _run_schedule(
 ) -> list[Tensor]:
     """What `sum_of_losses` returned for every micro-batch, on ranks of the last stage."""
     layout, training = run.config.parallelism, run.config.training
+    length, batch_size = training.sequence_length, training.micro_batch_size
+    if run.config.data.packing == "documents":  # all sequences of a micro-batch are one
+        length, batch_size = length * batch_size, 1
     schedule = get_forward_backward_func(
         pp_size=layout.pipeline,
         vp_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
@@ -122,8 +140,8 @@ def _run_schedule(
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=run.chunks if len(run.chunks) > 1 else run.chunks[0],
         num_microbatches=micro_batches,
-        seq_length=training.sequence_length,
-        micro_batch_size=training.micro_batch_size,
+        seq_length=length,
+        micro_batch_size=batch_size,
         forward_only=forward_only,
         p2p_communicator=P2PCommunicator(pp_group=run.groups.pp, config=run.transformer),
         pg_collection=run.groups,

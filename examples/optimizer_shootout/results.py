@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -73,9 +73,34 @@ def state_bytes_per_parameter(checkpoint: Path) -> float:
     return state / elements
 
 
-def write_report(results: list[RunResult], output: Path, *, steps: int) -> str:
-    """Write results.json, table.md and curves.png to `output`; the table."""
+def median_step_seconds(folder: Path) -> float:
+    """Median seconds of a run's steps, without the first two, in which memory is found."""
+    records = read_metrics(folder / METRICS_FILE)
+    return float(np.median([r["seconds_per_step"] for r in records if r["kind"] == "train"][2:]))
+
+
+def best_rates(results: list[RunResult]) -> dict[str, float]:
+    """The rate of each variant with the lowest loss of the first seed."""
+    return {variant: runs[0].rate for variant, runs in best_runs(results).items()}
+
+
+def write_report(
+    results: list[RunResult],
+    output: Path,
+    *,
+    steps: int,
+    step_seconds: dict[str, float] | None = None,
+) -> str:
+    """Write results.json, table.md and curves.png to `output`; the table.
+
+    `step_seconds` are seconds per step of each variant, instead of those measured while training.
+    """
     output.mkdir(parents=True, exist_ok=True)
+    if step_seconds is not None:
+        results = [
+            replace(r, seconds=[step * step_seconds[r.variant] for step in r.steps])
+            for r in results
+        ]
     _write(output / "results.json", json.dumps([asdict(r) for r in results], indent=1) + "\n")
     table = markdown(results, steps=steps)
     _write(output / "table.md", table + "\n")
@@ -108,6 +133,7 @@ def markdown(results: list[RunResult], *, steps: int) -> str:
         return "no run is finished yet"
     time = min(r.seconds[-1] for runs in best.values() for r in runs)
     grid = sorted({r.rate for r in results})
+    tried = {v: sorted(r.rate for r in results if r.variant == v and r.seed == 1) for v in best}
     lines = [
         f"Validation loss in nats per token, {steps} steps. ± is half the range over the seeds.",
         "",
@@ -117,7 +143,8 @@ def markdown(results: list[RunResult], *, steps: int) -> str:
     ]
     for variant, runs in sorted(best.items(), key=lambda item: _mean(item[1], "final_loss")):
         at_time = [r.loss_at(time) for r in runs]
-        edge = " (edge)" if len(grid) > 1 and runs[0].rate in (grid[0], grid[-1]) else ""
+        ends = tried[variant][0], tried[variant][-1]
+        edge = " (edge)" if len(grid) > 1 and runs[0].rate in ends else ""
         per_step = np.mean([r.seconds[-1] / steps for r in runs])
         lines.append(
             f"| {variant} | {runs[0].rate:g}{edge} | {len(runs)} | "

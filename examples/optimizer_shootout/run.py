@@ -1,8 +1,10 @@
 """Train the same tiny hybrid with every optimizer at equal tokens, and compare.
 
-Learning rates are swept on a small grid with the first seed; the best one is run with the other
-seeds. Results: curves.png, table.md and results.json in the output folder. Finished runs are kept:
-the same command goes on where it was, and --minutes bounds how long it works at a time.
+Learning rates are swept on a small grid with the first seed, extended where its highest rate is the
+best; the best one is run with the other seeds. At the end the time of a step is measured for all
+optimizers in turns, so that what else the machine did during the sweep does not count. Results:
+curves.png, table.md and results.json in the output folder. Finished runs are kept: the same command
+goes on where it was, and --minutes bounds how long it works at a time.
 
 Examples:
     python examples/optimizer_shootout/run.py --rehearse
@@ -12,6 +14,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -22,8 +25,8 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(REPOSITORY)]
 
-from results import RunResult, read_result, write_report  # noqa: E402
-from variants import GRID, VARIANTS  # noqa: E402
+from results import RunResult, best_rates, median_step_seconds, read_result, write_report  # noqa: E402
+from variants import GRID, MORE_RATES, VARIANTS  # noqa: E402
 
 RUN_FILE = "configs/runs/quickstart.yaml"
 DATA = Path("runs/quickstart")  # what configs/data/quickstart.yaml names
@@ -70,9 +73,14 @@ def python(*arguments: str, log: Path | None = None) -> None:
         sys.exit(f"failed: python {' '.join(arguments)}\n{(done.stdout or '')[-3000:]}")
 
 
+def run_folder(output: Path, variant: str, rate: float, seed: int) -> Path:
+    """Where a run's files are."""
+    return output / variant / f"rate_{rate:g}" / f"seed_{seed}"
+
+
 def train(output: Path, variant: str, rate: float, seed: int, options) -> RunResult | None:
     """The result of one run, made now where it is not there; None when there is no time left."""
-    folder = output / variant / f"rate_{rate:g}" / f"seed_{seed}"
+    folder = run_folder(output, variant, rate, seed)
     known = read_result(folder, variant=variant, rate=rate, seed=seed, steps=options.steps)
     if known is not None or time.monotonic() > options.deadline:
         return known
@@ -100,6 +108,31 @@ def train(output: Path, variant: str, rate: float, seed: int, options) -> RunRes
     return read_result(folder, variant=variant, rate=rate, seed=seed, steps=options.steps)
 
 
+def sweep(output: Path, variant: str, options) -> list[RunResult | None]:
+    """The first seed at every rate of the grid, and at higher ones while the highest is best."""
+    found = [train(output, variant, rate, 1, options) for rate in GRID]
+    for _ in range(MORE_RATES):
+        if None in found or min(found, key=lambda r: r.final_loss) is not found[-1]:
+            break
+        found.append(train(output, variant, 2 * found[-1].rate, 1, options))
+    return found
+
+
+TIMED_STEPS, TIMED_ROUNDS = 12, 2
+
+
+def time_steps(output: Path, rates: dict[str, float], options) -> dict[str, float]:
+    """Seconds per step of each variant: the lower median of rounds in which all take turns."""
+    timing = argparse.Namespace(**{**vars(options), "steps": TIMED_STEPS, "deadline": math.inf})
+    found: dict[str, list[float]] = {variant: [] for variant in rates}
+    for number in range(1, TIMED_ROUNDS + 1):
+        for variant, rate in rates.items():
+            train(output / f"timing_{number}", variant, rate, 1, timing)
+            folder = run_folder(output / f"timing_{number}", variant, rate, 1)
+            found[variant].append(median_step_seconds(folder))
+    return {variant: min(seconds) for variant, seconds in found.items()}
+
+
 def main() -> int:
     """Parse the command line, train what is missing, write the report."""
     parser = argparse.ArgumentParser(
@@ -109,6 +142,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=2, help="seeds at the best rate; default 2")
     parser.add_argument("--minutes", type=float, default=60, help="start no run after so long")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--no-timing", action="store_true", help="take the sweep's own times")
     parser.add_argument("--output", type=Path, default=Path("runs/optimizer_shootout"))
     parser.add_argument("--rehearse", action="store_true", help="6 steps of a smaller model")
     options = parser.parse_args()
@@ -118,21 +152,23 @@ def main() -> int:
         options.steps = 6
     output = options.output / (f"steps_{options.steps}" + "_rehearsal" * options.rehearse)
     make_data()
-    results = []
+    results, missing = [], 0
     for variant in options.only:
-        sweep = [train(output, variant, rate, 1, options) for rate in GRID]
-        results += [result for result in sweep if result is not None]
-    for variant in options.only:  # other seeds once the sweeps are done
-        sweep = [r for r in results if r.variant == variant]
-        if len(sweep) == len(GRID):
-            best = min(sweep, key=lambda r: r.final_loss).rate
-            seeds = range(2, options.seeds + 1)
-            more = [train(output, variant, best, seed, options) for seed in seeds]
-            results += [result for result in more if result is not None]
-    planned = len(options.only) * (len(GRID) + options.seeds - 1)
-    print(write_report(results, output, steps=options.steps))
-    if len(results) < planned:
-        print(f"{len(results)} of {planned} runs are done: the same command goes on")
+        found = sweep(output, variant, options)
+        missing += found.count(None)
+        results += [result for result in found if result is not None]
+    if not missing:  # other seeds once the sweeps are done
+        for variant, rate in best_rates(results).items():
+            for seed in range(2, options.seeds + 1):
+                result = train(output, variant, rate, seed, options)
+                results += [] if result is None else [result]
+                missing += result is None
+    step_seconds = None
+    if not options.no_timing and results:
+        step_seconds = time_steps(output, best_rates(results), options)
+    print(write_report(results, output, steps=options.steps, step_seconds=step_seconds))
+    if missing:
+        print(f"{len(results)} runs are done, and some are missing: the same command goes on")
         return 1
     return 0
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 # All keep an update about as large as AdamW's at the same rate, so one grid serves all. Embeddings,
 # norms and the like have the same rate as the matrices, with every optimizer.
 GRID = (2e-3, 4e-3, 8e-3, 1.6e-2)
+MORE_RATES = 2  # each twice the one before, where the highest is best
 CONSTANT = ["optimizer.schedule.kind=constant", "optimizer.schedule_free={}"]
 
 

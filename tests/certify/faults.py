@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 
 def context_split_over_the_wrong_group() -> None:
@@ -19,7 +20,7 @@ def context_split_over_the_wrong_group() -> None:
 
     cut = step.rank_batch
     step.rank_batch = lambda batch, run: cut(
-        batch, SimpleNamespace(groups=SimpleNamespace(cp=run.groups.tp))
+        batch, SimpleNamespace(config=run.config, groups=SimpleNamespace(cp=run.groups.tp))
     )
 
 
@@ -68,6 +69,15 @@ def documents_not_told_apart_when_packed() -> None:
     mamba._documents_of = lambda packed_seq_params: None
 
 
+def packed_documents_cut_as_one_sequence() -> None:
+    import torch
+
+    from equilibrium_mcore.training import step
+
+    cut = step.rank_tokens
+    step.rank_tokens = lambda lengths, **cp: cut(torch.stack([lengths.sum()]), **cp)
+
+
 def rope_not_offset_under_context_parallelism() -> None:
     from megatron.core.models.common.embeddings import rotary_pos_embedding
 
@@ -92,6 +102,14 @@ def main_weights_not_refreshed() -> None:
 
 
 def momentum_not_resumed() -> None:
+    _forget_when_loading(lambda optimizer, parameter: optimizer.state_of(parameter), "momentum")
+
+
+def preconditioners_not_resumed() -> None:
+    _forget_when_loading(lambda optimizer, parameter: optimizer.whole_state_of(parameter), "left")
+
+
+def _forget_when_loading(state_of: Callable, prefix: str) -> None:
     from equilibrium_mcore.optim.optimizer import HybridOptimizer
 
     load = HybridOptimizer.load_state_dict
@@ -100,8 +118,8 @@ def momentum_not_resumed() -> None:
         load(self, state)
         for parameter in self.parameters:
             if parameter.is_owned:
-                for key, tensor in self.state_of(parameter).items():
-                    if key == "momentum":
+                for key, tensor in state_of(self, parameter).items():
+                    if key.startswith(prefix):
                         tensor.zero_()
 
     HybridOptimizer.load_state_dict = broken
@@ -111,18 +129,31 @@ def healthy() -> None:
     """Nothing is broken."""
 
 
-# fault -> (layout, the quantity in which it first shows, a parameter or place that is named there)
-EXPECTED: dict[Callable[[], None], tuple[str, str, str]] = {
-    healthy: ("tp=2,cp=2,ep=2", "", ""),
-    context_split_over_the_wrong_group: ("tp=2,cp=2", "loss of every step", "step 1"),
-    norm_gradients_not_summed_under_sequence_parallelism: ("tp=2", "gradients", "norm"),
-    expert_gradients_off_by_expert_parallel: ("ep=2", "gradients", "mlp.experts.experts"),
-    gate_norm_over_the_wrong_group: ("tp=2", "loss of every step", "step 1"),
-    documents_not_told_apart_when_packed: ("tp=2", "packed documents", "document 1"),
-    rope_not_offset_under_context_parallelism: ("cp=2", "gradients", "embedding"),
-    blockwise_muon: ("tp=2", "weights after 1 step", "decoder.layers.0.mixer"),
-    main_weights_not_refreshed: ("tp=2", "bf16: main weights", "decoder.layers"),
-    momentum_not_resumed: ("tp=2", "optimizer momentum", "decoder.layers.0.mixer"),
+class Case(NamedTuple):
+    """What a fault's certificate must say."""
+
+    layout: str
+    what: str  # the quantity in which it shows
+    where: str  # a parameter or place that is named there
+    overrides: tuple[str, ...] = ()  # of the run
+
+
+PACKED = ("data.packing=documents", "training.micro_batch_size=1")
+EXPECTED: dict[Callable[[], None], Case] = {
+    healthy: Case("tp=2,cp=2,ep=2", "", "", PACKED),
+    context_split_over_the_wrong_group: Case("tp=2,cp=2", "loss of every step", "step 1"),
+    norm_gradients_not_summed_under_sequence_parallelism: Case("tp=2", "gradients", "norm"),
+    expert_gradients_off_by_expert_parallel: Case("ep=2", "gradients", "mlp.experts.experts"),
+    gate_norm_over_the_wrong_group: Case("tp=2", "loss of every step", "step 1"),
+    documents_not_told_apart_when_packed: Case("tp=2", "packed documents", "document 1"),
+    packed_documents_cut_as_one_sequence: Case("cp=2", "loss of every step", "step 1", PACKED),
+    rope_not_offset_under_context_parallelism: Case("cp=2", "gradients", "embedding"),
+    blockwise_muon: Case("tp=2", "update from given gradients", "decoder.layers.0.mixer"),
+    main_weights_not_refreshed: Case("tp=2", "bf16: main weights", "decoder.layers"),
+    momentum_not_resumed: Case("tp=2", "optimizer momentum", "decoder.layers.0.mixer"),
+    preconditioners_not_resumed: Case(
+        "tp=2", "optimizer left_basis", "decoder.layers.0.mixer", ("optimizer.matrices=soap",)
+    ),
 }
 
 
@@ -137,10 +168,10 @@ def main() -> int:
     from equilibrium_mcore.config.load import load_run
 
     root = Path(__file__).parents[2]
-    config = load_run(root / "configs" / "runs" / "quickstart.yaml")
     said = {}
-    for fault, (layout, _, _) in EXPECTED.items():
-        layouts = [parse_layout(layout, base=config.parallelism)]
+    for fault, case in EXPECTED.items():
+        config = load_run(root / "configs" / "runs" / "quickstart.yaml", list(case.overrides))
+        layouts = [parse_layout(case.layout, base=config.parallelism)]
         said[fault.__name__] = certify(config, layouts, prepare=fault).as_dict()
     Path(sys.argv[1]).write_text(json.dumps(said))
     return 0

@@ -51,11 +51,11 @@ def test_healthy_layouts_pass(said):
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", CASES)
 def test_planted_fault_is_caught_and_named(said, fault):
-    _, what, where = CASES[fault]
+    case = CASES[fault]
     certificate = said[fault]
     assert not certificate["passed"]
     failed = [v for v in verdicts(certificate) if not v["passed"]]
-    assert any(what in v["what"] and where in v["where"] for v in failed), failed
+    assert any(case.what in v["what"] and case.where in v["where"] for v in failed), failed
 
 
 @pytest.mark.slow

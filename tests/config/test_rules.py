@@ -28,6 +28,28 @@ SP = {"parallelism.sequence": True}
 # rule, a run that breaks it, words that the message must have, a run that keeps it.
 # A key "world_size" or "host" is a fact, not a setting.
 CASES = [
+    (
+        "packed_documents_divide",
+        {"data.packing": "documents", "parallelism.context": 2},
+        ["document_multiple=1", "context=2", "multiple of 4"],
+        {"data.packing": "documents", "data.document_multiple": 8, "parallelism.context": 2},
+    ),
+    (
+        "packed_documents_divide",
+        {"data.packing": "documents", "data.document_multiple": 7},
+        ["document_multiple=7", "sequence_length="],
+        {"data.packing": "documents", "data.document_multiple": 8},
+    ),
+    (
+        "packing_keeps_sequences_apart",
+        {
+            "data.packing": "documents",
+            "model.moe.load_balancing": "seq_aux_loss",
+            "training.micro_batch_size": 2,
+        },
+        ["seq_aux_loss", "micro_batch_size=2"],
+        {"data.packing": "documents", "model.moe.load_balancing": "seq_aux_loss"},
+    ),
     ("letters_are_known", {"model.layer_pattern": "MXE"}, ["'X'", "E moe"], {}),
     ("letters_are_known", {"model.layer_pattern": "|"}, ["no layers"], {}),
     ("letters_have_their_sections", {"model.mamba": None}, ["uses M", "model.mamba"], {}),

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from equilibrium_mcore.certify.kernels import relative_error, weights
 from equilibrium_mcore.config.schema import ModelConfig, ParallelismConfig, TrainingConfig
 from equilibrium_mcore.models.specs import TORCH, Backend
 from equilibrium_mcore.models.transformer_config import build_transformer_config
 from equilibrium_mcore.parallel import accelerator
-
-
-def relative_error(value: Tensor, reference: Tensor) -> float:
-    """||value - reference|| / ||reference|| in float64; NaN where either has one.
-
-    0 where both are zero throughout, and infinite where the reference alone is.
-    """
-    value, reference = value.detach().double(), reference.detach().double()
-    if not reference.any():
-        return float("inf") if value.any() else 0.0
-    return ((value - reference).norm() / reference.norm()).item()
 
 
 def fast_backend() -> Backend:
@@ -41,27 +30,6 @@ def transformer_config(model: ModelConfig, precision: str, backend: Backend):
     config.transformer_impl = "local" if backend is TORCH else "transformer_engine"
     config.moe_grouped_gemm = backend.grouped_experts
     return config
-
-
-def weights(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Parameters by the PyTorch backend's names: grouped experts are numbered like single ones."""
-    return {
-        re.sub(r"(linear_fc[12])\.weight(\d+)$", r"local_experts.\2.\1.weight", name): parameter
-        for name, parameter in module.named_parameters()
-    }
-
-
-@torch.no_grad()
-def give_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
-    """Copy all parameters and buffers by name, and cast; fails unless the names are the same."""
-    mine, theirs = weights(source), weights(target)
-    assert mine.keys() == theirs.keys(), mine.keys() ^ theirs.keys()
-    for name, parameter in theirs.items():
-        parameter.copy_(mine[name])
-    buffers = dict(source.named_buffers())
-    for name, buffer in target.named_buffers():
-        if name in buffers:
-            buffer.copy_(buffers[name])
 
 
 def assert_equal_function(

@@ -47,8 +47,9 @@ def pair(model, precision: str):
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("kind", ["column", "row", "duplicated"])
 def test_linear(kind, precision, model, groups):
+    from equilibrium_mcore.certify.kernels import give_weights
     from equilibrium_mcore.models.specs import TORCH
-    from tests.gpu.compare import assert_equal_function, give_weights
+    from tests.gpu.compare import assert_equal_function
 
     def build(backend, config):
         sizes = {"column": (config.hidden_size, 784), "row": (768, config.hidden_size)}
@@ -82,7 +83,8 @@ def test_linear(kind, precision, model, groups):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_norm(precision, model, groups):
-    from tests.gpu.compare import assert_equal_function, give_weights
+    from equilibrium_mcore.certify.kernels import give_weights
+    from tests.gpu.compare import assert_equal_function
 
     fast, reference = (
         backend.norm(config=config, hidden_size=model.hidden_size, eps=1e-5).to(
@@ -138,9 +140,10 @@ def test_mamba_mixer(precision, tolerance, model, groups, rehearsal):
     """The fused Triton scan and convolution; the projections are PyTorch's on both sides."""
     from megatron.core.ssm.mamba_mixer import MambaMixerSubmodules
 
+    from equilibrium_mcore.certify.kernels import give_weights
     from equilibrium_mcore.models.provider import cast_parameters
     from equilibrium_mcore.models.specs import TORCH
-    from tests.gpu.compare import assert_equal_function, give_weights
+    from tests.gpu.compare import assert_equal_function
 
     def build(backend, config):
         module = backend.mamba_mixer(
@@ -169,7 +172,8 @@ def test_mamba_mixer(precision, tolerance, model, groups, rehearsal):
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_grouped_experts(precision, model, groups):
     """All experts in one grouped product, against one after the other; one expert has no token."""
-    from tests.gpu.compare import assert_equal_function, give_weights
+    from equilibrium_mcore.certify.kernels import give_weights
+    from tests.gpu.compare import assert_equal_function
 
     experts = model.moe.num_experts
 

@@ -43,17 +43,30 @@ def build(groups, *, precision: str, backend: str, recipe: str = "tensorwise"):
     return model.to(accelerator.device())
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_logits(precision, groups):
-    from tests.gpu.compare import give_weights, relative_error
+def test_logits(precision, packed, groups, rehearsal):
+    from equilibrium_mcore.certify.kernels import give_weights, relative_error
+    from equilibrium_mcore.models.packing import packed_documents
 
+    if packed and precision == "fp32" and not rehearsal:
+        pytest.skip("fused attention packs documents in half precision only")
     process_groups.seed_everything(0)
     fast = build(groups, precision=precision, backend="auto")
     reference = build(groups, precision="fp32", backend="torch")
     give_weights(fast, reference)
     tokens, positions = text()
+    documents = None
+    if packed:  # both sequences as one, in documents across their border
+        lengths = torch.tensor([40, 104, 16, 96], device=tokens.device)
+        tokens = tokens.reshape(1, -1)
+        positions = torch.cat([torch.arange(n, device=tokens.device) for n in lengths]).unsqueeze(0)
+        documents = packed_documents(lengths)
     with torch.no_grad():
-        got, wanted = (model.eval()(tokens, positions, None) for model in (fast, reference))
+        got, wanted = (
+            model.eval()(tokens, positions, None, packed_seq_params=documents)
+            for model in (fast, reference)
+        )
     error = relative_error(got, wanted)
     assert error <= LOGITS[precision], error
 
@@ -65,7 +78,7 @@ def test_logits(precision, groups):
 )
 def test_gradients(precision, recipe, groups, rehearsal):
     """A curve hardly shows a wrong gradient of a few parameters; this shows every one."""
-    from tests.gpu.compare import give_weights, relative_error, weights
+    from equilibrium_mcore.certify.kernels import give_weights, relative_error, weights
 
     if rehearsal and precision == "fp8":
         pytest.skip("FP8 products are Transformer Engine's, on a GPU")

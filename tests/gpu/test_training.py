@@ -76,13 +76,13 @@ def run_config(output: Path, **changes: Any):
 
 def train(config, *, steps: int, folder: Path, save: bool = False) -> dict[str, Any]:
     """Train, on one rank; the losses, and the weights at the end, on the CPU."""
+    from equilibrium_mcore.certify.kernels import weights
     from equilibrium_mcore.data.blend import Datasets
     from equilibrium_mcore.parallel import process_groups
     from equilibrium_mcore.parallel.launch import Place
     from equilibrium_mcore.training.callbacks import CheckpointCallback, LogCallback
     from equilibrium_mcore.training.setup import setup
     from equilibrium_mcore.training.step import train_step
-    from tests.gpu.compare import weights
 
     folder.mkdir(parents=True, exist_ok=True)
     place = Place(0, 1, 0, f"file://{folder / 'rendezvous'}")

@@ -47,7 +47,7 @@ def test_started_plainly_has_no_place():
 
 
 SCRIPT = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from equilibrium_mcore.parallel.launch import Place, start_ranks
 import torch
@@ -78,7 +78,8 @@ def start(tmp_path: Path, body: str) -> subprocess.CompletedProcess:
 
 
 def test_all_ranks_succeed(tmp_path):
-    job = start(tmp_path, "torch.distributed.barrier(); print('rank', place.rank, flush=True)")
+    # One write each: ranks share the stream.
+    job = start(tmp_path, "torch.distributed.barrier(); os.write(1, b'rank %d\\n' % place.rank)")
     assert job.returncode == 0, job.stderr
     assert sorted(job.stdout.split("\n")[:3]) == ["rank 0", "rank 1", "rank 2"]
 

@@ -54,7 +54,7 @@ class Reference:
     def train(self, ranks, world_size: int, parallelism: dict, **changes: Any) -> dict[str, Any]:
         """Five steps from the checkpoint's weights in a layout; rank 0's outcome."""
         config = tiny_run(
-            self.data,
+            {**self.data, **changes.pop("data", {})},
             self.folder / "unused",
             model=self.model,
             parallelism={"world_size": world_size, **parallelism},
@@ -81,6 +81,12 @@ def gqa(ranks, data, tmp_path_factory) -> Reference:
     return Reference(ranks, data, tmp_path_factory.mktemp("gqa"), GQA_MODEL)
 
 
+@pytest.fixture(scope="module")
+def dense(ranks, data, tmp_path_factory) -> Reference:
+    model = {**MODEL, "layer_pattern": "M-+-", "moe": None}
+    return Reference(ranks, data, tmp_path_factory.mktemp("dense"), model)
+
+
 def assert_same_curve(outcome: dict[str, Any], reference: dict[str, Any]) -> None:
     for name in ("loss", "norm", "aux"):
         if reference[name][0] is None:  # no experts, so no auxiliary loss
@@ -96,10 +102,8 @@ def test_hybrid_model_has_the_curve_of_one_rank(ranks, hybrid, name):
     assert_same_curve(hybrid.train(ranks, world_size, parallelism), hybrid.curve)
 
 
-def test_tensor_parallelism_without_sequence_parallelism(ranks, data, tmp_path_factory):
+def test_tensor_parallelism_without_sequence_parallelism(ranks, dense):
     """Another path through MLA; a model with MoE may not take it."""
-    model = {**MODEL, "layer_pattern": "M-+-", "moe": None}
-    dense = Reference(ranks, data, tmp_path_factory.mktemp("dense"), model)
     assert_same_curve(dense.train(ranks, 2, {"tensor": 2}), dense.curve)
 
 
@@ -107,6 +111,28 @@ def test_tensor_parallelism_without_sequence_parallelism(ranks, data, tmp_path_f
 def test_gqa_model_has_the_curve_of_one_rank(ranks, gqa, name):
     world_size, parallelism = GQA_LAYOUTS[name]
     assert_same_curve(gqa.train(ranks, world_size, parallelism), gqa.curve)
+
+
+PACKED = {"packing": "documents", "document_multiple": 4}
+PACKED_LAYOUTS = {name: LAYOUTS[name] for name in ("cp2", "tp2_cp2_pp2_ep2")}
+
+
+def test_packed_documents_have_the_curve_of_one_rank(ranks, hybrid):
+    long = {"sequence_length": 256}  # several documents in a sequence
+    stream = hybrid.train(ranks, 1, {}, training=long)
+    one = hybrid.train(ranks, 1, {}, data=PACKED, training=long)
+    assert one["gradients"] != pytest.approx(stream["gradients"], rel=100 * TOLERANCE)
+    for world_size, parallelism in PACKED_LAYOUTS.values():
+        outcome = hybrid.train(ranks, world_size, parallelism, data=PACKED, training=long)
+        assert_same_curve(outcome, one)
+
+
+def test_packed_sequences_of_a_micro_batch_are_one(ranks, dense):
+    one, both = (
+        dense.train(ranks, 1, {}, data=PACKED, training={"micro_batch_size": size})
+        for size in (1, 2)
+    )
+    assert_same_curve(both, one)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ export python out rehearse
 for part in "$@"; do
   case "$part" in
     environment) run_part environment "$python" -m equilibrium_mcore.parallel.host ;;
-    layers) run_part layers bash -c "tests tests/gpu/test_layers.py tests/gpu/test_model.py" ;;
+    layers) run_part layers bash -c "tests tests/gpu/test_layers.py tests/gpu/test_model.py tests/gpu/test_kernels.py" ;;
     training) run_part training bash -c "tests tests/gpu/test_training.py" ;;
     roofs | bf16 | fp8) run_part "$part" bash -c "bench $part" ;;
     *) echo "unknown part $part: environment layers training roofs bf16 fp8" >&2; exit 64 ;;

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import DataConfig
 from equilibrium_mcore.data.indexed_files import IndexHeader
-from equilibrium_mcore.data.ledger.ledger import Ledger, Plan
+from equilibrium_mcore.data.ledger.ledger import Ledger, Plan, padded
 from equilibrium_mcore.data.ledger.maps import OpenMaps
 from equilibrium_mcore.data.ledger.source import SourceDocuments
 
@@ -36,15 +36,25 @@ class LedgerDataset(Dataset):
         samples: int,
         vocab_size: int,
         packing: Packing = "stream",
+        document_multiple: int = 1,
         state: dict[str, Any] | None = None,
         first_sample: int = 0,
     ) -> None:
-        """`state` is a ledger's at sample `first_sample`; `samples` is how many the run takes."""
+        """`state` is a ledger's at sample `first_sample`; `samples` is how many the run takes.
+
+        `document_multiple` is 1 unless `packing` is documents.
+        """
         self.sources = list(sources)
         self.sequence_length, self.packing = sequence_length, packing
         self._samples, self._vocab_size = samples, vocab_size
         self.first_sample = first_sample
-        self._start = Ledger(sources, weights, sequence_length=sequence_length, state=state)
+        self._start = Ledger(
+            sources,
+            weights,
+            sequence_length=sequence_length,
+            document_multiple=document_multiple,
+            state=state,
+        )
         self._walker, self._next_sample = self._start.copy(), first_sample
 
     def __len__(self) -> int:
@@ -92,8 +102,11 @@ class LedgerDataset(Dataset):
             end = filled + span.tokens
             tokens[filled:end] = source.read(span)
             if self.packing == "documents":
-                positions[filled:end] -= filled
-                mask[end - 1] = 0.0  # its label is the next document's first token
+                padded_end = filled + padded(span.tokens, self._start.document_multiple)
+                tokens[end:padded_end] = tokens[end - 1]
+                positions[filled:padded_end] -= filled
+                mask[end - 1 : padded_end] = 0.0  # labels that are not this document's
+                end = padded_end
             filled = end
         tokens[length] = source.read(plan.label)[0]
         last = plan.spans[-1]
@@ -172,6 +185,7 @@ def build_ledger_dataset(
         samples=samples,
         vocab_size=vocab_size,
         packing=data.packing,
+        document_multiple=data.padding_multiple,
         state=state,
         first_sample=first_sample,
     )

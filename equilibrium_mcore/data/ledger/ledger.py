@@ -1,9 +1,10 @@
 """Which source gives the next sample, and where every source stands.
 
-A sample is `sequence_length` tokens of one source from its cursor on, and one more token, looked at
-and not consumed, for the last label. The source is the one that has the largest deficit of tokens
-against its weight, counted since the weights last changed; the first of several. So the order
-follows from weights and cursors alone: not from the layout, the batch, or how long the run is.
+A sample is `sequence_length` tokens of one source from its cursor on (fewer where documents are
+padded), and one more token, looked at and not consumed, for the last label. The source is the one
+that has the largest deficit of tokens against its weight, counted since the weights last changed;
+the first of several. So the order follows from weights and cursors alone: not from the layout, the
+batch, or how long the run is.
 
     deficit(s) = weight(s) * (given to all + sequence_length) - given(s)
 """
@@ -27,9 +28,14 @@ class Plan(NamedTuple):
     source: int
     """Place of the source in the blend."""
     spans: tuple[Span, ...]
-    """`sequence_length` tokens; each span is another document."""
+    """`sequence_length` tokens, padding counted; each span is another document."""
     label: Span
     """The token behind, for the last label."""
+
+
+def padded(tokens: int, multiple: int) -> int:
+    """The next multiple from `tokens` on."""
+    return -(-tokens // multiple) * multiple
 
 
 class Ledger:
@@ -44,13 +50,18 @@ class Ledger:
         weights: Sequence[float],
         *,
         sequence_length: int,
+        document_multiple: int = 1,
         state: dict[str, Any] | None = None,
     ) -> None:
         """Start at the beginning, or go on at `state`, which may have other sources and weights.
 
+        With `document_multiple` each document is padded to a multiple of it, so that a sample holds
+        fewer tokens of the text.
+
         Raises ConfigError where a source of the state has other data now.
         """
         self.sources, self.sequence_length = list(sources), sequence_length
+        self.document_multiple = document_multiple
         total = sum(weights)
         self.weights = np.array([weight / total for weight in weights])
         if state is not None:
@@ -102,11 +113,26 @@ class Ledger:
         np.multiply(self.weights, self._given_in_all + length, out=self._wanted)
         self._wanted -= self._given
         chosen = int(self._wanted.argmax())
-        self.cursors[chosen] = self.sources[chosen].advance(self.cursors[chosen], length, spans)
-        self._given[chosen] += length
-        self._given_in_all += length
-        self.taken[chosen] += length
+        taken = self._advance(chosen, spans)
+        self._given[chosen] += taken
+        self._given_in_all += taken
+        self.taken[chosen] += taken
         return chosen
+
+    def _advance(self, chosen: int, spans: list[Span] | None) -> int:
+        """Move a source on by one sample; returns the tokens taken."""
+        source, room = self.sources[chosen], self.sequence_length
+        if self.document_multiple == 1:
+            self.cursors[chosen] = source.advance(self.cursors[chosen], room, spans)
+            return room
+        taken = 0
+        while room > 0:
+            here = source.next_token(self.cursors[chosen])
+            tokens = min(source.length(here.document) - here.offset, room)
+            self.cursors[chosen] = source.advance(self.cursors[chosen], tokens, spans)
+            taken += tokens
+            room -= padded(tokens, self.document_multiple)
+        return taken
 
     def state(self) -> dict[str, Any]:
         """All that `state=` needs to go on here: plain values that JSON keeps exactly.

@@ -36,6 +36,7 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
         "global_batch_size": training.global_batch_size,
         "sequence_length": training.sequence_length,
         "packing": data.packing,
+        "document_multiple": data.padding_multiple,
         "seed": training.seed,
         "split": data.split,
         "tokenizer": {**tokenizer, "model": str(Path(data.tokenizer.model).absolute())},
@@ -230,6 +231,7 @@ def ledger_behind(segment: Segment, step: int) -> Ledger:
         open_sources(settings),
         [source["weight"] for source in settings["sources"]],
         sequence_length=settings["sequence_length"],
+        document_multiple=settings["document_multiple"],
         state=mark.state,
     )
     ledger.skip((step - mark.step) * settings["global_batch_size"])

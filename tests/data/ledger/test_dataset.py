@@ -138,6 +138,33 @@ def test_documents_are_packed_with_resets(sources, name, length):
             assert sample["loss_mask"][i] == goes_on
 
 
+@pytest.mark.parametrize("name", ["small", "middling", "one", "mixed"])
+def test_padded_documents_hold_the_same_text(sources, name):
+    """What counts or begins a document is the stream's; every document fills whole multiples."""
+    settings = dict(sequence_length=32, samples=100, vocab_size=10**6, packing="documents")
+    source = open_source(sources.prefixes[name], name, split="100")
+    padded = LedgerDataset([source], [1.0], document_multiple=8, **settings)
+    ids = []
+    for number in range(100):
+        sample = {key: value.numpy() for key, value in padded[number].items()}
+        starts = np.flatnonzero(sample["position_ids"] == 0)
+        assert not (starts % 8).any() and starts[0] == 0
+        plan = padded.ledger_at(number).take()
+        for begin, end, span in zip(starts, [*starts[1:], 32], plan.spans, strict=True):
+            held, rest = begin + span.tokens, slice(begin + span.tokens, end)
+            ids.append(sample["tokens"][begin:held])
+            assert end - begin - span.tokens < 8
+            assert (sample["labels"][begin : held - 1] == sample["tokens"][begin + 1 : held]).all()
+            assert sample["loss_mask"][begin : held - 1].all()
+            assert not sample["loss_mask"][rest].any()
+            goes_on = plan.label[:2] == (span.document, span.offset + span.tokens)
+            assert sample["loss_mask"][held - 1] == goes_on
+    whole = np.concatenate(ids)
+    stream = LedgerDataset([source], [1.0], **settings)
+    expected = np.concatenate([stream[number]["tokens"].numpy() for number in range(100)])
+    assert np.array_equal(whole, expected[: whole.size])
+
+
 def test_packing_changes_no_token(blend):
     packed = build(blend.model_copy(update={"packing": "documents"})).train
     stream = build(blend).train

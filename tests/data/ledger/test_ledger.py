@@ -13,7 +13,7 @@ import pytest
 
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.data.ledger.dataset import LedgerDataset, planned_batches
-from equilibrium_mcore.data.ledger.ledger import Ledger
+from equilibrium_mcore.data.ledger.ledger import Ledger, padded
 from equilibrium_mcore.data.ledger.source import START, Span
 from tests.data.ledger.support import open_source, write_source
 
@@ -64,10 +64,13 @@ def test_no_schedule_of_changes_repeats_or_skips_a_token(sources, seed):
     for _ in range(rng.randint(3, 8)):
         here = rng.sample(names, rng.randint(1, len(names)))
         weights = [rng.choice([0.01, 0.3, 1.0, 5.0]) for _ in here]
+        multiple = rng.choice([1, 1, 4])
         dataset = LedgerDataset(
             opened(sources, here),
             weights,
-            sequence_length=rng.choice([1, 2, 7, 16, 33, 128]),
+            sequence_length=rng.choice([1, 2, 7, 16, 33, 128]) * multiple,
+            packing=rng.choice(["stream", "documents"]) if multiple == 1 else "documents",
+            document_multiple=multiple,
             samples=10**6,
             vocab_size=10**6,
             state=state,
@@ -108,8 +111,9 @@ def test_no_schedule_of_changes_repeats_or_skips_a_token(sources, seed):
 
 def note(consumed, dataset, plan):
     source = dataset.sources[plan.source]
+    multiple = dataset.ledger_at(dataset.first_sample).document_multiple
+    assert sum(padded(span.tokens, multiple) for span in plan.spans) == dataset.sequence_length
     ids = np.concatenate([source.read(span) for span in plan.spans])
-    assert ids.size == dataset.sequence_length
     consumed[source.name].append(ids)
 
 
