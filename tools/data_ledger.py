@@ -7,6 +7,7 @@ Examples:
     python tools/data_ledger.py runs/mine
     python tools/data_ledger.py runs/mine --step 4213 --show     # the text behind a loss spike
     python tools/data_ledger.py runs/mine --compare runs/other   # where two runs part, and why
+    python tools/data_ledger.py runs/mine --document code:4711   # the steps that read a document
 """
 
 from __future__ import annotations
@@ -28,13 +29,20 @@ def main() -> int:
     add("run", type=Path, help="the run's output_directory")
     add("--step", type=int, metavar="N", help="name the documents of step N; the first is 1")
     add("--compare", type=Path, metavar="OTHER", help="another run's output_directory")
+    add("--document", metavar="SOURCE:N", help="the steps that read document N of a source")
     add("--show", action="store_true", help="with --step: the beginning of each document's text")
     add("--json", action="store_true", help="print JSON instead of text")
     options = parser.parse_args()
     if options.show and options.step is None:
         parser.error("--show needs --step N: the step whose text is shown")
     try:
-        values = report(options.run, step=options.step, compare=options.compare, show=options.show)
+        values = report(
+            options.run,
+            step=options.step,
+            compare=options.compare,
+            document=options.document,
+            show=options.show,
+        )
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -3,8 +3,10 @@
 Example:
     python tools/preprocess_data.py --input code.jsonl --output-prefix data/code \\
         --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model \\
-        --append-eod --workers 2
-writes data/code_text_document.bin, .idx and .json (the manifest).
+        --append-eod
+writes data/code_text_document.bin, .idx and .json (the manifest). Given again after a kill, the
+same command goes on. With --partitions 16 --partition 3 a host makes its share; without
+--partition the shares are merged.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ def main() -> int:
     )
     types = ("SentencePieceTokenizer", "HuggingFaceTokenizer")
     add = parser.add_argument
-    add("--input", type=Path, nargs="+", required=True, help="JSONL files, in this order")
+    add("--input", type=Path, nargs="+", required=True, help="JSONL (.gz, .zst), in this order")
     add("--output-prefix", type=Path, required=True, help="path without _<key>_document.bin")
     add("--json-keys", nargs="+", default=["text"], help="fields to tokenize; one dataset each")
     add("--tokenizer-type", choices=types, required=True)

@@ -56,6 +56,23 @@ class Permutation:
             outside = outside[again >= _U64(self.size)]
         return values.astype(np.int64)
 
+    def place_of(self, value: int) -> int:
+        """Where `value` stands: the inverse of a call."""
+        if self._table is not None:
+            return int(np.flatnonzero(self._table == value)[0])
+        places = self._unshuffle(np.array([value], _U64))
+        while places[0] >= _U64(self.size):
+            places = self._unshuffle(places)
+        return int(places[0])
+
+    def _unshuffle(self, values: np.ndarray) -> np.ndarray:
+        rows, columns = _U64(self._rows), _U64(self._columns)
+        left, right = values // columns, values % columns
+        for number in reversed(range(0, ROUNDS, 2)):
+            right = (right + columns - _mix(left, self._keys[number + 1]) % columns) % columns
+            left = (left + rows - _mix(right, self._keys[number]) % rows) % rows
+        return left * columns + right
+
     def _shuffle(self, values: np.ndarray) -> np.ndarray:
         rows, columns = _U64(self._rows), _U64(self._columns)
         left, right = values // columns, values % columns

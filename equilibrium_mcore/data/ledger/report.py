@@ -17,6 +17,7 @@ from equilibrium_mcore.data.ledger.record import (
     segment_of,
 )
 from equilibrium_mcore.data.ledger.source import SourceDocuments, Span
+from equilibrium_mcore.data.ledger.trace import readings
 from equilibrium_mcore.data.tokenizer import Tokenizer, load_tokenizer
 
 TEXT_TOKENS = 60  # decoded of a document when its text is shown
@@ -30,20 +31,27 @@ def report(
     *,
     step: int | None = None,
     compare: Path | None = None,
+    document: str | None = None,
     show: bool = False,
 ) -> dict[str, Any]:
     """What `tools/data_ledger.py` prints, as plain values.
 
     Always `run`, `step`, and per source what was consumed up to it: by default the last saved step,
     else `step`. With `compare` the same of another run, and where the two part. With `step` the
-    documents of that step, with the beginning of their text where `show` is set. Raises
-    FileNotFoundError, ValueError, and ConfigError for a step outside of the run.
+    documents of that step, with the beginning of their text where `show` is set. With `document`,
+    SOURCE:NUMBER, where that document was read. Raises FileNotFoundError, ValueError, and
+    ConfigError for a step or a document that is not the run's.
     """
     segments = read_segments(run)
     values: dict[str, Any] = {"run": str(run), **consumption(segments, step)}
     values["changes"] = changes(segments)
     if step is not None:
         values["samples"] = documents_of_step(segments, step, show=show)
+    if document is not None:
+        name, _, number = document.rpartition(":")
+        if not name or not number.isdecimal():
+            raise ConfigError(f"--document {document}: must be SOURCE:NUMBER, e.g. code:4711")
+        values["document"] = readings(segments, name, int(number))
     if compare is not None:
         others = read_segments(compare)
         values["other"] = {"run": str(compare), **consumption(others, step)}
@@ -211,6 +219,8 @@ def as_text(values: dict[str, Any]) -> str:
     if values["changes"]:
         lines = [f"  behind step {c['step']}: {', '.join(c['changed'])}" for c in values["changes"]]
         parts.append("\n".join(["changed on the way:", *lines]))
+    if "document" in values:
+        parts.append(_readings_text(values["document"]))
     if "other" in values:
         parts.append(_consumption_text(values["other"]))
         parting_at = values["parting"]
@@ -251,6 +261,18 @@ def _consumption_text(values: dict[str, Any]) -> str:
         f"{values['step']:,} steps"
     )
     return "\n".join([head, *lines])
+
+
+def _readings_text(values: dict[str, Any]) -> str:
+    head = f"document {values['document']:,} of {values['source']}, {values['tokens']:,} tokens"
+    if not values["read"]:
+        return f"{head}: not read up to the last saved step"
+    lines = [
+        f"  step {piece['step']:,}, sample {piece['sample']}: tokens {piece['offset']} to "
+        f"{piece['offset'] + piece['tokens'] - 1} (epoch {piece['epoch']})"
+        for piece in values["read"]
+    ]
+    return "\n".join([f"{head}, was read in", *lines])
 
 
 def _samples_text(values: dict[str, Any]) -> str:

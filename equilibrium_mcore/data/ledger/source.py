@@ -105,11 +105,18 @@ class SourceDocuments:
 
     def order(self, epoch: int, begin: int, end: int) -> np.ndarray:
         """Numbers of the documents at positions begin .. end-1 of an epoch, int64."""
+        return self.begin + self._permutation(epoch)(begin, end)
+
+    def position_of(self, document: int, epoch: int) -> int:
+        """The position of a document in an epoch's order."""
+        return self._permutation(epoch).place_of(document - self.begin)
+
+    def _permutation(self, epoch: int) -> Permutation:
         if epoch not in self._orders:
             while len(self._orders) > 1:
                 self._orders.pop(next(iter(self._orders)))
             self._orders[epoch] = Permutation(self.documents, f"{self._key}|{epoch}")
-        return self.begin + self._orders[epoch](begin, end)
+        return self._orders[epoch]
 
     def advance(self, cursor: Cursor, tokens: int, spans: list[Span] | None = None) -> Cursor:
         """Where the source stands `tokens` further on; what lies between is added to `spans`."""

@@ -33,6 +33,13 @@ def test_pieces_are_the_whole(size):
     assert np.array_equal(np.concatenate(pieces), order(0, size))
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 97, SMALL, SMALL + 1, 4099])
+def test_where_a_number_stands_is_the_inverse(size):
+    order = Permutation(size, "k")
+    for place in {0, size // 3, size - 1} | set(range(min(size, 200))):
+        assert order.place_of(int(order(place, place + 1)[0])) == place
+
+
 def test_the_far_end_of_a_huge_one_costs_nothing():
     size = 10**12 + 39
     tail = Permutation(size, "k")(size - 1000, size)

@@ -18,6 +18,7 @@ from equilibrium_mcore.data.ledger.record import (
     segment_of,
 )
 from equilibrium_mcore.data.ledger.report import as_text, report
+from equilibrium_mcore.data.ledger.trace import readings
 from tests.data.ledger.support import SEED, write_source
 
 BATCH, LENGTH = 4, 16
@@ -25,7 +26,7 @@ BATCH, LENGTH = 4, 16
 
 def settings(prefixes, **changes):
     return {
-        "steps": 50,
+        "steps": 100,
         "global_batch_size": BATCH,
         "sequence_length": LENGTH,
         "packing": "stream",
@@ -123,8 +124,8 @@ def test_no_record_and_steps_that_are_not_there(tmp_path, prefixes):
     with pytest.raises(FileNotFoundError, match=r"output_directory of a run with data\.order"):
         read_segments(tmp_path)
     Life(tmp_path, settings(prefixes)).train(5)
-    for step in (0, 51, -1):
-        with pytest.raises(ConfigError, match=f"--step {step}.*1 to 50"):
+    for step in (0, 101, -1):
+        with pytest.raises(ConfigError, match=f"--step {step}.*1 to 100"):
             report(tmp_path, step=step)
 
 
@@ -160,6 +161,48 @@ def test_epochs_and_documents_are_counted(tmp_path, sources):
     Life(tmp_path, settings({"one": sources.prefixes["one"]})).train(15)
     (row,) = report(tmp_path)["sources"]
     assert row["tokens"] == 960 and row["epochs"] == 19.2 and row["documents"] == 20
+
+
+def test_a_document_leads_back_to_its_steps(tmp_path, sources):
+    """Every document against a search through all plans of a run of three lives."""
+    few = {name: sources.prefixes[name] for name in ("small", "middling")}
+    first = Life(tmp_path, settings(few)).train(12)
+    alone = settings({"middling": few["middling"]}, sequence_length=24, global_batch_size=3)
+    second = Life(tmp_path, alone, **vars(first.saved)).train(7, save_every=3)
+    third = Life(tmp_path, settings(few), **vars(second.saved)).train(80)
+    segments = read_segments(tmp_path)
+    last = segments[-1].marks[-1].step
+    plans = {**first.plans, **second.plans, **third.plans}
+    expected = {}
+    for step in range(1, last + 1):
+        names = [s["name"] for s in segment_of(segments, step).settings["sources"]]
+        for number, plan in enumerate(plans[step]):
+            for span in plan.spans:
+                piece = (step, number, span.offset, span.tokens)
+                expected.setdefault((names[plan.source], span.document), []).append(piece)
+    for name, documents in (("small", 5), ("middling", 40)):
+        for document in range(documents):
+            read = readings(segments, name, document)["read"]
+            found = [(p["step"], p["sample"], p["offset"], p["tokens"]) for p in read]
+            assert found == expected.get((name, document), []), (name, document)
+            epochs = [piece["epoch"] for piece in read if piece["offset"] == 0]
+            assert epochs == list(range(len(epochs)))
+    seen = next(document for name, document in expected if name == "middling")
+    assert "was read in" in as_text(report(tmp_path, document=f"middling:{seen}"))
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        ("other:1", "the sources are middling, mixed"),
+        ("middling:9999", "has the documents 0 to 269 of middling"),
+        ("middling", "must be SOURCE:NUMBER"),
+    ],
+)
+def test_a_document_that_is_not_the_runs_is_an_error(tmp_path, prefixes, document, words):
+    Life(tmp_path, settings(prefixes)).train(1)
+    with pytest.raises(ConfigError, match=words):
+        report(tmp_path, document=document)
 
 
 @pytest.mark.parametrize(
