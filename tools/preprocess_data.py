@@ -40,9 +40,8 @@ def main() -> int:
     add("--overwrite", action="store_true", help="replace an existing dataset")
     add("--restart", action="store_true", help="forget what a stopped run left, do not go on")
     options = vars(parser.parse_args())
-    kind, model, eod = (
-        options.pop(name) for name in ("tokenizer_type", "tokenizer_model", "end_of_document")
-    )
+    names = ("tokenizer_type", "tokenizer_model", "end_of_document")
+    kind, model, eod = map(options.pop, names)
     try:
         tokenizer = TokenizerConfig(type=kind, model=model, end_of_document=eod)
         done = preprocess_in_partitions(inputs=options.pop("input"), tokenizer=tokenizer, **options)
