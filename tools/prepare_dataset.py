@@ -7,8 +7,8 @@ Examples:
     python tools/prepare_dataset.py pretrain/phase1/mixture1 --output data/phase1 --dry-run
     python tools/prepare_dataset.py mine.yaml --output data/mine --workers 8 --total-tokens 2e9
     python tools/prepare_dataset.py mine.yaml --output data/trial --sample 1000
-    python tools/prepare_dataset.py equilibrium/pretrain --output data/eq --local math=math.jsonl.gz
-    python tools/prepare_dataset.py mine.yaml --output data/mine datasets.0.mix_ratio=0.2 ...
+    python tools/prepare_dataset.py equilibrium/pretrain --output eq --local wikipedia=wiki.parquet
+    python tools/prepare_dataset.py mine.yaml --output data/mine datasets.0.max_epochs=2
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 Example:
     python tools/preprocess_data.py --input code.jsonl --output-prefix data/code \\
         --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model \\
-        --append-eod --workers 2
-writes data/code_text_document.bin, .idx and .json (the manifest).
+        --append-eod
+writes data/code_text_document.bin, .idx and .json (the manifest). After a kill it goes on. With
+--partitions 16 --partition 3 a host makes its share; without --partition they are merged.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def main() -> int:
     )
     types = ("SentencePieceTokenizer", "HuggingFaceTokenizer")
     add = parser.add_argument
-    add("--input", type=Path, nargs="+", required=True, help="JSONL files, in this order")
+    add("--input", type=Path, nargs="+", required=True, help="JSONL (.gz, .zst), in this order")
     add("--output-prefix", type=Path, required=True, help="path without _<key>_document.bin")
     add("--json-keys", nargs="+", default=["text"], help="fields to tokenize; one dataset each")
     add("--tokenizer-type", choices=types, required=True)
@@ -39,9 +40,8 @@ def main() -> int:
     add("--overwrite", action="store_true", help="replace an existing dataset")
     add("--restart", action="store_true", help="forget what a stopped run left, do not go on")
     options = vars(parser.parse_args())
-    kind, model, eod = (
-        options.pop(name) for name in ("tokenizer_type", "tokenizer_model", "end_of_document")
-    )
+    names = ("tokenizer_type", "tokenizer_model", "end_of_document")
+    kind, model, eod = map(options.pop, names)
     try:
         tokenizer = TokenizerConfig(type=kind, model=model, end_of_document=eod)
         done = preprocess_in_partitions(inputs=options.pop("input"), tokenizer=tokenizer, **options)
@@ -50,8 +50,8 @@ def main() -> int:
         return 1
     for key, prefix in done.prefixes.items():
         print(f"{prefix}: {done.documents:,} documents, {done.tokens[key]:,} tokens")
-    rate = done.bytes_read / 1e6 / done.seconds
-    print(f"{done.seconds:.1f} s, {rate:.1f} MB/s, {done.skipped_lines:,} bad lines left out")
+    rate = f"{done.bytes_read / 1e6 / done.seconds:.1f} MB/s"
+    print(f"{done.seconds:.1f} s, {rate}, {done.skipped_lines:,} bad lines left out")
     return 0
 
 

@@ -15,12 +15,14 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from equilibrium_mcore.config.filters import FILTER_CLASSES
+from equilibrium_mcore.config.mixture import MixtureConfig
 from equilibrium_mcore.config.problems import section_of
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.config.yaml_io import write_text
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 FILTERS_DOCUMENT = DOCUMENT.with_name("filters.md")
+MIXTURES_DOCUMENT = DOCUMENT.with_name("mixtures.md")
 BEGIN = "<!-- settings: written by equilibrium_mcore/config/describe.py -->"
 END = "<!-- end of settings -->"
 
@@ -50,6 +52,11 @@ def describe(kind: type[BaseModel] = RunConfig, *, key: str = "") -> str:
 def describe_filters() -> str:
     """Markdown: one table per document filter, under its `type`."""
     return "\n\n".join(describe(section, key=kind) for kind, section in FILTER_CLASSES.items())
+
+
+def describe_mixture() -> str:
+    """Markdown: the tables of a mixture."""
+    return describe(MixtureConfig).replace("### A run", "### A mixture", 1)
 
 
 def type_text(field: FieldInfo) -> str:
@@ -126,7 +133,12 @@ def up_to_date(document: str, settings: Callable[[], str] = describe) -> str:
 
 def main() -> None:
     """Bring the documents up to date."""
-    for path, settings in ((DOCUMENT, describe), (FILTERS_DOCUMENT, describe_filters)):
+    documents = (
+        (DOCUMENT, describe),
+        (FILTERS_DOCUMENT, describe_filters),
+        (MIXTURES_DOCUMENT, describe_mixture),
+    )
+    for path, settings in documents:
         write_text(up_to_date(path.read_text(encoding="utf-8"), settings), path)
         sys.stdout.write(f"wrote {path}\n")
 

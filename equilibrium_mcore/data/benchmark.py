@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import statistics
@@ -17,6 +18,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,8 +70,10 @@ def run_benchmark(
             f"{megatron} is no checkout of Megatron-LM with tools/preprocess_data_fast.py: {CLONE}"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    source = input_path or collect_text(folder / "text.jsonl", megabytes=megabytes)
-    tokenizer = train_tokenizer(folder / "tokenizer", source)
+    # In a process of its own: the memory of this one would count as its children's peak.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as apart:
+        made = apart.submit(prepare, folder, input_path, megabytes)
+        source, tokenizer = made.result()
     tools = [*_tools(tool, folder, source, tokenizer, megatron, workers)]
     for number in range(max(repetitions, slow_repetitions)):
         for runs in tools:
@@ -155,6 +159,12 @@ def _table(tools: Sequence[Runs], megabytes: float, digest: str) -> str:
 
 
 # ------------------------------------------------------------------------------------ material
+
+
+def prepare(folder: Path, input_path: Path | None, megabytes: float) -> tuple[Path, Path]:
+    """The text, and the folder of a tokenizer for it."""
+    source = input_path or collect_text(folder / "text.jsonl", megabytes=megabytes)
+    return source, train_tokenizer(folder / "tokenizer", source)
 
 
 def collect_text(path: Path, *, megabytes: float) -> Path:

@@ -133,9 +133,18 @@ class FastEncoder(BatchEncoder):
     def __init__(self, plan: EncoderPlan) -> None:
         super().__init__(plan)
         self.backend = _load_fastokens(plan.path)
+        self._plain: PlainEncoder | None = None
 
     def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        ids, offsets = self.backend.encode_batch_flat(texts)
+        try:
+            ids, offsets = self.backend.encode_batch_flat(texts)
+        except UnicodeError:
+            raise
+        except Exception as error:  # a limit of its regex engine, on a text that nobody foresaw
+            if self._plain is None:
+                print(f"fastokens: {error}; texts around go the plain way", file=sys.stderr)
+                self._plain = PlainEncoder(self.plan, load_tokenizer(self.plan.config), 1)
+            return self._plain.encode(texts)
         return np.frombuffer(ids, "<u4"), np.diff(np.frombuffer(offsets, "<u8").astype(np.int64))
 
 

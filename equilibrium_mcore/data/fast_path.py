@@ -114,11 +114,7 @@ def probe_texts(added_tokens: list[str]) -> list[str]:
     one character, and fragments in random order with the tokenizer's own added tokens."""
     generator = random.Random(PROBE_SEED)
     texts = ["", "".join(map(chr, range(0x250)))]
-    for first, last, step in (
-        (0x250, 0xD800, 29),
-        (0xE000, 0x20000, 61),
-        (0x20000, 0x110000, 4999),
-    ):
+    for first, last, step in PLANES:
         points = [chr(point) for point in range(first, last, step)]
         texts += ["".join(points[i : i + 50]) for i in range(0, len(points), 50)]
         texts += [" ".join(points[i : i + 50]) for i in range(7, len(points), 350)]

@@ -36,7 +36,7 @@ CODE_DTYPES: dict[int, type] = {
 # megatron-core's own limit (DType.optimal_dtype), a little below 2^16.
 UINT16_VOCABULARY_LIMIT = 65500
 LENGTH_BYTES = 4
-COPY_BLOCK = 1 << 20  # sequences handled at a time when the index is written
+COPY_BLOCK = 1 << 18  # sequences handled at a time when the index is written
 LOCK_PATIENCE_SECONDS = 5.0  # workers of a killed run hold its lock for a moment
 SAMPLE_BYTES = 16 << 20  # of a dataset without manifest, how much is searched for its largest id
 FINGERPRINT_PIECES = 8  # places of an index that its fingerprint looks at

@@ -57,10 +57,12 @@ def preprocess_in_partitions(
     started = time.perf_counter()
     overwrite = settings.get("overwrite", False)
     _refuse_existing(output, keys, overwrite)
+    inputs = [[str(item.path), item.size] for item in list_inputs(settings["inputs"])]
+    fingerprint = load_tokenizer(settings["tokenizer"]).fingerprint
     missing = [
         number
         for number in range(1, partitions + 1)
-        if not _is_made(_part(output, number, partitions), settings)
+        if not _is_made(_part(output, number, partitions), inputs, fingerprint, settings)
     ]
     _make(missing, output, partitions, settings)
     prefixes = output_prefixes(output, keys)
@@ -92,10 +94,8 @@ def _refuse_existing(output: Path, keys: Sequence[str], overwrite: bool) -> None
             )
 
 
-def _is_made(part: Path, settings: dict[str, Any]) -> bool:
+def _is_made(part: Path, inputs: list, fingerprint: str, settings: dict[str, Any]) -> bool:
     """Whether a part is there. Raises ValueError if it is there and made of something else."""
-    inputs = [[str(item.path), item.size] for item in list_inputs(settings["inputs"])]
-    fingerprint = load_tokenizer(settings["tokenizer"]).fingerprint
     for prefix in output_prefixes(part, settings["json_keys"]).values():
         if not dataset_paths(prefix)[1].exists():
             return False

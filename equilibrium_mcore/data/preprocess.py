@@ -195,6 +195,7 @@ class _Run:
                 advance(piece.disk_bytes)
                 if told_to_stop():
                     self._write_journal()
+                    print("stopped; the same command goes on from here", file=sys.stderr)
                     raise SystemExit(128 + told_to_stop())
                 if time.monotonic() - journaled_at >= self.journal_seconds:
                     self._write_journal()

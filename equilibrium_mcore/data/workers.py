@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -130,10 +131,26 @@ class Workers:
                 yield piece, encode_range(replace(piece, encode=encode()), encoder, job)
                 _done_with(piece)
             return
+        try:
+            yield from self._in_pool(self._pool, ranges, job, encode)
+        except BrokenProcessPool:
+            raise ChildProcessError(
+                "a worker process was ended from outside: most often the system was out of "
+                "memory. Take fewer --workers; where there is a journal, the same command goes on"
+            ) from None
+
+    def _in_pool(
+        self,
+        pool: ProcessPoolExecutor,
+        ranges: Iterator[Range],
+        job: Job,
+        encode: Callable[[], bool],
+    ) -> Iterator[tuple[Range, Encoded]]:
         pending: deque = deque()
         for piece in ranges:
-            future = self._pool.submit(_encode_in_worker, replace(piece, encode=encode()), job)
-            pending.append((piece, future))
+            pending.append(
+                (piece, pool.submit(_encode_in_worker, replace(piece, encode=encode()), job))
+            )
             if len(pending) >= self._in_flight:
                 yield from _finished(pending)
         while pending:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from equilibrium_mcore.config import describe
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.mixture import KINDS, SHELF, Phase, load_mixture
 from equilibrium_mcore.config.mixture_rules import (
@@ -207,6 +208,15 @@ def test_epochs_at_the_cap_are_allowed(load):
     facts = {"share": 0.5, "total_tokens": 8000, "ratio": 0.0}
     assert epoch_problem(dataset, held_tokens=1000, **facts) is None
     assert "4.00 epochs" in epoch_problem(dataset, held_tokens=999, **facts)
+
+
+def test_the_document_has_every_setting():
+    document = describe.MIXTURES_DOCUMENT.read_text(encoding="utf-8")
+    assert describe.up_to_date(document, describe.describe_mixture) == document, (
+        "docs/mixtures.md differs from the settings: run "
+        "`python -m equilibrium_mcore.config.describe`"
+    )
+    assert "### A mixture" in document and "### `datasets.0.sampling`" in document
 
 
 # -------------------------------------------------------------------------------- shipped files

@@ -205,3 +205,18 @@ def test_a_plan_opens_in_any_process(gpt2):
     assert not slow.fast and open_encoder(slow).name == "plain"
     with pytest.raises(ValueError, match="0 threads"):
         open_encoder(plan, threads=0)
+
+
+def test_a_text_that_the_library_refuses_goes_the_plain_way(gpt2, capsys):
+    encoder = load_encoder(config_of(gpt2), choice="fast")
+    expected = encoder.encode(["one", "two"])
+
+    class Refusing:
+        def encode_batch_flat(self, _):
+            raise RuntimeError("match limit exceeded")
+
+    encoder.backend = Refusing()
+    for _ in range(2):
+        ids, lengths = encoder.encode(["one", "two"])
+        assert (ids.tolist(), lengths.tolist()) == tuple(part.tolist() for part in expected)
+    assert capsys.readouterr().err.count("match limit exceeded") == 1

@@ -250,6 +250,27 @@ def test_stopped_midway_leaves_no_final_file(
     assert len(IndexedDataset(str(prefix))) == 20
 
 
+def test_a_worker_that_is_killed_ends_the_run(
+    tmp_path, repository, tokenizer_config, texts, write_jsonl
+):
+    source = write_jsonl(tmp_path / "long.jsonl", texts * 100)
+    command = [sys.executable, str(repository / "tools" / "preprocess_data.py"), "--input", source]
+    command += ["--output-prefix", tmp_path / "out" / "set", "--workers", "2"]
+    command += ["--tokenizer-type", tokenizer_config.type]
+    command += ["--tokenizer-model", tokenizer_config.model]
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 30
+    while not (children := psutil.Process(process.pid).children()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    children[0].kill()
+    _, shown = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "a worker process was ended from outside" in shown and "Traceback" not in shown
+    assert endings(tmp_path / "out") == []
+
+
 def test_tool_reports_errors_and_starts_fast(tmp_path, repository, tokenizer_config):
     source = tmp_path / "bad.jsonl"
     source.write_text('{"text": 1}\n')

@@ -26,6 +26,7 @@ MADE_BY = "tools/train_perplexity_model.py"
 CHARACTERS = 1 << 14  # what an unseen character is spread over
 LARGEST_ORDER = 8
 BATCH_CHARACTERS = 1 << 20  # counted at once
+PIECE_CHARACTERS = 1 << 18  # of a document, judged at once
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,14 @@ class CharacterNgrams:
 
     def perplexity(self, text: str) -> float:
         """exp of the mean negative log-probability of a character; infinite for no text."""
-        return float(np.exp(-self.log_probabilities(text).mean())) if text else float("inf")
+        if not text:
+            return float("inf")
+        total, reach = 0.0, len(self.levels) - 1  # characters that a probability looks back
+        for start in range(0, len(text), PIECE_CHARACTERS):  # so that memory stays small
+            first = max(start - reach, 0)
+            found = self.log_probabilities(text[first : start + PIECE_CHARACTERS])
+            total += float(found[start - first :].sum())
+        return float(np.exp(-total / len(text)))
 
     def save(self, path: Path, **notes: object) -> None:
         """Write the model; `notes` are kept with it."""

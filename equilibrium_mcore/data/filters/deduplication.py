@@ -100,6 +100,8 @@ class MinHashDeduplication(CorpusFilter):
 
     def signature(self, text: str) -> np.ndarray:
         """See CorpusFilter. A text with fewer words than an n-gram is one n-gram."""
+        # Half of a surrogate pair cannot be encoded, which datatrove's hashes are made from.
+        text = text.encode("utf-8", "replace").decode("utf-8")
         shingles = self._step.get_shingles(text)
         if not len(shingles):
             whole = hash_text(simplified(text, wanted_by=NAME))

@@ -1,12 +1,13 @@
-"""Texts of a JSONL file, plain or gzip, one at a time."""
+"""Texts of a JSONL file, plain, gzip or Zstandard, one at a time."""
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from equilibrium_mcore.data.text_files import lines_of
 
 
 def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -15,19 +16,17 @@ def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises FileNotFoundError, and ValueError that names the line which is no JSON object.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; give a JSONL file, plain or .gz")
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}, line {number}: not a JSON object")
-            yield number, record
+        raise FileNotFoundError(f"{path}: no such file; give a JSONL file, plain, .gz or .zst")
+    for number, line in lines_of(path):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number}: not a JSON object")
+        yield number, record
 
 
 def read_texts(path: Path, names: Sequence[str]) -> Iterator[str]:

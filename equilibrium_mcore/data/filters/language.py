@@ -1,7 +1,7 @@
 """Keeps documents in the languages that are wanted.
 
-py3langid ships its model of 97 languages (4.5 MB) with its package and needs no network. A
-fastText model, such as lid.176.bin, is more accurate on short text, and has to be downloaded.
+py3langid ships its model of 140 languages (4.5 MB) with its package and needs no network. A
+fastText model, such as lid.176.bin, has to be downloaded by the user.
 """
 
 from __future__ import annotations

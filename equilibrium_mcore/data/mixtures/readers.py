@@ -18,12 +18,8 @@ from typing import Any
 import orjson
 
 from equilibrium_mcore.config.mixture import DatasetConfig
-from equilibrium_mcore.data.mixtures.text_files import (
-    COMPRESSED,
-    line_number,
-    lines_of_compressed,
-    lines_of_range,
-)
+from equilibrium_mcore.data.inputs import SUFFIXES
+from equilibrium_mcore.data.text_files import line_number, lines_of_compressed, lines_of_range
 
 # Parts are read in a seeded order, so a source of many parts is sampled more evenly.
 PARTS_WANTED = 64
@@ -90,7 +86,7 @@ def local_files(dataset: DatasetConfig) -> list[Path]:
         state = "holds no file to read" if source.is_dir() else "no such file or folder"
         raise FileNotFoundError(
             f"{dataset.name}: source {dataset.source}: {state}; read are files that end in "
-            f"{', '.join(ENDINGS)}, JSONL also with {' or '.join(COMPRESSED)}. Correct the path, "
+            f"{', '.join(ENDINGS)}, JSONL also with {' or '.join(SUFFIXES)}. Correct the path, "
             f"or give another with --local {dataset.name}=PATH"
         )
     kinds = {dataset.format or _format_of(path) for path in found}
@@ -131,7 +127,7 @@ def rows_of(dataset: DatasetConfig, part: Part, *, skip: int = 0) -> Iterator[tu
 
 
 def _jsonl_parts(dataset: DatasetConfig, path: Path) -> list[Part]:
-    if path.suffix in COMPRESSED:
+    if path.suffix in SUFFIXES:
         return [Part("compressed", str(path))]
     size = path.stat().st_size
     step = _step(size, RANGE_BYTES)
@@ -328,7 +324,7 @@ _ROWS = {
 
 def _format_of(path: Path) -> str | None:
     name = path.name
-    for ending in COMPRESSED:
+    for ending in SUFFIXES:
         name = name.removesuffix(ending)
     kind = ENDINGS.get(Path(name).suffix)
     return kind if kind == "jsonl" or name == path.name else None

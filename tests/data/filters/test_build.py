@@ -12,6 +12,8 @@ from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.filters import FILTER_CLASSES, parse_filters
 from equilibrium_mcore.data.filters.base import DocumentFilter, FilterChain, FilterError
 from equilibrium_mcore.data.filters.build import _BUILDERS, build_filters
+from equilibrium_mcore.data.filters.character_ngrams import train_character_ngrams
+from equilibrium_mcore.data.filters.linear_classifier import LinearClassifier
 from tests.data.filters.conftest import PROSE
 
 
@@ -124,6 +126,66 @@ def test_datatroves_own_tokenizers_are_asked_for_before_any_document(chain):
     except ImportError:
         with pytest.raises(ConfigError, match="spacy"):
             chain(type="gopher_quality", word_tokenizer="eng")
+
+
+ODD = [
+    "",
+    " ",
+    "\n\n",
+    "\x00",
+    ".",
+    "...",
+    "\ufeff",
+    "e\u0301" * 9,
+    "日本語。" * 30,
+    "\U0001f600 " * 60,
+    "a" * 5000,
+    "word " * 600,
+    "half \ud83d of a pair, \udc00 and more words behind it",
+    "\r\n- \r\n",
+    "1 " * 300,
+    "\u2028\u2029\x85\x0b",
+    "[[[" * 99,
+    "\u202e right to left \u0627\u0644" * 20,
+]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *[{"type": kind} for kind in ("gopher_quality", "gopher_repetition", "c4", "fineweb")],
+        {"type": "gopher_quality", "min_words": 0, "min_mean_word_length": 0, "min_stop_words": 0},
+        {"type": "c4", "min_sentences": 0, "require_terminal_punctuation": False},
+        {"type": "fineweb", "min_terminal_punctuation_lines": 0.0, "max_short_lines": 1.0},
+        {"type": "language", "languages": ["en"], "min_confidence": 0.0},
+        {"type": "pii_removal"},
+        *[{"type": "deduplication", "method": m} for m in ("exact", "minhash", "simhash")],
+        {"type": "deduplication", "normalize": "simplified"},
+        {"type": "decontamination", "references": ["REFERENCES"]},
+        {"type": "perplexity", "model": "PERPLEXITY", "max_perplexity": 9.0},
+        {"type": "educational", "model": "EDUCATIONAL"},
+    ],
+    ids=lambda settings: "-".join(map(str, list(settings.values())[:2])),
+)
+def test_no_text_stops_a_filter(settings, chain, tmp_path):
+    """Whatever a corpus holds, a run goes on: each text stays or is dropped with a reason."""
+    files = {
+        name: tmp_path / f"{name}.safetensors"
+        for name in ("REFERENCES", "PERPLEXITY", "EDUCATIONAL")
+    }
+    files["REFERENCES"].write_text('{"text": "one two three four five six seven eight nine"}')
+    train_character_ngrams([PROSE], order=3).save(files["PERPLEXITY"])
+    LinearClassifier(np.ones(256, np.float32), 0.0).save(files["EDUCATIONAL"])
+    for key, value in settings.items():
+        name = value[0] if isinstance(value, list) else value
+        if name in files:
+            settings = settings | {
+                key: [str(files[name])] if key == "references" else str(files[name])
+            }
+    filters = chain(**settings)
+    for outcome in filters.resolve([filters.process(text, {}) for text in ODD]):
+        assert isinstance(outcome.text, str)
+        assert outcome.dropped is None or 0 < len(outcome.dropped.reason) < 60
 
 
 def test_a_filter_that_fails_names_the_document():

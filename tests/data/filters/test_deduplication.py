@@ -69,6 +69,22 @@ def test_order_of_filters_decides_what_counts_as_seen(chain, kept):
     assert kept(chain(duplicates, short), texts) == []
 
 
+def test_two_deduplications_in_one_chain(chain):
+    """Each decides by its own signatures, on what the one before it let through."""
+    exact, near = dict(type="deduplication"), dict(type="deduplication", method="minhash")
+    line = "the river rises in the hills to the north of the town and it turns west"
+    texts = [line, line, f"{line.upper()}!", "another text", "short", f"{line.upper()}!"]
+    length = dict(type="length", min_length=6)
+    for filters, stages in (
+        (chain(exact, length, near), [None, 0, 2, None, 1, 0]),
+        (chain(near, length, exact), [None, 0, 0, None, 1, 0]),
+    ):
+        final = list(filters.resolve([filters.process(text, {}) for text in texts]))
+        assert [outcome.stage for outcome in final] == stages
+    reasons = [o.dropped.reason for o in final if o.dropped]
+    assert reasons.count("near duplicate of an earlier document") == 3
+
+
 @pytest.mark.parametrize("method", ["minhash", "simhash"])
 def test_near_duplicates_of_real_text(method, chain, kept, stdlib_texts):
     texts = [text for text in stdlib_texts["prose"] if len(text.split()) > 300][:10]

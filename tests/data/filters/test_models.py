@@ -94,6 +94,16 @@ def test_batches_count_as_the_whole(monkeypatch, stdlib_texts):
             assert np.array_equal(getattr(a, name), getattr(b, name))
 
 
+def test_pieces_of_a_document_are_judged_as_the_whole(monkeypatch):
+    model = train_character_ngrams([PROSE], order=5)
+    whole = model.perplexity(PROSE[::-1] + PROSE)
+    for size in (1, 3, 4, 50, 10_000):
+        monkeypatch.setattr(
+            "equilibrium_mcore.data.filters.character_ngrams.PIECE_CHARACTERS", size
+        )
+        assert model.perplexity(PROSE[::-1] + PROSE) == pytest.approx(whole, rel=1e-12)
+
+
 def test_perplexity_tells_prose_from_noise(perplexity, reason):
     generator = random.Random(0)
     noise = "".join(generator.sample(PROSE, len(PROSE)))

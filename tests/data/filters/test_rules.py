@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from tests.data.filters.conftest import PROSE
@@ -229,15 +231,24 @@ def test_c4_takes_lines_out(chain):
     outcome = chain(type="c4").process(text, {})
     assert outcome.dropped is None
     assert outcome.text == PROSE + "As was shown before , it holds."
-    all_lines = chain(
-        type="c4",
-        require_terminal_punctuation=False,
-        min_words_per_line=0,
-        remove_javascript_lines=False,
-        remove_policy_lines=False,
-        remove_citations=False,
-    )
-    assert all_lines.process(text, {}).text == text.strip()
+
+
+@pytest.mark.parametrize(
+    ("switch", "line"),
+    [
+        ({"require_terminal_punctuation": False}, "A line that just breaks off"),
+        ({"min_words_per_line": 2}, "Home about."),
+        ({"remove_javascript_lines": False}, "Enable javascript to see this page well."),
+        ({"remove_policy_lines": False}, "We use cookies to know you better."),
+        ({"max_word_length": 1001}, f"It ends with a word: {'x' * 1000}."),
+    ],
+)
+def test_c4_takes_a_line_out_for_one_reason(switch, line, chain):
+    text = PROSE + line
+    assert chain(type="c4").process(text, {}).text == PROSE.strip()
+    assert chain(type="c4", **switch).process(text, {}).text == text
+    citation = PROSE + "As was shown before [12], it holds."
+    assert chain(type="c4", remove_citations=False).process(citation, {}).text == citation
 
 
 def test_length_in_tokens(chain, tokenizer):
@@ -252,3 +263,21 @@ def test_language_is_told_from_all_of_a_long_document(reason):
     settings = dict(type="language", languages=["en"], max_characters=800)
     assert reason(GERMAN + PROSE * 50, **settings) is None
     assert reason(PROSE + GERMAN * 50, **settings) == "language de"
+
+
+@pytest.mark.slow
+def test_language_of_short_text(chain, stdlib_texts, capsys):
+    """The shares that docs/filters.md has. Run with -s to see them."""
+    generator = random.Random(0)
+    filters = chain(type="language", languages=["en"])
+    shares = []
+    for length in (20, 40, 80, 160):
+        kept = []
+        for text in map(" ".join, map(str.split, stdlib_texts["prose"] * 4)):
+            if len(text) >= length + 200:
+                start = generator.randrange(100, len(text) - length)
+                kept.append(filters.process(text[start : start + length], {}).dropped is None)
+        shares.append(sum(kept) / len(kept))
+        with capsys.disabled():
+            print(f"\n{length} characters: {shares[-1]:.2f} of {len(kept)} kept", end="")
+    assert shares == sorted(shares) and shares[-1] > 0.85
