@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ from equilibrium_mcore.certify.sanity.ladder import NEEDS_DATA, NEEDS_STEPS, run
 from equilibrium_mcore.certify.sanity.workbench import sanity_config  # noqa: E402
 from equilibrium_mcore.data.blend import Datasets  # noqa: E402
 from equilibrium_mcore.data.ledger.dataset import LedgerDataset  # noqa: E402
+from equilibrium_mcore.data.ledger.source import SourceDocuments  # noqa: E402
 from equilibrium_mcore.models import mamba, norms  # noqa: E402
 from equilibrium_mcore.optim import optimizer as optim_optimizer  # noqa: E402
 from equilibrium_mcore.training import setup as training_setup  # noqa: E402
@@ -190,9 +192,8 @@ def _frozen(module):
     module.decoder.layers[0].mixer.A_log.requires_grad_(False)
 
 
-def _no_end(sample, index):
-    for name in ("tokens", "labels"):
-        sample[name][sample[name] <= 3] = 10
+def _no_end(sound):
+    return lambda self, span: np.maximum(sound(self, span), 10)
 
 
 def _no_main_weights(sound):
@@ -217,7 +218,8 @@ FAULTS: dict[str, tuple[Plant, str, str]] = {
         "shifted again inside the model"),
     "random samples": (
         _samples(lambda s, i: s["tokens"].random_(4, 500)), "data_order", "other tokens"),
-    "no end of document": (_samples(_no_end), "batch_statistics", "--append-eod"),
+    "no end of document": (
+        _wrapped(SourceDocuments, "read", _no_end), "batch_statistics", "--append-eod"),
     "attention sees the future": (
         _wrapped(F, "scaled_dot_product_attention", _not_causal), "causality",
         "layer 4 (mla) sees the future"),
