@@ -6,6 +6,7 @@ without words cannot stop a run.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,9 +41,9 @@ class DatatroveFilter(DocumentFilter):
             language=words.word_tokenizer(config.word_tokenizer), **self.arguments(config)
         )
 
+    @abstractmethod
     def arguments(self, config: Any) -> dict[str, Any]:
         """The settings under datatrove's names."""
-        raise NotImplementedError
 
     def apply(self, text: str, fields: Mapping[str, Any]) -> str | Dropped:
         """See DocumentFilter."""
