@@ -29,11 +29,6 @@ from equilibrium_mcore.config.load import load_run
 from equilibrium_mcore.parallel import accelerator
 
 
-def show(text: str) -> None:
-    """A line of progress."""
-    print(f"... {text}", flush=True)
-
-
 def main() -> int:
     """Parse the command line, certify, print the table."""
     parser = argparse.ArgumentParser(
@@ -59,17 +54,17 @@ def main() -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     accelerator.install()  # before megatron-core is imported
     accelerator.quiet_libraries()
-    from equilibrium_mcore.certify.certificate import certify, certify_device, write_certificate
-    from equilibrium_mcore.certify.twin import parse_layout, shrink_layout
+    from equilibrium_mcore.certify.certificate import certify_run, write_certificate
 
     try:
         config = load_run(options.config, options.overrides, world_size=options.world_size)
-        layouts = shrink_layout(config, options.world_size)
-        layouts += [parse_layout(text, base=config.parallelism) for text in options.layouts]
-        if kernels:
-            certificate = certify_device(config, progress=show)
-        else:
-            certificate = certify(config, layouts, progress=show)
+        certificate = certify_run(
+            config,
+            tier=options.tier,
+            layouts=options.layouts,
+            world_size=options.world_size,
+            progress=lambda text: print(f"... {text}", flush=True),
+        )
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

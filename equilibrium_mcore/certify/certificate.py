@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,14 @@ from equilibrium_mcore.certify.compare import (
 from equilibrium_mcore.certify.kernels import certify_kernels
 from equilibrium_mcore.certify.packing import compare_packing
 from equilibrium_mcore.certify.trace import Trace, read_trace, trace_rank
-from equilibrium_mcore.certify.twin import STEPS, Layout, in_layout, make_twin
+from equilibrium_mcore.certify.twin import (
+    STEPS,
+    Layout,
+    in_layout,
+    make_twin,
+    parse_layout,
+    shrink_layout,
+)
 from equilibrium_mcore.config.schema import ParallelismConfig, RunConfig
 from equilibrium_mcore.parallel import process_groups
 from equilibrium_mcore.parallel.host import describe_host
@@ -114,6 +121,25 @@ class Certificate:
         else:
             lines.append(f"{AGREEMENT[self.tier]} ({self.seconds:.0f} s)")
         return "\n".join(lines)
+
+
+def certify_run(
+    config: RunConfig,
+    *,
+    tier: str,
+    layouts: Sequence[str] = (),
+    world_size: int | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Certificate:
+    """The certificate of a tier; for `layouts`, of the run's own one and of those named.
+
+    Raises ConfigError for a layout that cannot be.
+    """
+    if tier == "kernels":
+        return certify_device(config, progress=progress)
+    own = shrink_layout(config, world_size)
+    named = [parse_layout(text, base=config.parallelism) for text in layouts]
+    return certify(config, own + named, progress=progress)
 
 
 def certify(

@@ -18,7 +18,7 @@ from equilibrium_mcore.config.filters import FILTER_CLASSES
 from equilibrium_mcore.config.mixture import MixtureConfig
 from equilibrium_mcore.config.problems import section_of
 from equilibrium_mcore.config.schema import RunConfig
-from equilibrium_mcore.config.yaml_io import write_text
+from equilibrium_mcore.files.whole import write_whole
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 FILTERS_DOCUMENT = DOCUMENT.with_name("filters.md")
@@ -139,7 +139,7 @@ def main() -> None:
         (MIXTURES_DOCUMENT, describe_mixture),
     )
     for path, settings in documents:
-        write_text(up_to_date(path.read_text(encoding="utf-8"), settings), path)
+        write_whole(path, up_to_date(path.read_text(encoding="utf-8"), settings))
         sys.stdout.write(f"wrote {path}\n")
 
 

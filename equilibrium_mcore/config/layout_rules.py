@@ -157,8 +157,8 @@ def packed_documents_divide(subject: Subject) -> Iterator[str]:
     data, p, training = subject.config.data, subject.config.parallelism, subject.config.training
     if data.packing != "documents":
         return
-    multiple, chunks = data.document_multiple, 2 * p.context
-    if p.context > 1 and multiple % chunks:
+    multiple, chunks = data.document_multiple, 2 * p.context if p.context > 1 else 1
+    if multiple % chunks:
         yield (
             f"data.document_multiple={multiple} with data.packing: documents and "
             f"parallelism.context={p.context}: each document is cut into {chunks} equal chunks, so "

@@ -15,7 +15,8 @@ from equilibrium_mcore.config.problems import parse
 from equilibrium_mcore.config.references import FOLDERS, resolve
 from equilibrium_mcore.config.rule_kit import Host
 from equilibrium_mcore.config.schema import ModelConfig, RunConfig
-from equilibrium_mcore.config.yaml_io import parse_yaml, read_mapping, to_yaml, write_text
+from equilibrium_mcore.config.yaml_io import parse_yaml, read_mapping, to_yaml
+from equilibrium_mcore.files.whole import write_whole
 
 USAGE = """\
 usage: python -m equilibrium_mcore.pretrain RUN.yaml [key=value ...] [--check]
@@ -130,7 +131,7 @@ def load_model(path_or_name: str | Path) -> ModelConfig:
 
 def save_config(config: RunConfig, path: str | Path) -> None:
     """Write the effective config as YAML; `load_run` reads it back to an equal value."""
-    write_text(to_yaml(config.model_dump(mode="json")), Path(path))
+    write_whole(path, to_yaml(config.model_dump(mode="json")))
 
 
 # --------------------------------------------------------------------------------- the inside

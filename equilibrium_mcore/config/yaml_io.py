@@ -7,7 +7,6 @@ twice in a mapping is an error; plain PyYAML silently keeps the last.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Hashable
 from pathlib import Path
@@ -113,17 +112,3 @@ def read_mapping(path: Path) -> dict[str, Any]:
 def to_yaml(value: Any) -> str:
     """`value` as YAML text, keys in their given order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
-
-
-def write_text(text: str, path: Path) -> None:
-    """Write aside, then rename: no half-written file ever has the final name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)

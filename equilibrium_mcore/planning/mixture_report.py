@@ -8,9 +8,9 @@ from pathlib import Path
 
 from equilibrium_mcore.config.load import load_model
 from equilibrium_mcore.config.mixture import load_mixture
-from equilibrium_mcore.config.yaml_io import write_text
 from equilibrium_mcore.data.mixtures.analyze import MixtureAnalysis, analyze, expected
 from equilibrium_mcore.data.mixtures.report import csv_text, json_text, markdown
+from equilibrium_mcore.files.whole import write_whole
 from equilibrium_mcore.planning.training_cost import Cluster, TrainingCost, training_cost
 
 
@@ -50,9 +50,9 @@ def report(
 
     output.mkdir(parents=True, exist_ok=True)
     text = markdown(analysis, cost=lines, pictures=draw(analysis, output))
-    write_text(json_text(analysis, cost=cost.values() if cost else None), output / "report.json")
-    write_text(csv_text(analysis), output / "datasets.csv")
-    write_text(text, output / "report.md")
+    write_whole(output / "report.json", json_text(analysis, cost=cost.values() if cost else None))
+    write_whole(output / "datasets.csv", csv_text(analysis))
+    write_whole(output / "report.md", text)
     return text
 
 

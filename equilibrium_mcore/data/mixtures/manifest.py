@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from equilibrium_mcore.config.yaml_io import write_text
+from equilibrium_mcore.files.whole import write_whole
 
 NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -95,7 +95,7 @@ class MixtureManifest:
 
     def write(self, folder: Path) -> None:
         """Into `folder`, aside and then renamed."""
-        write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", folder / NAME)
+        write_whole(folder / NAME, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
 
 
 def read_mixture_manifest(folder: Path) -> MixtureManifest:

@@ -27,7 +27,7 @@ import numpy as np
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.mixture import MixtureConfig
 from equilibrium_mcore.config.mixture_rules import epoch_problem
-from equilibrium_mcore.config.yaml_io import to_yaml, write_text
+from equilibrium_mcore.config.yaml_io import to_yaml
 from equilibrium_mcore.data.encode import EncoderPlan, plan_encoder
 from equilibrium_mcore.data.filters.build import build_filters
 from equilibrium_mcore.data.mixtures.manifest import (
@@ -55,6 +55,7 @@ from equilibrium_mcore.data.mixtures.shards import (
 from equilibrium_mcore.data.mixtures.workers import ShardWorkers
 from equilibrium_mcore.data.mixtures.write import OutputSet, blend_texts
 from equilibrium_mcore.data.tokenizer import load_tokenizer
+from equilibrium_mcore.files.whole import write_whole
 
 # Settings of a dataset that do not change its shards: with other values the work is used again.
 NOT_IN_SHARDS = {"mix_ratio", "estimated_tokens", "max_epochs"}
@@ -236,8 +237,8 @@ def _write_all(
         (options.output / NAME).unlink(missing_ok=True)
         outputs.publish()
     for name, text in blends.items():
-        write_text(text, options.output / name)
-    write_text(to_yaml(mixture.model_dump(mode="json")), options.output / "mixture.yaml")
+        write_whole(options.output / name, text)
+    write_whole(options.output / "mixture.yaml", to_yaml(mixture.model_dump(mode="json")))
     manifest.write(options.output)
     say(f"{options.output / NAME} written")
     return manifest

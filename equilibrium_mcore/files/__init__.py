@@ -1,0 +1,1 @@
+"""Files and folders: written whole, removed whole, named the same way everywhere."""

@@ -1,0 +1,90 @@
+"""Files that are whole or absent, also after a kill or a power cut.
+
+A file is written under a temporary name in the same folder, flushed to the disk, and renamed. The
+temporary name is new and hidden, so that no file of a user's is ever in its way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+TEMPORARY = ".tmp"  # what temporary names end in
+REMOVED = ".removed"  # what the names of folders being removed end in
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """A stream whose content becomes `path` when the block ends; nothing changes if it raises.
+
+    `mode` is "w" (UTF-8 text) or "wb". Missing parent folders are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_name(path, TEMPORARY)
+    try:
+        with temporary.open(
+            mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8"
+        ) as stream:
+            yield stream
+            sync_stream(stream)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def write_whole(path: str | Path, content: str | bytes) -> None:
+    """Make `path` hold `content`: all of it, or what was there before."""
+    with whole_file(path, "wb" if isinstance(content, bytes) else "w") as stream:
+        stream.write(content)
+
+
+def sync_stream(stream: IO[Any]) -> None:
+    """Bring what was written to an open file to the disk."""
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def sync_file(path: str | Path) -> None:
+    """Bring a closed file, which other code wrote, to the disk."""
+    _sync(path)
+
+
+def sync_directory(folder: str | Path) -> None:
+    """Make the names in `folder` survive a power cut."""
+    _sync(folder)
+
+
+def remove_tree(path: str | Path) -> None:
+    """Remove a file, a symbolic link or a folder, which is renamed first.
+
+    A kill in the middle leaves a name that ends in `REMOVED`, never half of what `path` held. Of a
+    link the link alone is removed.
+    """
+    path = Path(path)
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+        return
+    doomed = _temporary_name(path, REMOVED)
+    os.replace(path, doomed)
+    sync_directory(path.parent)
+    shutil.rmtree(doomed)
+
+
+def _temporary_name(path: Path, ending: str) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{ending}")
+
+
+def _sync(path: str | Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
