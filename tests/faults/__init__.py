@@ -1,0 +1,1 @@
+"""Accidents of real runs, made to happen on purpose: `python -m tests.faults --help`."""

@@ -1,0 +1,158 @@
+"""The accidents, one function each: `SCENARIOS` is the list that later work extends.
+
+A scenario gets the bench, a random generator and a name of its own; it raises BrokenPromiseError when a promise
+does not hold. Everything that it draws comes from the generator.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from equilibrium_mcore.checkpoint.directory import checkpoints_directory, list_checkpoints
+from tests.faults.bench import STEPS, Bench, Job, expect, logged_steps, wait_until
+from tests.faults.damage import DAMAGES, Damage
+
+Scenario = Callable[[Bench, random.Random, str], str]
+
+
+def parent_killed(bench: Bench, rng: random.Random, name: str) -> str:
+    """SIGKILL to the command, again and again; the same command at once, without a pause."""
+    run, moments, pids = bench.new_run(name), [], set()
+    for _ in range(rng.randint(1, 3)):
+        job = bench.start(run)
+        moments.append(_wait_for_a_moment(run, job, rng))
+        pids |= {process.pid for process in job.family()}
+        job.process.kill()
+        job.process.wait()
+    bench.finish(run)
+    bench.check_left(pids)
+    return f"killed {', '.join(moments)}"
+
+
+def rank_killed(bench: Bench, rng: random.Random, name: str) -> str:
+    """SIGKILL to one rank: the run fails and says which, and resumes."""
+    run = bench.new_run(name)
+    job = bench.start(run)
+    moment = _wait_for_a_moment(run, job, rng)
+    family = job.family()
+    pids = {process.pid for process in family}
+    ranks = [process for process in family[1:] if process.is_running()]
+    if ranks:
+        victim = rng.choice(ranks)
+        victim.kill()
+        if job.wait() == 0:  # it was through already
+            expect(logged_steps(run) == STEPS, "a run that lost a rank fails", job.text())
+        else:
+            expect("SIGKILL" in job.text(), "what ended the rank is told", job.text())
+    else:
+        job.wait()
+    bench.finish(run)
+    bench.check_left(pids)
+    return f"killed {moment}"
+
+
+def stopped_by_signal(bench: Bench, rng: random.Random, name: str) -> str:
+    """SIGTERM: the step that runs is finished and saved, and the command ends with 0."""
+    run = bench.new_run(name)
+    job = bench.start(run)
+    wait_until(lambda: logged_steps(run) > 0 or job.process.poll() is not None, "a step is logged")
+    pids = {process.pid for process in job.family()}
+    job.process.send_signal(rng.choice((signal.SIGTERM, signal.SIGUSR1)))
+    expect(job.wait() == 0, "a run that is asked to stop ends with 0", job.text())
+    stopped = logged_steps(run)
+    last = list_checkpoints(run)[-1].name
+    expect(last == f"step_{stopped:08d}", "the step that ran was saved", (stopped, last))
+    bench.finish(run)
+    bench.check_left(pids)
+    return f"stopped after step {stopped}"
+
+
+def two_runs(bench: Bench, rng: random.Random, name: str) -> str:
+    """Two runs in one output directory: one is refused and told by whom, the other is unharmed."""
+    run = bench.new_run(name)
+    jobs = [bench.start(run)]
+    if rng.random() < 0.5:
+        _wait_for_a_moment(run, jobs[0], rng, late=False)
+    jobs.append(bench.start(run))
+    pids = {process.pid for job in jobs for process in job.family()}
+    statuses = [job.wait() for job in jobs]
+    texts = "\n".join(job.text() for job in jobs)
+    if statuses != [0, 0]:  # both may succeed, one after the other
+        expect(sorted(statuses) == [0, 2], "one runs and one is refused", f"{statuses}\n{texts}")
+        refused = jobs[statuses.index(2)]
+        holder = jobs[statuses.index(0)].process.pid
+        expect(str(holder) in refused.text(), "the refusal names the holder", refused.text())
+    bench.check_curve(run)
+    bench.check_left(pids)
+    return f"statuses {statuses}"
+
+
+def newest_damaged(bench: Bench, rng: random.Random, name: str) -> str:
+    """The newest checkpoint is damaged: it is named, and an older one is resumed from."""
+    run, damage, file = _damaged_half(bench, rng, name, DAMAGES)
+    job = bench.finish(run)
+    expect(file in job.text(), f"{damage.name} is told, with the file {file}", job.text())
+    return f"{damage.name}, {file}"
+
+
+def newest_damaged_and_wanted(bench: Bench, rng: random.Random, name: str) -> str:
+    """With `resume: must` and a step, a damaged checkpoint is refused and nothing is lost."""
+    harmful = [damage for damage in DAMAGES if damage.harmful]
+    run, damage, file = _damaged_half(bench, rng, name, harmful)
+    before = [path.name for path in list_checkpoints(run)]
+    step = int(before[-1].removeprefix("step_"))
+    job = bench.start(run, "checkpoint.resume=must", f"checkpoint.resume_step={step}")
+    expect(job.wait() == 2, f"{damage.name} ({file}) is refused", job.text())
+    expect("Traceback" not in job.text(), "the refusal is no traceback", job.text())
+    expect(file in job.text(), f"the refusal names {file}", job.text())
+    after = [path.name for path in list_checkpoints(run)]
+    expect(before == after, "nothing is lost", (before, after))
+    bench.finish(run)
+    return f"{damage.name}, {file}"
+
+
+SCENARIOS: dict[str, Scenario] = {
+    scenario.__name__: scenario
+    for scenario in (
+        parent_killed,
+        rank_killed,
+        stopped_by_signal,
+        two_runs,
+        newest_damaged,
+        newest_damaged_and_wanted,
+    )
+}
+
+
+# --------------------------------------------------------------------------------- the inside
+
+
+def _wait_for_a_moment(run: Path, job: Job, rng: random.Random, *, late: bool = True) -> str:
+    """Wait for a moment that is drawn: early, at a step, or in the middle of a save."""
+    step = rng.randint(0, STEPS if late else 3)
+    if late and rng.random() < 0.4:
+        partial = checkpoints_directory(run)
+
+        def saving() -> bool:
+            return partial.is_dir() and any(p.name.endswith(".partial") for p in partial.iterdir())
+
+        wait_until(lambda: saving() or job.process.poll() is not None, "the run saves")
+        return "while saving"
+    wait_until(
+        lambda: logged_steps(run) >= step or job.process.poll() is not None, f"step {step} comes"
+    )
+    return f"at step {step}"
+
+
+def _damaged_half(
+    bench: Bench, rng: random.Random, name: str, damages: Sequence[Damage]
+) -> tuple[Path, Damage, str]:
+    """A run that stopped after nine steps, what was done to its newest checkpoint, to which file"""
+    run = bench.new_run(name)
+    job = bench.start(run, "training.stop_after_steps=9")
+    expect(job.wait() == 0, "a run that stops early ends with 0", job.text())
+    damage = rng.choice(damages)
+    return run, damage, damage.do(list_checkpoints(run)[-1], rng)
