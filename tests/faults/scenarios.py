@@ -1,7 +1,7 @@
 """The accidents, one function each: `SCENARIOS` is the list that later work extends.
 
-A scenario gets the bench, a random generator and a name of its own; it raises BrokenPromiseError when a promise
-does not hold. Everything that it draws comes from the generator.
+A scenario gets the bench, a random generator and a name of its own; it raises BrokenPromiseError
+when a promise does not hold. Everything that it draws comes from the generator.
 """
 
 from __future__ import annotations
