@@ -1,0 +1,142 @@
+"""Hold a run's curve, number by number, against the same run by an earlier commit.
+
+The quickstart's config (or another run on the CPU) is trained a few steps by this tree and by a
+temporary checkout of REV, on the same data and with the same threads. Loss, balancing loss and
+gradient norm of every step must be equal to the bit; the ratio of speeds is printed beside it.
+With `--resume` REV trains the first half and this tree resumes its checkpoint. The status is 1
+when they differ.
+
+Examples:
+    python tools/bench/curve.py --against HEAD~1
+    python tools/bench/curve.py --against v0.1 --steps 20 --resume
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPARED = ("loss", "aux_loss", "gradient_norm", "learning_rate", "tokens")
+# The quickstart at a size that two cores train in a minute, with a line for every step.
+SMALL = (
+    "model.vocab_size=1024",
+    "training.sequence_length=128",
+    "training.micro_batch_size=2",
+    "training.global_batch_size=8",
+    "training.validation_interval_steps=0",
+    "checkpoint.save_interval_steps=0",
+    "optimizer.schedule.warmup_steps=2",
+    "logging.interval_steps=1",
+    "logging.tensorboard=false",
+)
+
+
+def main() -> int:
+    """Parse the command line, make data, train with both trees, compare."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--against", required=True, metavar="REV", help="the earlier commit")
+    add("--steps", type=int, default=20, help="of the run (20)")
+    add("--resume", action="store_true", help="REV trains the first half, this tree the second")
+    add("overrides", nargs="*", metavar="key=value", help="settings, for both")
+    options = parser.parse_intermixed_args()
+    with tempfile.TemporaryDirectory(prefix="curve_") as temporary:
+        folder = Path(temporary)
+        before = folder / "tree"
+        _call("git", "worktree", "add", "--quiet", "--detach", before, options.against)
+        try:
+            return _compare(folder, before, options)
+        finally:
+            _call("git", "worktree", "remove", "--force", before)
+
+
+def _compare(folder: Path, before: Path, options: argparse.Namespace) -> int:
+    settings = [*_make_data(folder), *options.overrides, f"training.steps={options.steps}"]
+    expected = _train(before, folder / "before", settings)
+    if options.resume:
+        half = f"training.stop_after_steps={options.steps // 2}"
+        _train(before, folder / "now", [*settings, half])
+    found = _train(ROOT, folder / "now", settings)
+    apart = [
+        f"step {old['step']}: {name} {new.get(name)!r}, before {old.get(name)!r}"
+        for old, new in zip(expected, found, strict=True)
+        for name in COMPARED
+        if new.get(name) != old.get(name)
+    ]
+    what = "resumed from its checkpoint" if options.resume else "from the start"
+    ratio = _speed(found[len(found) // 2 :]) / _speed(expected[len(expected) // 2 :])
+    print(f"{len(found)} steps against {options.against}, {what}; tokens/s: {ratio:.2f} of before")
+    if apart:
+        print(f"NOT the same curve: {len(apart)} numbers differ, first {apart[0]}")
+        return 1
+    print(f"the same curve, to the bit: {', '.join(COMPARED)}")
+    return 0
+
+
+def _make_data(folder: Path) -> list[str]:
+    """Make what examples/quickstart.sh makes, smaller; the settings that name it."""
+    data, tokenizer = folder / "data", folder / "tokenizer.model"
+    _tool("examples/stdlib_text.py", "--output-directory", data, "--max-megabytes", "1.5")
+    texts = [data / "code.jsonl", data / "prose.jsonl"]
+    _tool(
+        "tools/train_tokenizer.py", "--input", *texts, "--output", tokenizer, "--vocab-size", 1024
+    )
+    kind = ("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tokenizer)
+    for text in texts:
+        prefix = text.with_suffix("")
+        _tool("tools/preprocess_data.py", "--input", text, "--output-prefix", prefix, *kind,
+              "--append-eod")  # fmt: skip
+    return [
+        *SMALL,
+        f"data.tokenizer.model={tokenizer}",
+        f"data.sources.0.prefix={data / 'code_text_document'}",
+        f"data.sources.1.prefix={data / 'prose_text_document'}",
+    ]
+
+
+def _train(tree: Path, output: Path, settings: list[str]) -> list[dict]:
+    """Train by the code of `tree`; the training records."""
+    config = ROOT / "configs" / "runs" / "quickstart.yaml"
+    _python(
+        tree, "-m", "equilibrium_mcore.pretrain", config, f"output_directory={output}", *settings
+    )
+    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == "train"]
+
+
+def _speed(records: list[dict]) -> float:
+    return statistics.median(record["tokens_per_second"] for record in records)
+
+
+def _tool(script: str, *arguments: object) -> None:
+    _python(ROOT, ROOT / script, *arguments)
+
+
+def _python(tree: Path, *arguments: object) -> None:
+    _call(sys.executable, "-W", "ignore", *arguments, cwd=tree, PYTHONPATH=str(tree))
+
+
+def _call(*words: object, cwd: Path = ROOT, **environment: str) -> None:
+    """Run a command; print what it said and leave when it fails."""
+    job = subprocess.run(
+        [str(word) for word in words],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    if job.returncode:
+        sys.exit(f"{' '.join(map(str, words))}\n{job.stdout[-2000:]}{job.stderr[-4000:]}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
