@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.blend import Datasets
+from equilibrium_mcore.data.samples import Samples
 
 
-class MadeUpTokens(Dataset):
+class MadeUpTokens(Samples):
     """Sample i: a random walk over the vocabulary, so that there is something to learn.
 
     With `document_multiple` a sample is cut into documents whose lengths are multiples of it.

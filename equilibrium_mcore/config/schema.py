@@ -7,27 +7,18 @@ together are in `rules.py`; reading YAML and the command line is in `load.py`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
-
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    """A frozen group of settings; unknown keys and wrong types are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-def setting(default=..., doc: str = "", **limits):
-    """A field with its meaning, which `--help` and the docs print."""
-    return Field(default, description=doc, **limits)
-
+from equilibrium_mcore.config.objectives import NextTokenConfig, ObjectiveConfig
+from equilibrium_mcore.config.section import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    setting,
+)
 
 # --------------------------------------------------------------------------------- the model
 
@@ -428,5 +419,8 @@ class RunConfig(Section):
     parallelism: ParallelismConfig = ParallelismConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig
+    objective: ObjectiveConfig = setting(
+        NextTokenConfig(), "what is minimised, told apart by its `type`"
+    )
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()

@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +21,9 @@ import torch
 from equilibrium_mcore.config.schema import DataConfig
 from equilibrium_mcore.data.indexed_files import dataset_paths
 from equilibrium_mcore.data.ledger.dataset import build_ledger_dataset
+from equilibrium_mcore.data.samples import NumberedSamples, Samples
 from equilibrium_mcore.data.sources import SPLITS, check_sources
 from equilibrium_mcore.data.tokenizer import Tokenizer, load_tokenizer
-
-if TYPE_CHECKING:
-    from torch.utils.data import Dataset
 
 # megatron-core builds this share of samples more per source than the blend should need.
 SMALLEST_SURPLUS = 0.005
@@ -35,9 +33,9 @@ SMALLEST_SURPLUS = 0.005
 class Datasets:
     """The three splits; None where no samples were asked for. Unpacks in this order."""
 
-    train: Dataset | None
-    validation: Dataset | None
-    test: Dataset | None
+    train: Samples | None
+    validation: Samples | None
+    test: Samples | None
 
     def __iter__(self):
         return iter((self.train, self.validation, self.test))
@@ -104,7 +102,9 @@ def _megatron_datasets(data: DataConfig, samples: dict[str, int], **settings: An
     if _is_first_rank():
         _remove_cut_short(cache)
     built = {
-        split: _build_split(data, split, count, cache=cache, **settings) if count else None
+        split: NumberedSamples(_build_split(data, split, count, cache=cache, **settings))
+        if count
+        else None
         for split, count in samples.items()
     }
     return Datasets(**built)

@@ -1,14 +1,4 @@
-"""Batches in one global order, whatever the data-parallel size and the micro-batch.
-
-The run's samples have one order, 0, 1, 2, ... With R data-parallel ranks and micro-batches of B
-samples, micro-step k behind `consumed_samples` c uses the R*B samples from c + k*R*B on, and rank
-r the B of them from c + k*R*B + r*B on (Megatron-LM's sequential sampler). A global batch of G
-samples is G / (R*B) micro-steps and so holds exactly the samples c ... c+G-1. To resume, start at
-the samples consumed: no sample is repeated or skipped when R or B changes.
-
-A dataset with a ledger is asked by plans instead of numbers, in the same order: see
-`data/ledger/`. It has no end.
-"""
+"""Batches of a dataset in its global order (`data/samples.py`), through torch's loader."""
 
 from __future__ import annotations
 
@@ -17,42 +7,23 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from equilibrium_mcore.data.ledger.dataset import LedgerDataset, planned_batches
-
-
-def sample_numbers(
-    *,
-    total_samples: int,
-    consumed_samples: int,
-    micro_batch_size: int,
-    data_parallel_rank: int,
-    data_parallel_size: int,
-) -> Iterator[list[int]]:
-    """The samples of each micro-step of one rank, as long as all ranks have full micro-batches."""
-    per_micro_step = micro_batch_size * data_parallel_size
-    first = consumed_samples
-    while first + per_micro_step <= total_samples:
-        start = first + data_parallel_rank * micro_batch_size
-        yield list(range(start, start + micro_batch_size))
-        first += per_micro_step
+from equilibrium_mcore.data.samples import Samples
 
 
 class _MicroBatches:
-    """Batch sampler for a DataLoader: which samples, or plans of samples, each micro-step uses."""
+    """Batch sampler for a DataLoader: what each micro-step asks the dataset for."""
 
-    def __init__(self, dataset: Dataset, **arguments: int) -> None:
+    def __init__(self, dataset: Samples, **arguments: int) -> None:
         self.dataset, self.arguments = dataset, arguments
 
     def __iter__(self) -> Iterator[list]:
-        if isinstance(self.dataset, LedgerDataset):
-            return planned_batches(self.dataset, **self.arguments)
-        return sample_numbers(total_samples=len(self.dataset), **self.arguments)
+        return self.dataset.micro_batches(**self.arguments)
 
 
 def batches(
-    dataset: Dataset,
+    dataset: Samples,
     *,
     consumed_samples: int,
     micro_batch_size: int,
@@ -68,7 +39,7 @@ def batches(
     ValueError at once for sizes that make no sense, and when the dataset has no full micro-step
     left, instead of ending silently.
     """
-    total = len(dataset)  # type: ignore[arg-type]
+    total = len(dataset)
     if micro_batch_size < 1 or data_parallel_size < 1 or consumed_samples < 0:
         raise ValueError(
             f"micro_batch_size={micro_batch_size} and data_parallel_size={data_parallel_size} "

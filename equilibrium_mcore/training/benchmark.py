@@ -22,13 +22,13 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from torch.utils.data import Dataset
 
 from equilibrium_mcore.config import rules
 from equilibrium_mcore.config.load import load_model, run_from_mapping
 from equilibrium_mcore.config.pattern import CUT, count_kinds
 from equilibrium_mcore.config.schema import ModelConfig, RunConfig
 from equilibrium_mcore.data.blend import Datasets
+from equilibrium_mcore.data.samples import Samples
 from equilibrium_mcore.models.flops import training_flops_per_token
 from equilibrium_mcore.models.parameters import count_parameters
 from equilibrium_mcore.optim.muon import Muon
@@ -135,7 +135,7 @@ def _median_seconds(work: Callable[[], object], *, warmup: int = 5, repeats: int
 # -------------------------------------------------------------------------------- the training
 
 
-class MadeUpTokens(Dataset):
+class MadeUpTokens(Samples):
     """Samples of uniformly random tokens; sample i is the same in every call."""
 
     def __init__(self, *, samples: int, sequence_length: int, vocab_size: int) -> None:
@@ -247,7 +247,7 @@ def _train_once(
                         muon.append(clock["muon"])
                         if time.perf_counter() - start > plan.time_limit_seconds:
                             break
-            run.train_batches.clear()
+            run.stream.close()
         finally:
             process_groups.destroy()
     step_seconds = statistics.median(seconds)

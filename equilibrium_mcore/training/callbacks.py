@@ -41,7 +41,7 @@ class LogCallback(Callback):
     def __init__(self, config: RunConfig) -> None:
         self.every = config.logging.interval_steps
         self.writer: MetricsWriter | None = None
-        self._since = (0.0, 0, 0)  # seconds, step, tokens at the last line
+        self._since = (0.0, 0, 0)  # seconds, step, samples at the last line
         self._paused = 0.0
 
     def on_start(self, run: Run) -> None:
@@ -63,7 +63,7 @@ class LogCallback(Callback):
             if run.resumed_from is not None:
                 details["from"] = str(run.resumed_from)
             self.event("start" if resumed is None else "resume", run, **details)
-        self._since = (time.perf_counter(), run.progress.step, run.progress.tokens)
+        self._since = (time.perf_counter(), run.progress.step, run.progress.samples)
 
     def pause(self, seconds: float) -> None:
         """Leave this time out of the next rate: it was not spent on training."""
@@ -77,12 +77,12 @@ class LogCallback(Callback):
     def on_step(self, run: Run, outcome: StepOutcome) -> None:
         now, progress = time.perf_counter(), run.progress
         seconds = now - self._since[0] - self._paused
-        steps, tokens = progress.step - self._since[1], progress.tokens - self._since[2]
-        self._since, self._paused = (now, progress.step, progress.tokens), 0.0
+        steps, samples = progress.step - self._since[1], progress.samples - self._since[2]
+        self._since, self._paused = (now, progress.step, progress.samples), 0.0
         if self.writer is None:
             return
         training, peak = run.config.training, run.config.logging.peak_tflops_per_device
-        rate = tokens / seconds
+        rate = samples * training.sequence_length / seconds
         flops = training_flops_per_token(run.config.model, training.sequence_length)
         per_device = rate * flops / torch.distributed.get_world_size() / 1e12
         self.writer.write(
@@ -139,7 +139,7 @@ class ValidationCallback(Callback):
 
 
 class LedgerCallback(Callback):
-    """Counts what was trained on, and writes `ledger.jsonl` on the first rank.
+    """Writes `ledger.jsonl` on the first rank.
 
     Nothing is done for data without a ledger.
     """
@@ -148,8 +148,8 @@ class LedgerCallback(Callback):
         self.file: LedgerFile | None = None
 
     def on_start(self, run: Run) -> None:
-        ledger = run.commit_samples()
-        if ledger is None or not run.is_first_rank:
+        state = run.stream.state().get("ledger")
+        if state is None or not run.is_first_rank:
             return
         self.file = LedgerFile(
             Path(run.config.output_directory), goes_on=run.resumed_from is not None
@@ -158,11 +158,8 @@ class LedgerCallback(Callback):
             step=run.progress.step,
             samples=run.progress.samples,
             settings=settings_of(run.config),
-            state=ledger.state(),
+            state=state,
         )
-
-    def on_step(self, run: Run, outcome: StepOutcome) -> None:
-        run.commit_samples()
 
     def saved(self, run: Run, progress: dict) -> None:
         """Note the state of a checkpoint that is in place."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
-from torch import Tensor
 
 from equilibrium_mcore.checkpoint.directory import latest_checkpoint, read_state
 from equilibrium_mcore.checkpoint.sharded import load_checkpoint, load_weights
@@ -27,9 +25,8 @@ from equilibrium_mcore.config.layout import (
 from equilibrium_mcore.config.load import save_config
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.blend import Datasets, build_datasets
-from equilibrium_mcore.data.ledger.dataset import LedgerDataset
-from equilibrium_mcore.data.ledger.ledger import Ledger
-from equilibrium_mcore.data.loader import batches
+from equilibrium_mcore.data.samples import Samples
+from equilibrium_mcore.data.stream import DatasetStream, TrainStream
 from equilibrium_mcore.data.tokenizer import load_tokenizer
 from equilibrium_mcore.models.provider import build_model
 from equilibrium_mcore.models.transformer_config import build_transformer_config
@@ -37,6 +34,7 @@ from equilibrium_mcore.optim.optimizer import HybridOptimizer
 from equilibrium_mcore.parallel import accelerator, process_groups
 from equilibrium_mcore.parallel.host import describe_host
 from equilibrium_mcore.parallel.launch import Place
+from equilibrium_mcore.training.objective import Objective, build_objective
 
 logger = logging.getLogger(__name__)
 
@@ -59,27 +57,17 @@ class Run:
     transformer: TransformerConfig
     chunks: list[torch.nn.Module]  # DDP-wrapped, one per virtual pipeline stage
     optimizer: HybridOptimizer
+    objective: Objective
     datasets: Datasets
     data_parallel_size: int
     micro_batches: int
     progress: Progress = field(default_factory=Progress)
     resumed_from: Path | None = None
-    train_batches: list[Iterator[dict[str, Tensor]]] = field(default_factory=list)
-    # The samples trained on, where the loader's own ledger is already ahead; None for other data.
-    trained_ledger: Ledger | None = None
-    trained_samples: int = 0
-
-    def commit_samples(self) -> Ledger | None:
-        """The ledger of what was trained on, brought up to the run's progress."""
-        if self.trained_ledger is not None:
-            self.trained_ledger.skip(self.progress.samples - self.trained_samples)
-            self.trained_samples = self.progress.samples
-        return self.trained_ledger
+    stream: TrainStream | None = None  # made once the run knows where it stands
 
     def progress_to_save(self) -> dict[str, Any]:
-        """Progress and where every source of the data stands, as plain values."""
-        ledger = self.commit_samples()
-        return {**asdict(self.progress), "ledger": None if ledger is None else ledger.state()}
+        """Progress and where the data stands, as plain values."""
+        return {**asdict(self.progress), **self.stream.state()}
 
     @property
     def is_first_rank(self) -> bool:
@@ -91,21 +79,17 @@ class Run:
         training = self.config.training
         return min(training.steps, training.stop_after_steps or training.steps)
 
-    def batches_of(self, dataset, *, consumed_samples: int) -> list[Iterator[dict[str, Tensor]]]:
-        """This rank's micro-batches of `dataset`, one iterator per model chunk."""
-        training = self.config.training
-        return [
-            batches(
-                dataset,
-                consumed_samples=consumed_samples,
-                micro_batch_size=training.micro_batch_size,
-                data_parallel_rank=self.groups.dp.rank(),
-                data_parallel_size=self.data_parallel_size,
-                num_workers=self.config.data.num_workers,
-                pin_memory=accelerator.has_cuda(),
-            )
-            for _ in self.chunks
-        ]
+    def stream_of(self, dataset: Samples, *, consumed_samples: int) -> TrainStream:
+        """This rank's micro-batches of `dataset`."""
+        return DatasetStream(
+            dataset,
+            consumed_samples=consumed_samples,
+            micro_batch_size=self.config.training.micro_batch_size,
+            data_parallel_rank=self.groups.dp.rank(),
+            data_parallel_size=self.data_parallel_size,
+            num_workers=self.config.data.num_workers,
+            pin_memory=accelerator.has_cuda(),
+        )
 
 
 def setup(config: RunConfig, place: Place, *, datasets: Datasets | None = None) -> Run:
@@ -130,15 +114,13 @@ def setup(config: RunConfig, place: Place, *, datasets: Datasets | None = None) 
         transformer=transformer,
         chunks=chunks,
         optimizer=optimizer,
+        objective=build_objective(config.objective),
         datasets=datasets,
         data_parallel_size=data_parallel_size(config, place.world_size),
         micro_batches=micro_batches_per_step(config, place.world_size),
     )
     resume(run)
-    if isinstance(datasets.train, LedgerDataset):
-        run.trained_ledger = datasets.train.ledger_at(run.progress.samples)
-        run.trained_samples = run.progress.samples
-    run.train_batches = run.batches_of(datasets.train, consumed_samples=run.progress.samples)
+    run.stream = run.stream_of(datasets.train, consumed_samples=run.progress.samples)
     if run.is_first_rank:
         Path(config.output_directory).mkdir(parents=True, exist_ok=True)
         save_config(config, Path(config.output_directory) / "config.yaml")
@@ -263,5 +245,5 @@ def resume(run: Run) -> None:
 def teardown(run: Run) -> None:
     """Leave the process groups in order, after every rank is done."""
     torch.distributed.barrier()
-    run.train_batches.clear()
+    run.stream.close()
     process_groups.destroy()

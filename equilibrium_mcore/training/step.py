@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +15,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from equilibrium_mcore.config.pattern import count_kinds
+from equilibrium_mcore.data.stream import Batch
 from equilibrium_mcore.models.packing import document_lengths, packed_documents, rank_tokens
 from equilibrium_mcore.parallel import accelerator
 from equilibrium_mcore.training.setup import Run
@@ -24,12 +25,18 @@ from equilibrium_mcore.training.setup import Run
 class StepOutcome:
     """What one step did; the same on every rank."""
 
-    loss: float  # mean cross-entropy per token of the global batch, in nats
+    figures: dict[str, float]  # the objective's, by name: means over the global batch
+    tokens: int  # positions whose label counted, in the global batch
     aux_loss: float | None  # mean balancing loss per MoE layer; None for a model without experts
     gradient_norm: float
     learning_rates: dict[str, float]
     skipped: bool
     stop_requested: bool  # some rank was told to stop
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy per counted token of the global batch, in nats."""
+        return self.figures["loss"]
 
 
 def train_step(run: Run, *, stop_requested: bool = False) -> StepOutcome:
@@ -40,19 +47,24 @@ def train_step(run: Run, *, stop_requested: bool = False) -> StepOutcome:
     for chunk in run.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
-    outputs = _run_schedule(run, run.train_batches, run.micro_batches, forward_only=False)
+    batches = run.stream.next_batches(run.micro_batches)
+    outputs = _run_schedule(run, batches, forward_only=False)
     rates = run.optimizer.learning_rates()
     result = run.optimizer.step()
-    totals = _sum_over_ranks(run, outputs, extra=[_aux_loss_here(run), float(stop_requested)])
-    loss_sum, tokens, aux, stops = totals
-    training = run.config.training
+    figures, counts, extra = _sum_over_ranks(
+        run, outputs, extra=[_aux_loss_here(run), float(stop_requested)]
+    )
+    aux, stops = extra
+    samples = run.config.training.global_batch_size
+    run.stream.commit(samples)
     run.progress.step += 1
-    run.progress.samples += training.global_batch_size
-    run.progress.tokens += training.global_batch_size * training.sequence_length
+    run.progress.samples += samples
+    run.progress.tokens += round(counts["loss"])
     moe_layers = count_kinds(run.config.model.layer_pattern).get("moe", 0)
     aux_scale = moe_layers * run.micro_batches * run.data_parallel_size
     return StepOutcome(
-        loss=loss_sum / max(tokens, 1),
+        figures=figures,
+        tokens=round(counts["loss"]),
         aux_loss=aux / aux_scale if moe_layers else None,
         gradient_norm=result.gradient_norm,
         learning_rates=rates,
@@ -69,16 +81,18 @@ def validation_loss(run: Run) -> float:
     """
     for chunk in run.chunks:
         chunk.eval()
-    iterators = run.batches_of(run.datasets.validation, consumed_samples=0)
     count = run.micro_batches * run.config.training.validation_batches
+    stream = run.stream_of(run.datasets.validation, consumed_samples=0)
+    batches = stream.next_batches(count)
+    stream.close()
     with run.optimizer.evaluation_weights():
-        outputs = _run_schedule(run, iterators, count, forward_only=True)
-    loss_sum, tokens = _sum_over_ranks(run, outputs)
-    return loss_sum / max(tokens, 1)
+        outputs = _run_schedule(run, batches, forward_only=True)
+    figures, _, _ = _sum_over_ranks(run, outputs)
+    return figures["loss"]
 
 
 def forward_step(
-    iterator: Iterator[dict[str, Tensor]], chunk: torch.nn.Module, *, run: Run
+    iterator: Iterator[Batch], chunk: torch.nn.Module, *, run: Run, scale: float
 ) -> tuple[Tensor, partial]:
     """megatron-core's forward step: losses per token on the last stage, hidden states before."""
     batch, packed = rank_batch(next(iterator), run)
@@ -89,27 +103,27 @@ def forward_step(
         labels=batch["labels"],
         packed_seq_params=packed,
     )
-    return output, partial(sum_of_losses, loss_mask=batch["loss_mask"])
+    return output, partial(objective_of, batch=batch, run=run, scale=scale)
 
 
-def sum_of_losses(losses: Tensor, *, loss_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum over counted tokens, their number, and both for the log. losses: (batch, sequence)."""
-    mask = loss_mask.reshape(-1).float()
-    total = (losses.reshape(-1).float() * mask).sum()
-    tokens = mask.sum()
-    return total, tokens.to(torch.int), torch.stack([total.detach(), tokens])
+def objective_of(
+    losses: Tensor, *, batch: Batch, run: Run, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The objective's scaled sum, this rank's positions, and the figures (sum, count) as a row."""
+    outcome = run.objective(losses, batch, cp_group=run.groups.cp)
+    positions = torch.tensor(batch["labels"].numel(), dtype=torch.int, device=losses.device)
+    figures = [value for name in run.objective.figures for value in outcome.figures[name]]
+    return outcome.total * scale, positions, torch.stack(figures).detach()
 
 
-def rank_batch(
-    batch: dict[str, Tensor], run: Run
-) -> tuple[dict[str, Tensor], PackedSeqParams | None]:
+def rank_batch(batch: Batch, run: Run) -> tuple[Batch, PackedSeqParams | None]:
     """The batch on this rank's device, cut to its part of the sequence under CP.
 
     With `data.packing: documents` its sequences become one, (1, batch * sequence), described by the
     second value.
     """
     device = accelerator.device()
-    names = ("tokens", "labels", "loss_mask", "position_ids")
+    names = ("tokens", "labels", "loss_mask", "position_ids", *run.objective.inputs)
     batch = {name: batch[name].to(device, non_blocking=True) for name in names}
     cp = run.groups.cp
     if run.config.data.packing == "documents":
@@ -123,10 +137,8 @@ def rank_batch(
     ), None
 
 
-def _run_schedule(
-    run: Run, iterators: list[Iterator], micro_batches: int, *, forward_only: bool
-) -> list[Tensor]:
-    """What `sum_of_losses` returned for every micro-batch, on ranks of the last stage."""
+def _run_schedule(run: Run, batches: list[Batch], *, forward_only: bool) -> list[Tensor]:
+    """The figures of `objective_of` for every micro-batch, on ranks of the last stage."""
     layout, training = run.config.parallelism, run.config.training
     length, batch_size = training.sequence_length, training.micro_batch_size
     if run.config.data.packing == "documents":  # all sequences of a micro-batch are one
@@ -135,11 +147,12 @@ def _run_schedule(
         pp_size=layout.pipeline,
         vp_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
     )
+    iterators = [iter(batches) for _ in run.chunks]
     return schedule(
-        forward_step_func=partial(forward_step, run=run),
+        forward_step_func=partial(forward_step, run=run, scale=_scale(run, batches)),
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=run.chunks if len(run.chunks) > 1 else run.chunks[0],
-        num_microbatches=micro_batches,
+        num_microbatches=len(batches),
         seq_length=length,
         micro_batch_size=batch_size,
         forward_only=forward_only,
@@ -148,16 +161,32 @@ def _run_schedule(
     )
 
 
-def _sum_over_ranks(run: Run, outputs: list[Tensor], extra: list[float] = ()) -> list[float]:
-    """(sum of losses, tokens, *extra) over all ranks; each token is counted on one TP rank."""
-    mine = torch.zeros(2 + len(extra), dtype=torch.float64)
+def _scale(run: Run, batches: list[Batch]) -> float:
+    """Positions over the objective's divisor, both of the global batch. Collective."""
+    mine = [sum(batch["labels"].numel() for batch in batches)]
+    mine.append(sum(run.objective.weigh(batch) for batch in batches))
+    both = torch.tensor(mine, dtype=torch.float64, device=accelerator.device())
+    torch.distributed.all_reduce(both, group=run.groups.dp)
+    positions, divisor = both.tolist()
+    return positions / divisor if divisor else 0.0
+
+
+def _sum_over_ranks(
+    run: Run, outputs: list[Tensor], extra: Sequence[float] = ()
+) -> tuple[dict[str, float], dict[str, float], list[float]]:
+    """Figures, their counts and sums of `extra` over all ranks; each token is on one TP rank."""
+    names = run.objective.figures
+    mine = torch.zeros(2 * len(names) + len(extra), dtype=torch.float64)
     if outputs and run.groups.tp.rank() == 0:
-        mine[:2] = torch.stack(outputs).double().sum(dim=0).cpu()
+        mine[: 2 * len(names)] = torch.stack(outputs).double().sum(dim=0).cpu()
     for index, value in enumerate(extra):
-        mine[2 + index] = value
+        mine[2 * len(names) + index] = value
     mine = mine.to(accelerator.device())
     torch.distributed.all_reduce(mine)
-    return mine.tolist()
+    sums = mine.tolist()
+    counts = {name: sums[2 * i + 1] for i, name in enumerate(names)}
+    figures = {name: sums[2 * i] / max(counts[name], 1) for i, name in enumerate(names)}
+    return figures, counts, sums[2 * len(names) :]
 
 
 def _aux_loss_here(run: Run) -> float:

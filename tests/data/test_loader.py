@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from equilibrium_mcore.data.loader import batches
+from equilibrium_mcore.data.samples import Samples
 
 
-class Numbers(torch.utils.data.Dataset):
+class Numbers(Samples):
     """Sample i is the number i."""
 
     def __init__(self, size):

@@ -11,6 +11,7 @@ import torch
 
 from equilibrium_mcore.config import rules
 from equilibrium_mcore.config.load import load_model, run_from_mapping
+from equilibrium_mcore.data.samples import Samples
 
 pytestmark = pytest.mark.gpu
 
@@ -25,7 +26,7 @@ SEQUENCE = 128
 TOLERANCE = {"bf16": 0.02, "fp8": 0.1}
 
 
-class Counting(torch.utils.data.Dataset):
+class Counting(Samples):
     """Sequences that count up in small steps: a model learns them within a few updates."""
 
     def __len__(self) -> int:
@@ -92,7 +93,7 @@ def train(config, *, steps: int, folder: Path, save: bool = False) -> dict[str, 
         if save:
             CheckpointCallback(config, LogCallback(config)).on_end(run, reason="stop")
         kept = {n: p.detach().cpu().clone() for n, p in weights(run.chunks[0]).items()}
-        run.train_batches.clear()
+        run.stream.close()
     finally:
         process_groups.destroy()
     return {"losses": losses, "weights": kept, "step": run.progress.step}

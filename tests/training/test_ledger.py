@@ -53,12 +53,14 @@ def train_and_note(place: Place, config: RunConfig, killed_at: int | None) -> in
             if int(path.name.split("_")[0]) > began:
                 path.unlink()
 
-    def noting(batches):
-        for batch in batches:
-            fed.append({name: batch[name].numpy() for name in ("tokens", "labels")})
-            yield batch
+    draw = run.stream.next_batches
 
-    run.train_batches = [noting(batches) for batches in run.train_batches]
+    def noting(count):
+        batches = draw(count)
+        fed.extend({n: batch[n].numpy() for n in ("tokens", "labels")} for batch in batches)
+        return batches
+
+    run.stream.next_batches = noting
 
     class Note(Callback):
         def on_step(self, run, outcome):
@@ -221,8 +223,8 @@ def _validation_batches(place: Place, config: RunConfig) -> tuple[np.ndarray, np
     run = setup(config, place)
 
     def batches():
-        iterator = run.batches_of(run.datasets.validation, consumed_samples=0)[0]
-        return np.stack([next(iterator)["tokens"].numpy() for _ in range(8)])
+        stream = run.stream_of(run.datasets.validation, consumed_samples=0)
+        return np.stack([batch["tokens"].numpy() for batch in stream.next_batches(8)])
 
     first = batches()
     train_step(run)

@@ -180,8 +180,8 @@ def check_data_order(run: Run) -> Check:
     batch, compared = run.config.training.global_batch_size, 2 * run.micro_batches
 
     def ids(dataset: Any, *, consumed: int) -> Iterator[Tensor]:
-        iterator = run.batches_of(dataset, consumed_samples=consumed)[0]
-        return (next(iterator)["tokens"] for _ in range(compared))
+        stream = run.stream_of(dataset, consumed_samples=consumed)
+        return (batch["tokens"] for batch in stream.next_batches(compared))
 
     first = list(ids(run.datasets.train, consumed=0))
     again = list(ids(run.datasets.train, consumed=0))
@@ -270,7 +270,8 @@ def parts(dataset: Any) -> list[Part]:
     """The sources of a split, whoever orders its documents."""
     if isinstance(dataset, LedgerDataset):
         return [_ledger_part(source) for source in dataset.sources]
-    return [_megatron_part(part) for part in getattr(dataset, "datasets", [dataset])]
+    megatron = dataset.dataset
+    return [_megatron_part(part) for part in getattr(megatron, "datasets", [megatron])]
 
 
 def _ledger_part(source: SourceDocuments) -> Part:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 
 from equilibrium_mcore.certify.sanity.verdict import Check, judged
 from equilibrium_mcore.certify.sanity.workbench import opened, varied
 from equilibrium_mcore.config.schema import OptimizerConfig, RunConfig
 from equilibrium_mcore.data.blend import Datasets
+from equilibrium_mcore.data.samples import Samples
 from equilibrium_mcore.data.tokenizer import Tokenizer
 from equilibrium_mcore.optim.schedule import learning_rate_factor
 from equilibrium_mcore.parallel.host import describe_host
@@ -34,11 +34,11 @@ PRECISION_TOLERANCE = {"bf16": 0.002, "fp16": 0.002, "fp8": 0.032}
 NOISE_FACTOR = 4
 
 
-class Repeated(Dataset):
+class Repeated(Samples):
     """A few samples over and over, cut to `length` tokens each, ids modulo `vocabulary`."""
 
     def __init__(
-        self, dataset: Dataset, *, tokens: int, length: int, total: int, vocabulary: int
+        self, dataset: Samples, *, tokens: int, length: int, total: int, vocabulary: int
     ) -> None:
         self._pieces: list[dict[str, torch.Tensor]] = []
         self._total = total

@@ -123,7 +123,7 @@ def opened(config: RunConfig, *, datasets: Datasets | None) -> Iterator[Run]:
         try:
             run = setup(config, place, datasets=datasets)
             yield run
-            run.train_batches.clear()
+            run.stream.close()
         finally:
             process_groups.destroy()
 

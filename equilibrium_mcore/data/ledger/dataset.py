@@ -8,7 +8,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import DataConfig
@@ -17,16 +16,19 @@ from equilibrium_mcore.data.ledger.lanes import padded
 from equilibrium_mcore.data.ledger.ledger import Ledger, Plan
 from equilibrium_mcore.data.ledger.maps import OpenMaps
 from equilibrium_mcore.data.ledger.source import SourceDocuments
+from equilibrium_mcore.data.samples import Samples
 
 Packing = Literal["stream", "documents"]
 
 
-class LedgerDataset(Dataset):
+class LedgerDataset(Samples):
     """Samples of the run by number, or by the plan that a ledger made.
 
     The loader's main process plans (`ledger_at`), its workers read tokens. Asking by number is for
     checks and tests: numbers that go up are cheap, a step back plans from the start again.
     """
+
+    cursor_name = "ledger"
 
     def __init__(
         self,
@@ -75,6 +77,27 @@ class LedgerDataset(Dataset):
         ledger = self._start.copy()
         ledger.skip(sample - self.first_sample)
         return ledger
+
+    def cursor_at(self, sample: int) -> Ledger:
+        """See `ledger_at`."""
+        return self.ledger_at(sample)
+
+    def micro_batches(
+        self,
+        *,
+        consumed_samples: int,
+        micro_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+    ) -> Iterator[list[Plan]]:
+        """Plans of one rank's micro-batches without end; those of other ranks are passed over."""
+        ledger = self.ledger_at(consumed_samples)
+        before = data_parallel_rank * micro_batch_size
+        after = (data_parallel_size - 1) * micro_batch_size - before
+        while True:
+            ledger.skip(before)
+            yield [ledger.take() for _ in range(micro_batch_size)]
+            ledger.skip(after)
 
     def __getitem__(self, item: int | Plan) -> dict[str, Tensor]:
         """int64 `tokens`, `labels`, `position_ids` and float32 `loss_mask`, each [sequence_length].
@@ -135,24 +158,6 @@ class LedgerDataset(Dataset):
                     f"the model's vocabulary has {self._vocab_size:,} tokens: set model.vocab_size "
                     "higher, or preprocess the text with the run's tokenizer"
                 )
-
-
-def planned_batches(
-    dataset: LedgerDataset,
-    *,
-    consumed_samples: int,
-    micro_batch_size: int,
-    data_parallel_rank: int,
-    data_parallel_size: int,
-) -> Iterator[list[Plan]]:
-    """Plans of one rank's micro-batches without end; those of other ranks are passed over."""
-    ledger = dataset.ledger_at(consumed_samples)
-    before = data_parallel_rank * micro_batch_size
-    behind = (data_parallel_size - 1) * micro_batch_size - before
-    while True:
-        ledger.skip(before)
-        yield [ledger.take() for _ in range(micro_batch_size)]
-        ledger.skip(behind)
 
 
 def build_ledger_dataset(

@@ -14,7 +14,7 @@ import pytest
 
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.data.ledger import lanes
-from equilibrium_mcore.data.ledger.dataset import LedgerDataset, planned_batches
+from equilibrium_mcore.data.ledger.dataset import LedgerDataset
 from equilibrium_mcore.data.ledger.lanes import LANES, padded
 from equilibrium_mcore.data.ledger.ledger import Ledger
 from equilibrium_mcore.data.ledger.source import START
@@ -80,8 +80,7 @@ def test_no_schedule_of_changes_repeats_or_skips_a_token(sources, seed, monkeypa
         micro_steps = rng.randint(1, 3)
         batch = ranks * micro * micro_steps
         iterators = [
-            planned_batches(
-                dataset,
+            dataset.micro_batches(
                 consumed_samples=position,
                 micro_batch_size=micro,
                 data_parallel_rank=rank,

@@ -1,0 +1,76 @@
+"""Samples in one global order, whatever the data-parallel size and the micro-batch.
+
+The run's samples have one order, 0, 1, 2, ... With R data-parallel ranks and micro-batches of B
+samples, micro-step k after `consumed_samples` c uses the R*B samples from c + k*R*B on, and rank
+r the B of them from c + k*R*B + r*B on (Megatron-LM's sequential sampler). A global batch of G
+samples is G / (R*B) micro-steps and so holds exactly the samples c ... c+G-1. To resume, start at
+the samples consumed: no sample is repeated or skipped when R or B changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+
+class Cursor(Protocol):
+    """Where a dataset stands after some samples, if that is more than their number."""
+
+    def skip(self, samples: int) -> None:
+        """Advance."""
+
+    def state(self) -> dict[str, Any]:
+        """Plain values, from which the same dataset continues."""
+
+
+class Samples(Dataset):
+    """A dataset in a global order; by itself, that of its numbers.
+
+    What has another way to name a sample than a number overrides `micro_batches`; what needs more
+    than a number to continue overrides `cursor_at` and `cursor_name`.
+    """
+
+    cursor_name: str | None = None
+    """The key under which checkpoints hold the cursor's state; None when there is no cursor."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def micro_batches(
+        self,
+        *,
+        consumed_samples: int,
+        micro_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+    ) -> Iterator[list]:
+        """What `__getitem__` is given for each micro-step of one rank, from `consumed_samples` on.
+
+        By number it ends when not all ranks would have a full micro-batch.
+        """
+        per_micro_step = micro_batch_size * data_parallel_size
+        first = consumed_samples
+        while first + per_micro_step <= len(self):
+            start = first + data_parallel_rank * micro_batch_size
+            yield list(range(start, start + micro_batch_size))
+            first += per_micro_step
+
+    def cursor_at(self, sample: int) -> Cursor | None:
+        """A cursor whose next sample is the run's number `sample`."""
+        return None
+
+
+class NumberedSamples(Samples):
+    """Any dataset with a length, in the order of its numbers."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, item: int) -> dict[str, Tensor]:
+        return self.dataset[item]

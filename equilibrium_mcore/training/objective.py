@@ -1,0 +1,117 @@
+"""What a step minimises: a function of the losses per token and the batch.
+
+`HybridModel(labels=...)` returns -log p of every label, in every layout. An objective makes of them
+a sum that gradients flow through; what it divides by is known before the step, from the batches of
+the whole global batch. megatron-core is always given positions as `num_tokens`, by which it divides
+gradients and weighs the balancing losses; so an objective's sum is scaled by positions / divisor,
+and the weight of balancing losses depends on neither the objective nor how many tokens count.
+
+A new objective is a section in `config/objectives.py`, a class here, and its row in `OBJECTIVES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from equilibrium_mcore.config.objectives import NextTokenConfig, SftConfig
+from equilibrium_mcore.objectives.reduction import REDUCTIONS
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an objective makes of a micro-batch on one rank.
+
+    `total` is this rank's part of the sum, a scalar. `figures` are (sum, count) by name, scalars,
+    of which a step logs the sum over sum of counts of all ranks that hold other tokens.
+    """
+
+    total: Tensor
+    figures: dict[str, tuple[Tensor, Tensor]]
+
+
+class Objective(Protocol):
+    """The seam: `figures` names what it logs; `loss` is always among them."""
+
+    figures: tuple[str, ...]
+
+    def weigh(self, batch: Batch) -> float:
+        """Prepare a whole micro-batch, before CP cuts it; its part of the divisor.
+
+        May add tensors [B, S] to `batch`; those named in `inputs` are cut with the others.
+        """
+
+    def __call__(self, losses: Tensor, batch: Batch, *, cp_group: Any) -> Outcome:
+        """The sum over this rank's part of the micro-batch.
+
+        losses: (B, S / CP) or, packed, (1, B * S / CP), -log p of each label in nats. What is not
+        linear in the losses of a sequence sums them over `cp_group` first: `summed_over_context`.
+        """
+
+    inputs: tuple[str, ...]
+    """Names of tensors of the batch that `__call__` needs beside `loss_mask`."""
+
+
+class WeightedTokens:
+    """A weighted sum of losses: token mean, sequence mean, constant length.
+
+    Logs `loss`, the mean per counted token in nats, whatever the weights are.
+    """
+
+    figures = ("loss",)
+
+    def __init__(self, reduction: str = "token_mean", length: int | None = None) -> None:
+        self._weights, self._length = REDUCTIONS[reduction], length
+        self.inputs = () if reduction == "token_mean" else ("weight",)
+
+    def weigh(self, batch: Batch) -> float:
+        """See Objective."""
+        weight, divisor = self._weights(batch["loss_mask"], batch["position_ids"], self._length)
+        if self.inputs:
+            batch["weight"] = weight
+        return divisor
+
+    def __call__(self, losses: Tensor, batch: Batch, *, cp_group: Any) -> Outcome:
+        """See Objective."""
+        losses = losses.reshape(-1).float()
+        mask = batch["loss_mask"].reshape(-1).float()
+        total = counted = (losses * mask).sum()
+        if self.inputs:
+            total = (losses * batch["weight"].reshape(-1).float()).sum()
+        return Outcome(total, {"loss": (counted.detach(), mask.sum())})
+
+
+class _SumOverContext(torch.autograd.Function):
+    """All-reduce forward, identity backward: each rank's gradient is that of its own tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
+        values = values.clone()
+        torch.distributed.all_reduce(values, group=group)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def summed_over_context(values: Tensor, cp_group: Any) -> Tensor:
+    """Sums of sequences of which each CP rank holds a part: before any non-linearity."""
+    return values if cp_group.size() == 1 else _SumOverContext.apply(values, cp_group)
+
+
+OBJECTIVES: dict[type, Callable[[Any], Objective]] = {
+    NextTokenConfig: lambda settings: WeightedTokens(),
+    SftConfig: lambda settings: WeightedTokens(settings.reduction, settings.constant_length),
+}
+
+
+def build_objective(settings: Any) -> Objective:
+    """The objective that the settings name."""
+    return OBJECTIVES[type(settings)](settings)
