@@ -195,6 +195,7 @@ def _positions(run: Run, micro_batch: int) -> Tensor:
     """Which places of the sequence this rank's router sees in a micro-batch of the first step."""
     sample = run.datasets.train[micro_batch * run.data_parallel_size + run.groups.dp.rank()]
     batch = {name: value.unsqueeze(0) for name, value in sample.items()}
+    run.objective.weigh(batch)
     batch["tokens"] = torch.arange(run.config.training.sequence_length).unsqueeze(0)
     places = rank_batch(batch, run)[0]["tokens"][0]
     if run.config.parallelism.sequence:

@@ -9,8 +9,15 @@ from equilibrium_mcore.config.layout import train_samples
 from equilibrium_mcore.config.pattern import layers_of
 from equilibrium_mcore.config.schema import RunConfig
 
+# How the experts are kept evenly used belongs to training, though the model's section holds it.
+BALANCING = {
+    "model.moe.load_balancing",
+    "model.moe.aux_loss_coefficient",
+    "model.moe.z_loss_coefficient",
+    "model.moe.expert_bias_update_rate",
+}
 # Settings that may differ although they lie in a section that must not.
-FREE = {"model.name", "model.mamba.chunk_size"}
+FREE = {"model.name", "model.mamba.chunk_size", *BALANCING}
 # Why a setting of the data must not change, where it is not plain.
 REASONS = {
     "data.order": "the two orders have nothing in common, so documents would come twice",

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from equilibrium_mcore.config.filters import FILTER_CLASSES
 from equilibrium_mcore.config.mixture import MixtureConfig
-from equilibrium_mcore.config.problems import section_of
+from equilibrium_mcore.config.problems import sections_in
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.files.whole import write_whole
 
@@ -30,19 +30,26 @@ _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 _NAMES = {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path"}
 
 
-def describe(kind: type[BaseModel] = RunConfig, *, key: str = "") -> str:
-    """Markdown: one table per section, depth first, with key, type, default and meaning."""
-    title = f"### `{key}`" if key else "### A run"
+def describe(kind: type[BaseModel] = RunConfig, *, key: str = "", choice: str = "") -> str:
+    """Markdown: one table per section, depth first, with key, type, default and meaning.
+
+    `choice` is the section's `type` where several may stand at `key`.
+    """
+    title = (f"### `{key}`" if key else "### A run") + (f", type `{choice}`" if choice else "")
     lines = [title, "", _cell(kind.__doc__ or ""), "", "| key | type | default | meaning |"]
     lines.append("|---|---|---|---|")
     inner: list[str] = []
     for name, field in kind.model_fields.items():
-        section = section_of(field.annotation)
+        sections = sections_in(field.annotation)
+        if len(sections) == len(FILTER_CLASSES):  # filters.md has them
+            sections = []
         is_list = get_origin(field.annotation) is list
         place = ".".join(part for part in (key, name) if part) + (".0" if is_list else "")
-        meaning = field.description or _first_line(section)
-        if section is not None:
-            inner.append(describe(section, key=place))
+        meaning = field.description or _first_line(next(iter(sections), None))
+        for section in sections:
+            choice = section.model_fields["type"].default if len(sections) > 1 else ""
+            inner.append(describe(section, key=place, choice=choice))
+        if sections:
             meaning += f" (see `{place}`)"
         cells = [f"`{name}`", type_text(field), default_text(field), meaning]
         lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
@@ -92,7 +99,8 @@ def _type_of(annotation: Any) -> str:
     if origin is Literal:
         return ", ".join(f"`{choice}`" for choice in arguments)
     if origin in (UnionType, Union):
-        return " or ".join("null" if part is NoneType else _type_of(part) for part in arguments)
+        parts = ("null" if part is NoneType else _type_of(part) for part in arguments)
+        return " or ".join(dict.fromkeys(parts))
     if origin is list:
         return f"list of {_type_of(arguments[0])}"
     if origin is dict:

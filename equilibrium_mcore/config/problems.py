@@ -173,10 +173,10 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
 
     Of several, told apart by a key, it is the first.
     """
-    return next(iter(_sections_in(annotation)), None)
+    return next(iter(sections_in(annotation)), None)
 
 
-def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+def sections_in(annotation: Any) -> list[type[BaseModel]]:
     """Every section class inside `annotation`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
@@ -185,7 +185,7 @@ def _sections_in(annotation: Any) -> list[type[BaseModel]]:
         arguments = arguments[:1]
     elif get_origin(annotation) not in (UnionType, Union, list):
         return []
-    return [section for part in arguments for section in _sections_in(part)]
+    return [section for part in arguments for section in sections_in(part)]
 
 
 def _walk(kind: type[BaseModel], location: list) -> tuple[type[BaseModel] | None, list]:
@@ -203,7 +203,7 @@ def _walk(kind: type[BaseModel], location: list) -> tuple[type[BaseModel] | None
         shown.append(part)
         if isinstance(part, str):
             fields = here[0].model_fields if here else {}
-            here = _sections_in(fields[part].annotation) if part in fields else []
+            here = sections_in(fields[part].annotation) if part in fields else []
     return (here[0] if len(here) == 1 else None), shown
 
 

@@ -20,7 +20,7 @@ from equilibrium_mcore.training.metrics import (
     memory_gib,
 )
 from equilibrium_mcore.training.setup import Run
-from equilibrium_mcore.training.step import StepOutcome, validation_loss
+from equilibrium_mcore.training.step import StepOutcome, validation_figures
 
 
 def build_callbacks(config: RunConfig) -> list[Callback]:
@@ -90,6 +90,7 @@ class LogCallback(Callback):
                 step=progress.step,
                 tokens=progress.tokens,
                 loss=outcome.loss,
+                figures=_beside_loss(outcome.figures),
                 aux_loss=outcome.aux_loss,
                 learning_rate=outcome.learning_rates["matrix"],
                 learning_rate_adamw=outcome.learning_rates["adamw"],
@@ -130,10 +131,15 @@ class ValidationCallback(Callback):
 
     def _validate(self, run: Run) -> None:
         start = time.perf_counter()
-        loss = validation_loss(run)
+        figures = validation_figures(run)
         if self.log.writer is not None:
             self.log.writer.write(
-                ValidationRecord(step=run.progress.step, loss=loss, **self._entropies)
+                ValidationRecord(
+                    step=run.progress.step,
+                    loss=figures["loss"],
+                    figures=_beside_loss(figures),
+                    **self._entropies,
+                )
             )
         self.log.pause(time.perf_counter() - start)
 
@@ -204,6 +210,10 @@ class CheckpointCallback(Callback):
             self.ledger.saved(run, progress)
         self._saved_step = run.progress.step
         self.log.pause(time.perf_counter() - start)
+
+
+def _beside_loss(figures: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in figures.items() if name != "loss"}
 
 
 def _entropies(run: Run) -> dict[str, float]:

@@ -34,6 +34,8 @@ class TrainRecord:
     """Tokens since the start of the run, over all ranks."""
     loss: float
     """Mean cross-entropy per token, in nats."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """What else the objective logs, by name; beside `loss` in the file, not inside `figures`."""
     aux_loss: float | None = None
     """Load-balancing loss; None for a model without experts."""
     learning_rate: float
@@ -61,6 +63,8 @@ class ValidationRecord:
     step: int
     loss: float
     """Mean cross-entropy per token, in nats; the entropies are in nats too."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """As of a training record."""
     unigram_entropy: float | None = None
     bigram_entropy: float | None = None
 
@@ -86,8 +90,21 @@ Record = TrainRecord | ValidationRecord | EventRecord
 
 def record_to_json(record: Record) -> str:
     """One line of `metrics.jsonl`, without its newline: strict JSON, non-finite numbers null."""
-    values = {"kind": record.kind, **dataclasses.asdict(record)}
+    values = {"kind": record.kind, **_values(record)}
     return json.dumps(_finite(values), allow_nan=False)
+
+
+def _values(record: Record) -> dict[str, Any]:
+    """The record's fields by name, and the objective's figures as if they were fields.
+
+    Raises ValueError for a figure that has the name of a field.
+    """
+    values = dataclasses.asdict(record)
+    figures = values.pop("figures", {})
+    twice = sorted(values.keys() & figures.keys())
+    if twice:
+        raise ValueError(f"figures {', '.join(twice)}: {record.kind} records have these names")
+    return values | figures
 
 
 def _finite(value: Any) -> Any:
@@ -146,10 +163,12 @@ def format_record(record: Record, *, total_steps: int) -> str:
             value = getattr(record, name)
             if value is not None:
                 parts.append(f"{name.replace('_', ' ')} {value:.3f}")
+        parts += [f"{name} {value:.3f}" for name, value in record.figures.items()]
         return " | ".join([start, *parts])
     parts = [start, f"tokens {human(record.tokens):>5}", f"loss {record.loss:6.3f}"]
     if record.aux_loss is not None:
         parts.append(f"aux {record.aux_loss:.3f}")
+    parts += [f"{name} {value:.3f}" for name, value in record.figures.items()]
     parts += [
         f"lr {record.learning_rate:.1e}",
         f"grad {record.gradient_norm:6.2f}",
@@ -310,7 +329,7 @@ def _numbers(record: Record) -> dict[str, float]:
         return {}
     return {
         f"{record.kind}/{name}": value
-        for name, value in dataclasses.asdict(record).items()
+        for name, value in _values(record).items()
         if name != "step" and value is not None
     }
 

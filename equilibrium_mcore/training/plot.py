@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from equilibrium_mcore.training.metrics import METRICS_FILE, human, read_metrics
+from equilibrium_mcore.training.metrics import METRICS_FILE, TrainRecord, human, read_metrics
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette: told apart with every kind of colour vision."""
@@ -150,17 +151,22 @@ def plot_runs(runs: Sequence[Path], output: Path | None = None) -> Path:
 
 
 def draw(curves: Sequence[RunCurves]) -> Figure:
-    """The figure: a large panel for the loss, and below it three small ones."""
+    """The figure: a large panel for the loss, one for each further figure of the objective, and
+    three small ones."""
+    figures = _named_figures(curves)
+    panels = 4 + len(figures)
     figure, axes = plt.subplots(
-        4,
+        panels,
         1,
-        figsize=(9.5, 10.5),
+        figsize=(9.5, 10.5 + 1.8 * len(figures)),
         sharex=True,
         layout="constrained",
-        height_ratios=[2.7, 1, 1, 1],
+        height_ratios=[2.7] + [1] * (panels - 1),
     )
-    loss, rates, norm, speed = axes
+    loss, *others, rates, norm, speed = axes
     _draw_loss(loss, curves)
+    for axis, name in zip(others, figures, strict=True):
+        _draw_figure(axis, curves, name)
     _draw_learning_rates(rates, curves)
     _draw_gradient_norm(norm, curves)
     _draw_throughput(speed, curves)
@@ -213,6 +219,24 @@ def _draw_loss(axis: Axes, curves: Sequence[RunCurves]) -> None:
     _draw_entropies(axis, curves)
     axis.set_ylabel("loss (nats per token)")
     axis.legend(loc="upper right")
+
+
+def _named_figures(curves: Sequence[RunCurves]) -> list[str]:
+    """Names of what an objective logged beside the loss, in the order of the records."""
+    known = {"kind", *(field.name for field in dataclasses.fields(TrainRecord))}
+    names = (name for run in curves for record in run.train for name in record)
+    return [name for name in dict.fromkeys(names) if name not in known]
+
+
+def _draw_figure(axis: Axes, curves: Sequence[RunCurves], name: str) -> None:
+    """One figure of the objective: its trend, and validation as points."""
+    for index, run in enumerate(curves):
+        steps, values = run.column(name)
+        axis.plot(steps, values, color=_colour(index), alpha=0.25, linewidth=0.8)
+        axis.plot(steps, smooth(values), color=_colour(index), **_line(steps, 1.5))
+        points, validation = run.column(name, "validation")
+        axis.plot(points, validation, color=_colour(index), marker="o", linestyle="none")
+    axis.set_ylabel(name)
 
 
 def _line(steps: np.ndarray, width: float) -> dict[str, Any]:

@@ -73,9 +73,14 @@ def train_step(run: Run, *, stop_requested: bool = False) -> StepOutcome:
     )
 
 
-@torch.no_grad()
 def validation_loss(run: Run) -> float:
-    """Mean cross-entropy per token in nats over the run's validation batches. Collective.
+    """Mean cross-entropy per token in nats over the run's validation batches. Collective."""
+    return validation_figures(run)["loss"]
+
+
+@torch.no_grad()
+def validation_figures(run: Run) -> dict[str, float]:
+    """The objective's figures over the run's validation batches. Collective.
 
     The same batches every time, so that points of a curve can be compared.
     """
@@ -88,7 +93,7 @@ def validation_loss(run: Run) -> float:
     with run.optimizer.evaluation_weights():
         outputs = _run_schedule(run, batches, forward_only=True)
     figures, _, _ = _sum_over_ranks(run, outputs)
-    return figures["loss"]
+    return figures
 
 
 def forward_step(

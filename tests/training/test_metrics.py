@@ -209,3 +209,18 @@ def test_memory_is_the_peak_of_this_process_in_gib():
 def test_reading_metrics_does_not_import_torch():
     code = "import sys, equilibrium_mcore.training.metrics; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_figures_of_an_objective_stand_beside_the_loss(tmp_path):
+    lines: list[str] = []
+    with MetricsWriter(tmp_path, **console_of(lines)) as writer:
+        writer.write(train_record(1, figures={"margin": 0.25}))
+        writer.write(ValidationRecord(step=1, loss=4.0, figures={"margin": 0.5}))
+    train, validation = read_metrics(tmp_path / "metrics.jsonl")
+    assert train["margin"] == 0.25 and validation["margin"] == 0.5 and "figures" not in train
+    assert "margin 0.250" in lines[0] and "margin 0.500" in lines[1]
+
+
+def test_a_figure_never_hides_a_field():
+    with pytest.raises(ValueError, match="gradient_norm"):
+        record_to_json(train_record(1, figures={"gradient_norm": 0.0}))

@@ -173,3 +173,8 @@ def test_errors_name_the_file_and_what_writes_it(tmp_path):
         plot.plot_runs([run])
     with pytest.raises(ValueError, match=r"must end in \.png"):
         plot.plot_runs([write_run(tmp_path / "run", steps=1)], tmp_path / "curves.jpg")
+
+
+def test_each_figure_of_the_objective_has_a_panel(draw, tmp_path):
+    axes = draw(write_run(tmp_path / "a", figures={"margin": 0.5}), write_run(tmp_path / "b"))
+    assert [axis.get_ylabel() for axis in axes].count("margin") == 1

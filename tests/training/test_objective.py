@@ -1,0 +1,137 @@
+"""The objective: one sum, whatever the layout, the accumulation and the share that counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.parallel.launch import Place
+from tests.support.runs import MODEL, tiny_run
+
+TP_SP_EP = {"world_size": 2, "tensor": 2, "sequence": True, "expert": 2}
+
+
+def gradients(
+    place: Place, config: RunConfig, weights: str | None, mask: str = "made up"
+) -> dict[str, Any]:
+    """The first step's loss, and every gradient that this rank owns, by parameter name."""
+    from equilibrium_mcore.certify.tokens import made_up_datasets
+    from equilibrium_mcore.certify.whole import pieces_of
+    from equilibrium_mcore.training.callbacks import CheckpointCallback, LogCallback
+    from equilibrium_mcore.training.setup import setup, teardown
+    from equilibrium_mcore.training.step import train_step
+
+    if weights:
+        checkpoint = {"initial_weights": weights}
+        config = config.model_copy(
+            update={"checkpoint": config.checkpoint.model_copy(update=checkpoint)}
+        )
+    run = setup(config, place, datasets=made_up_datasets(config))
+    draw = run.stream.next_batches
+
+    def masked(count: int) -> list:
+        batches = draw(count)
+        for batch in batches:
+            if mask == "none":
+                batch["loss_mask"].zero_()
+        return batches
+
+    run.stream.next_batches = masked
+    found: list = []
+    update = run.optimizer.step
+
+    def noted() -> Any:
+        found.extend(pieces_of(run, {p.name: p.gradient for p in run.optimizer.parameters}))
+        return update()
+
+    run.optimizer.step = noted
+    if not weights:
+        CheckpointCallback(config, LogCallback(config)).on_end(run, reason="stop")
+    outcome = train_step(run)
+    teardown(run)
+    return {"loss": outcome.loss, "tokens": outcome.tokens, "pieces": found}
+
+
+def whole(results: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    from equilibrium_mcore.certify.whole import assemble
+
+    pieces = [piece for result in results for piece in result["pieces"]]
+    return {name: found.data.double() for name, found in assemble(pieces).items()}
+
+
+def config_of(data: dict, folder: Any, *, objective: dict, parallelism: dict, **training: Any):
+    coefficient = training.pop("coefficient", 0.01)
+    return tiny_run(
+        {**data, "packing": "documents", "document_multiple": 4},
+        folder,
+        model={
+            **MODEL,
+            "layer_pattern": "ME|+E",
+            "moe": {**MODEL["moe"], "load_balancing": "seq_aux_loss"}
+            | {"aux_loss_coefficient": coefficient},
+        },
+        objective=objective,
+        parallelism=parallelism,
+        training={"steps": 4, "global_batch_size": 4, "micro_batch_size": 1, **training},
+    )
+
+
+@pytest.fixture(scope="module")
+def start(ranks, data, tmp_path_factory) -> str:
+    """A run with a checkpoint of the first weights, which every case starts from."""
+    folder = tmp_path_factory.mktemp("start")
+    config = config_of(data, folder, objective={"type": "next_token"}, parallelism={})
+    ranks.run(1, gradients, config, None)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"type": "sft", "reduction": "sequence_mean"},
+        {"type": "sft", "reduction": "constant_length", "constant_length": 32},
+    ],
+    ids=lambda objective: objective["reduction"],
+)
+def test_one_sum_in_every_layout_and_accumulation(ranks, data, tmp_path, start, objective):
+    one = config_of(data, tmp_path / "one", objective=objective, parallelism={})
+    expected = ranks.run(1, gradients, one, start)
+    for name, layout in {"tp": TP_SP_EP, "cp": {"world_size": 2, "context": 2}}.items():
+        config = config_of(data, tmp_path / name, objective=objective, parallelism=layout)
+        found = ranks.run(2, gradients, config, start)
+        assert found[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-5)
+        assert found[0]["tokens"] == expected[0]["tokens"] < 4 * 64
+        assert_close(whole(found), whole(expected), 1e-4)
+
+
+def assert_close(found: dict, expected: dict, tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        apart = (found[name] - tensor).norm() / tensor.norm().clamp(min=1e-12)
+        assert apart < tolerance, f"{name}: {apart:.1e}"
+
+
+def test_balancing_losses_keep_their_weight_whatever_counts(ranks, data, tmp_path, start):
+    """Where nothing counts, what is left of the gradient is the balancing loss's, whole."""
+
+    def run(name: str, coefficient: float, mask: str) -> dict[str, torch.Tensor]:
+        config = config_of(
+            data,
+            tmp_path / name,
+            objective={"type": "sft", "reduction": "sequence_mean"},
+            parallelism={},
+            coefficient=coefficient,
+        )
+        # Another coefficient makes no other weights; the check of models compares it all the same.
+        return whole(ranks.run(1, gradients, config, start, mask))
+
+    alone = run("alone", 0.01, "none")
+    routers = [name for name, tensor in alone.items() if "router.weight" in name]
+    assert routers and all(alone[name].norm() > 0 for name in routers)
+    both, without = run("both", 0.01, "made up"), run("without", 0.0, "made up")
+    for name in routers:
+        left = both[name] - without[name]
+        assert (left - alone[name]).norm() / alone[name].norm() < 1e-3
