@@ -292,7 +292,7 @@ class _Bench:
     def _ranks(self, phase: str, work: Callable[[Place], None], world_size: int) -> None:
         limit = TimeLimit(
             minutes=self._limit_minutes,
-            phase=f"certificate, {phase}, {world_size} ranks",
+            phase=f"certificate, {phase} on {world_size} ranks",
             raised_by="--time-limit MINUTES",
         )
         self._server.run(world_size, work, limit=limit)

@@ -202,7 +202,7 @@ class _Ranks:
     def _hang(self) -> str:
         limit = self._job.limit
         return (
-            f"{limit.phase}: ranks did not end within {limit.minutes:g} minutes, and were killed "
+            f"{limit.phase}: they did not end within {limit.minutes:g} minutes, and were killed "
             f"({limit.raised_by} allows more). Where they were:\n{stacks(self._job, self._running)}"
         )
 

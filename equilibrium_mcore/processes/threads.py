@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -12,9 +13,9 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def threads_per_rank(ranks: int) -> int:
+def threads_per_rank(ranks: int, environment: Mapping[str, str] = os.environ) -> int:
     """Threads of each of `ranks` local ranks: what OMP_NUM_THREADS says, else an equal share."""
-    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    asked = environment.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     if asked.isdigit() and int(asked) > 0:
         return int(asked)
     return max(1, available_cores() // ranks)

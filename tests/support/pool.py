@@ -16,7 +16,7 @@ from equilibrium_mcore.parallel.rank_server import RankServer
 __all__ = ["RankError", "RankPool"]
 
 # For a hang alone: a job takes seconds, and a slow or busy machine some minutes.
-LIMIT = TimeLimit(minutes=10, phase="a test", raised_by="LIMIT in tests/support/pool.py")
+LIMIT = TimeLimit(minutes=10, phase="ranks of a test", raised_by="tests/support/pool.py")
 
 
 class RankPool:
@@ -25,11 +25,16 @@ class RankPool:
     def __init__(self) -> None:
         self._server: RankServer | None = None
 
-    def run(self, world_size: int, function: Callable, *arguments: object) -> list[Any]:
-        """Results by rank. Raises RankError: a rank's traceback, or where ranks are that hang."""
+    @property
+    def server(self) -> RankServer:
+        """The server; another one when the last has ended."""
         if self._server is None or not self._server.running:
             self._server = RankServer(prefix="ranks_", preload=["tests.support.preload"])
-        return self._server.run(world_size, function, *arguments, limit=LIMIT)
+        return self._server
+
+    def run(self, world_size: int, function: Callable, *arguments: object) -> list[Any]:
+        """Results by rank. Raises RankError: a rank's traceback, or where ranks are that hang."""
+        return self.server.run(world_size, function, *arguments, limit=LIMIT)
 
     def close(self) -> None:
         """End the helper."""
