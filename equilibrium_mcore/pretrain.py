@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.load import load_run_config
@@ -17,17 +18,10 @@ def main(arguments: list[str]) -> int:
 
         accelerator.install()  # before megatron-core is imported
         accelerator.quiet_libraries()
-        from equilibrium_mcore.parallel.launch import Place, launch
-        from equilibrium_mcore.training.callbacks import build_callbacks
-        from equilibrium_mcore.training.loop import train
-        from equilibrium_mcore.training.setup import setup, teardown
+        from equilibrium_mcore.parallel.launch import launch
+        from equilibrium_mcore.training.rank import train_rank
 
-        def run_rank(place: Place) -> None:
-            run = setup(config, place)
-            train(run, callbacks=build_callbacks(config))
-            teardown(run)
-
-        return launch(config.parallelism, run_rank)
+        return launch(config.parallelism, partial(train_rank, config=config))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

@@ -14,7 +14,8 @@ by layer at the model's real widths.
 
     python tools/certify_layout.py configs/runs/pretrain_3b.yaml --tier kernels
 
-The exit status is 0 when every layout passes, 1 when one does not, 2 for a config that cannot be.
+The exit status is 0 when every layout passes, 1 when one does not, 2 for a config that cannot be,
+3 when ranks failed or did not end within --time-limit, so that there is no verdict.
 """
 
 from __future__ import annotations
@@ -46,6 +47,13 @@ def main() -> int:
     parser.add_argument(
         "--tier", choices=["layouts", "kernels"], default="layouts", help="kernels needs a GPU"
     )
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        default=20.0,
+        metavar="MINUTES",
+        help="for the ranks of each phase; then each rank's stack is printed (default 20)",
+    )
     options = parser.parse_args()
     kernels = options.tier == "kernels"
     if kernels and not accelerator.has_cuda():
@@ -55,6 +63,7 @@ def main() -> int:
     accelerator.install()  # before megatron-core is imported
     accelerator.quiet_libraries()
     from equilibrium_mcore.certify.certificate import certify_run, write_certificate
+    from equilibrium_mcore.parallel.rank_job import RankError
 
     try:
         config = load_run(options.config, options.overrides, world_size=options.world_size)
@@ -63,11 +72,15 @@ def main() -> int:
             tier=options.tier,
             layouts=options.layouts,
             world_size=options.world_size,
+            time_limit_minutes=options.time_limit,
             progress=lambda text: print(f"... {text}", flush=True),
         )
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
+    except RankError as error:
+        print(error, file=sys.stderr)
+        return 3
     print(certificate.table())
     if options.json:
         write_certificate(certificate, options.json)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +36,10 @@ from equilibrium_mcore.certify.twin import (
 from equilibrium_mcore.config.schema import ParallelismConfig, RunConfig
 from equilibrium_mcore.parallel import process_groups
 from equilibrium_mcore.parallel.host import describe_host
-from equilibrium_mcore.parallel.launch import Place, start_ranks
+from equilibrium_mcore.parallel.rank_job import Place, TimeLimit
+from equilibrium_mcore.parallel.rank_server import RankServer
+
+TIME_LIMIT_MINUTES = 20.0  # of each phase; on 2 cores one takes seconds
 
 NOT_CERTIFIED = {
     "layouts": (
@@ -129,17 +131,18 @@ def certify_run(
     tier: str,
     layouts: Sequence[str] = (),
     world_size: int | None = None,
+    time_limit_minutes: float = TIME_LIMIT_MINUTES,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Certificate:
     """The certificate of a tier; for `layouts`, of the run's own one and of those named.
 
-    Raises ConfigError for a layout that cannot be.
+    Raises ConfigError for a layout that cannot be, and what `certify` raises.
     """
     if tier == "kernels":
         return certify_device(config, progress=progress)
     own = shrink_layout(config, world_size)
     named = [parse_layout(text, base=config.parallelism) for text in layouts]
-    return certify(config, own + named, progress=progress)
+    return certify(config, own + named, time_limit_minutes=time_limit_minutes, progress=progress)
 
 
 def certify(
@@ -147,17 +150,19 @@ def certify(
     layouts: list[Layout],
     *,
     prepare: Callable[[], None] | None = None,
+    time_limit_minutes: float = TIME_LIMIT_MINUTES,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Certificate:
-    """Certify `layouts` of `config` on CPU ranks that this process forks.
+    """Certify `layouts` of `config` on CPU ranks that a helper process forks.
 
     `prepare` runs in every rank of a layout, but not of the reference, before anything is built;
-    tests plant faults with it. Raises RuntimeError when ranks fail.
+    tests plant faults with it. Raises RankError when ranks fail, and with their stacks when those
+    of one phase do not end within `time_limit_minutes`.
     """
     started = time.monotonic()
     certificate = Certificate(config.name, _hash(config))
-    with tempfile.TemporaryDirectory(prefix="certificate_") as folder:
-        bench = _Bench(Path(folder), config, layouts, prepare)
+    with RankServer(prefix="certificate_") as server:  # before this process compares anything
+        bench = _Bench(server, config, layouts, prepare, time_limit_minutes)
         progress("one rank, the reference")
         reference = bench.reference()
         for layout in layouts:
@@ -173,13 +178,11 @@ def certify_device(
     """Certify the kernels of this host's device for `config`, in this process as one rank."""
     started = time.monotonic()
     certificate = Certificate(config.name, _hash(config), tier="kernels")
-    with tempfile.TemporaryDirectory(prefix="certificate_") as folder:
-        place = Place(0, 1, 0, f"file://{Path(folder) / 'rendezvous'}")
-        groups = process_groups.join(place, ParallelismConfig(), seed=config.training.seed)
-        try:
-            verdicts = certify_kernels(config, groups, progress=progress)
-        finally:
-            process_groups.destroy()
+    groups = process_groups.join(Place.alone(), ParallelismConfig(), seed=config.training.seed)
+    try:
+        verdicts = certify_kernels(config, groups, progress=progress)
+    finally:
+        process_groups.destroy()
     certificate.layouts[describe_host().device_name] = verdicts
     certificate.seconds = time.monotonic() - started
     return certificate
@@ -192,8 +195,17 @@ def _hash(config: RunConfig) -> str:
 class _Bench:
     """Runs the twin in its layouts, with checkpoints passed between them."""
 
-    def __init__(self, folder: Path, config: RunConfig, layouts: list[Layout], prepare) -> None:
-        self.folder, self.prepare = folder, prepare
+    def __init__(
+        self,
+        server: RankServer,
+        config: RunConfig,
+        layouts: list[Layout],
+        prepare: Callable[[], None] | None,
+        limit_minutes: float,
+    ) -> None:
+        self.folder, self.prepare = server.folder, prepare
+        self._server, self._limit_minutes = server, limit_minutes
+        folder = self.folder
         self.twin = make_twin(config, layouts, folder=folder / "reference")
         checkpoints = folder / "reference" / "checkpoints"
         self._ends = checkpoints / "step_00000000", checkpoints / f"step_{STEPS:08d}"
@@ -236,7 +248,10 @@ class _Bench:
         returned = self._trace(name + "_back", back, one, steps=0)
         found += compare_states("saved in the layout, loaded by one rank", returned, trace)
         found += compare_packing(
-            start, self._ranks, self.folder / f"{name}_packed", prepare=self.prepare
+            start,
+            partial(self._ranks, f"{name}_packed"),
+            self.folder / f"{name}_packed",
+            prepare=self.prepare,
         )
         return found
 
@@ -271,17 +286,16 @@ class _Bench:
             gradients_from=self._ends[0] if given else None,
             prepare=self.prepare if fault else None,
         )
-        self._ranks(work, layout.world_size)
+        self._ranks(name, work, layout.world_size)
         return read_trace(folder, layout.world_size)
 
-    def _ranks(self, work: Callable[[Place], None], world_size: int) -> None:
-        with tempfile.TemporaryDirectory(dir=self.folder) as meeting:
-            point = f"file://{Path(meeting) / 'rendezvous'}"
-            places = [Place(rank, world_size, rank, point) for rank in range(world_size)]
-            if start_ranks(places, work, folder=Path(meeting)):
-                raise RuntimeError(
-                    f"a rank of {world_size} failed while certifying; its traceback is above"
-                )
+    def _ranks(self, phase: str, work: Callable[[Place], None], world_size: int) -> None:
+        limit = TimeLimit(
+            minutes=self._limit_minutes,
+            phase=f"certificate, {phase} on {world_size} ranks",
+            raised_by="--time-limit MINUTES",
+        )
+        self._server.run(world_size, work, limit=limit)
 
 
 def _traced(place: Place, *, prepare: Callable[[], None] | None, **arguments) -> None:

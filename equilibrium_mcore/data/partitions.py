@@ -22,12 +22,12 @@ from equilibrium_mcore.data.inputs import list_inputs
 from equilibrium_mcore.data.merge import merge_datasets
 from equilibrium_mcore.data.preprocess import (
     PreprocessSummary,
-    available_cores,
     output_prefixes,
     preprocess,
 )
 from equilibrium_mcore.data.tokenizer import load_tokenizer
-from equilibrium_mcore.data.workers import exit_with_parent
+from equilibrium_mcore.processes.parents import end_with_parent
+from equilibrium_mcore.processes.threads import available_cores
 
 
 def preprocess_in_partitions(
@@ -160,7 +160,7 @@ def _leave(number: int, _: object) -> None:
 def _make_part(
     part: Path, number: int, partitions: int, parent: int, settings: dict[str, Any]
 ) -> None:
-    exit_with_parent(parent)
+    end_with_parent(parent)
     try:
         preprocess(output_prefix=part, partition=number, partitions=partitions, **settings)
     except (ValueError, OSError) as error:

@@ -8,7 +8,6 @@ where a run goes on that was killed.
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
@@ -34,6 +33,7 @@ from equilibrium_mcore.data.inputs import (
 )
 from equilibrium_mcore.data.journal import Journal, Progress, describe_run
 from equilibrium_mcore.data.workers import Encoded, Job, Workers
+from equilibrium_mcore.processes.threads import available_cores
 
 BAD_LINES_SHOWN = 20
 JOURNAL_SECONDS = 20.0
@@ -53,11 +53,6 @@ class PreprocessSummary:
     bytes_read: int
     skipped_lines: int
     seconds: float
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def preprocess(

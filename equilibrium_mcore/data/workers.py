@@ -9,9 +9,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import sys
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +20,8 @@ import numpy as np
 from equilibrium_mcore.data.encode import THREAD_VARIABLES, BatchEncoder, EncoderPlan, open_encoder
 from equilibrium_mcore.data.inputs import Range, read_span
 from equilibrium_mcore.data.jsonl import BYTE_ORDER_MARK, parse_lines
+from equilibrium_mcore.processes.parents import end_with_parent
+from equilibrium_mcore.processes.threads import fork_is_safe
 
 IN_FLIGHT_PER_WORKER = 3
 BAD_LINES_KEPT = 20  # of a range
@@ -98,14 +97,15 @@ def with_eod(ids: np.ndarray, lengths: np.ndarray, eod: int) -> tuple[np.ndarray
 class Workers:
     """Maps ranges to Encoded in order: in this process, or on a bounded queue of workers.
 
-    Make it before anything starts a thread: the workers are forked here, on Linux.
+    Make it before anything starts a thread: the workers are then forked. A fork would wait for
+    threads of this process that it does not have, so later they are fresh interpreters.
     """
 
     def __init__(self, count: int) -> None:
         self._in_flight = count * IN_FLIGHT_PER_WORKER
         self._pool: ProcessPoolExecutor | None = None
         if count > 1:
-            method = "fork" if sys.platform == "linux" else "spawn"
+            method = "fork" if fork_is_safe() else "spawn"
             self._pool = ProcessPoolExecutor(
                 count,
                 mp_context=multiprocessing.get_context(method),
@@ -181,18 +181,7 @@ def _start_worker(parent: int) -> None:
     # Each process is one core's worth; the libraries would start threads in each.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
-    exit_with_parent(parent)
-
-
-def exit_with_parent(parent: int) -> None:
-    """Watch from a thread whether process `parent` is still this one's, and leave when not."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    end_with_parent(parent)
 
 
 def _encode_in_worker(piece: Range, job: Job) -> Encoded:

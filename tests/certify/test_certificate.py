@@ -26,7 +26,7 @@ def said(tmp_path_factory) -> dict[str, dict]:
     job = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.certify.faults", str(output)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
@@ -112,19 +112,32 @@ def test_the_twin_keeps_every_kind_and_cut(run_3b, tmp_path, stages):
     assert twin.model.hidden_size == 64
 
 
+def tool(*arguments: str | Path) -> subprocess.CompletedProcess:
+    """The tool as on a host where nobody has set a variable."""
+    config = ROOT / "configs" / "runs" / "quickstart.yaml"
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", ROOT / "tools" / "certify_layout.py", config, *arguments],
+        cwd=ROOT,
+        env={name: os.environ[name] for name in ("HOME", "PATH")},
+        capture_output=True,
+        text=True,
+    )
+
+
 def test_tool_writes_the_certificate_and_tells_by_its_status(tmp_path):
     output = tmp_path / "certificate.json"
-    command = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "certify_layout.py")]
-    config = str(ROOT / "configs" / "runs" / "quickstart.yaml")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    job = subprocess.run(
-        [*command, config, "--json", str(output)], env=environment, capture_output=True, text=True
-    )
+    job = tool("--json", output, "--time-limit", "10")
     assert job.returncode == 0, job.stdout + job.stderr
     assert "the same numbers in every layout" in job.stdout
     certificate = json.loads(output.read_text())
     assert certificate["passed"] and certificate["not_certified"] and certificate["versions"]
-    wrong = subprocess.run(
-        [*command, config, "--layouts", "tp=two"], env=environment, capture_output=True, text=True
-    )
+    wrong = tool("--layouts", "tp=two")
     assert wrong.returncode == 2 and "NAME=NUMBER" in wrong.stderr
+
+
+def test_tool_tells_a_phase_that_takes_too_long():
+    late = tool("--time-limit", "0.0001")
+    assert late.returncode == 3 and "Traceback" not in late.stderr, late.stderr
+    told = "certificate, reference on 1 ranks: they did not end within 0.0001 minutes"
+    assert told in late.stderr and "--time-limit MINUTES" in late.stderr
+    assert "rank 0 (pid " in late.stderr

@@ -85,7 +85,7 @@ def train(config, *, steps: int, folder: Path, save: bool = False) -> dict[str, 
     from equilibrium_mcore.training.step import train_step
 
     folder.mkdir(parents=True, exist_ok=True)
-    place = Place(0, 1, 0, f"file://{folder / 'rendezvous'}")
+    place = Place.alone()
     try:
         run = setup(config, place, datasets=Datasets(Counting(), None, None))
         losses = [train_step(run).loss for _ in range(steps)]

@@ -5,29 +5,31 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import sys
-import threading
-import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 
 from equilibrium_mcore.data.mixtures.readers import Part
 from equilibrium_mcore.data.mixtures.shards import Shard, ShardMaker, WorkSpec, read_shard
+from equilibrium_mcore.processes.parents import end_with_parent
+from equilibrium_mcore.processes.threads import fork_is_safe
 
 POLL_SECONDS = 0.02
 PARTS_AHEAD_PER_WORKER = 2
 
 
 class ShardWorkers:
-    """A pool that makes shards. Start it before threads and locks: its processes are forked."""
+    """A pool that makes shards. Start it before threads and locks: its processes are then forked.
+
+    After threads they are fresh interpreters: a fork would wait for threads that it does not have.
+    """
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
         self._pool: ProcessPoolExecutor | None = None
         self._turn = 0
         if workers > 1:
-            context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+            context = multiprocessing.get_context("fork" if fork_is_safe() else "spawn")
             # Jobs of a turn up to this one are to stop: the dataset has given enough.
             self._stopped_turn = context.Value("q", 0)
             self._pool = ProcessPoolExecutor(
@@ -101,13 +103,7 @@ def _start_worker(parent: int, stopped_turn) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
-
-
-def _exit_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
+    end_with_parent(parent)
 
 
 def _make_in_worker(turn: int, spec: WorkSpec, number: int, part: Part) -> None:
