@@ -29,7 +29,12 @@ while [ $# -gt 0 ]; do
 done
 case "$steps" in *[!0-9]*) wrong "--steps $steps: must be a whole number" ;; esac
 [ -z "$steps" ] || [ "$steps" -ge 10 ] || wrong "--steps $steps: must be 10 or more"
-case "$output" in "" | /*) ;; *) output="$PWD/$output" ;; esac
+case "$output" in
+  "" | /*) ;;
+  "~/"*) output="$HOME/${output#"~/"}" ;;  # it was quoted, so the shell left it as it is
+  *) output="$PWD/$output" ;;
+esac
+case "$output" in *\$*) wrong "--output $output: write the path out, without a \$" ;; esac
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 started=$(date +%s)

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from equilibrium_mcore.files.paths import user_path
 from equilibrium_mcore.training.metrics import METRICS_FILE, human, read_metrics
 
 Record = dict[str, Any]
@@ -177,11 +178,11 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("question", choices=("attempts", "stopped", "finished", "wait", "summary"))
-    parser.add_argument("run", type=Path, help="the run's output directory")
+    parser.add_argument("run", type=user_path, help="the run's output directory")
     parser.add_argument("--step", type=int, help="wait: until this step")
     parser.add_argument("--after-attempts", type=int, default=0, help="wait: for a later attempt")
     parser.add_argument("--pid", type=int, help="wait: the process that trains")
-    parser.add_argument("--output", type=Path, help="summary: the folder of all results")
+    parser.add_argument("--output", type=user_path, help="summary: the folder of all results")
     parser.add_argument("--margin", type=float, default=0.3, help="summary: nats below unigram")
     parser.add_argument("--seconds", type=float, help="summary: how long all of it took")
     options = parser.parse_args()

@@ -24,6 +24,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from equilibrium_mcore.files.paths import user_path
+
 # Not the library itself, or tables of data rather than code.
 SKIPPED_DIRECTORIES = {
     "__pycache__", "__phello__", "config", "dist-packages", "encodings", "ensurepip", "idlelib",
@@ -147,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output-directory", type=Path, required=True)
+    parser.add_argument("--output-directory", type=user_path, required=True)
     parser.add_argument(
         "--max-megabytes", type=float, default=float("inf"), help="limit for each file (10^6 bytes)"
     )

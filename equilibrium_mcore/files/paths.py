@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 from pathlib import Path
@@ -30,4 +31,22 @@ def expand_path(text: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise ValueError(f"{whole}: {error}: write the path out") from None
+        reason = str(error).rstrip(".")
+        raise ValueError(f"{whole}: {reason}: write the path out") from None
+
+
+def expand_text(text: str) -> str:
+    """`text` with `~` and `$VARS` replaced, else letter for letter: `./data` keeps its dot.
+
+    For text that may be a path or something else, such as a name on the Hub. Raises ValueError as
+    `expand_path` does.
+    """
+    return str(expand_path(text)) if text.startswith("~") or "$" in text else text
+
+
+def user_path(text: str) -> Path:
+    """A path on a command line: argparse's `type=`, whose errors argparse shows as they are."""
+    try:
+        return expand_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
