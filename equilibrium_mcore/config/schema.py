@@ -408,6 +408,11 @@ class CheckpointConfig(Section):
     resume: Literal["auto", "never", "must"] = setting(
         "auto", "auto: from the latest checkpoint of the output directory, if there is one"
     )
+    used_directory: Literal["refuse", "archive"] = setting(
+        "refuse",
+        "resume never, where an earlier run is in the output directory: archive moves it to "
+        "archive/ there, whole",
+    )
     initial_weights: UserPath | None = setting(
         None, "a checkpoint whose weights alone start the run; ignored when resuming"
     )

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
+from equilibrium_mcore.files.archive import move_to_archive
+
 METRICS_FILE = "metrics.jsonl"
 EventName = Literal["start", "resume", "stop", "signal", "end"]
 
@@ -194,14 +196,14 @@ class JsonlWriter:
         """Open `path`: for a run that starts (None), or one that goes on after `resumed_step`.
 
         Going on keeps the records up to that step and drops later ones, which are trained again:
-        the file has each step once. A start moves an older file to `metrics.previous.jsonl`.
+        the file has each step once. A start moves an older file to the folder's archive.
         """
         self.path = path
         self.dropped_records = 0
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             if resumed_step is None:
-                os.replace(path, path.with_suffix(".previous.jsonl"))
+                move_to_archive(path.parent, [path.name])
             else:
                 self._drop_after(resumed_step)
         self._file = path.open("ab", buffering=0)
