@@ -127,7 +127,8 @@ printf '%s\n' "$settings" >"$output/settings"
 
 begin 2/9 "Text: the standard library's sources (code) and its documentation (prose)"
 have "$data/code.jsonl" "$data/prose.jsonl" ||
-  python_shown examples/stdlib_text.py --output-directory "$data" --max-megabytes "$megabytes"
+  python_shown examples/stdlib_text.py --output-directory "$data" --max-megabytes "$megabytes" \
+    --overwrite  # of the two, a kill may have left one
 
 begin 3/9 "Tokenizer: SentencePiece, BPE with byte fallback"
 have "$tokenizer" ||

@@ -25,7 +25,7 @@ import sys
 
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.load import load_run
-from equilibrium_mcore.files.paths import user_path
+from equilibrium_mcore.files.paths import report_path
 from equilibrium_mcore.parallel import accelerator
 
 
@@ -42,7 +42,7 @@ def main() -> int:
     parser.add_argument(
         "--world-size", type=int, help="ranks of the real run, if not in the config"
     )
-    parser.add_argument("--json", type=user_path, metavar="OUT", help="write the certificate here")
+    parser.add_argument("--json", type=report_path, metavar="OUT", help="write the result here")
     parser.add_argument(
         "--tier", choices=["layouts", "kernels"], default="layouts", help="kernels needs a GPU"
     )

@@ -29,7 +29,7 @@ def main() -> int:
     add("--output", type=user_path, required=True, help="the folder to write")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (bfloat16)")
     add("--main-weights", action="store_true", help="from the optimizer's float32 copies")
-    add("--overwrite", action="store_true", help="replace an existing folder")
+    add("--overwrite", action="store_true", help="replace what it wrote there before")
     add("--verify", action="store_true", help="compare its logits with Megatron's afterwards")
     options = vars(parser.parse_args())
     verify = options.pop("verify")

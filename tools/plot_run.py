@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from equilibrium_mcore.files.paths import user_path
+from equilibrium_mcore.files.paths import report_path, user_path
 from equilibrium_mcore.training.plot import plot_runs
 
 
@@ -22,7 +22,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--output",
-        type=user_path,
+        type=report_path,
         metavar="FILE.png",
         help="where to draw (default: curves.png in the first RUN_DIR)",
     )

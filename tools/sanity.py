@@ -15,7 +15,7 @@ import argparse
 import sys
 
 from equilibrium_mcore.config.load import load_run
-from equilibrium_mcore.files.paths import user_path
+from equilibrium_mcore.files.paths import report_path, user_path
 from equilibrium_mcore.parallel import accelerator
 
 
@@ -29,7 +29,7 @@ def main() -> int:
     add("overrides", nargs="*", metavar="key=value", help="settings, as for pretraining")
     add("--only", nargs="+", default=[], metavar="CHECK", help="run these checks alone")
     add("--made-up-tokens", action="store_true", help="read no data; its checks are skipped")
-    add("--json", type=user_path, metavar="OUT", help="write verdicts and figures here too")
+    add("--json", type=report_path, metavar="OUT", help="write verdicts and figures here too")
     options = parser.parse_intermixed_args()
     try:
         config = load_run(options.config, options.overrides)

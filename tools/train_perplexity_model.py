@@ -29,6 +29,7 @@ def main() -> int:
     add("--order", type=int, default=5, help="characters of the longest n-gram; default 5")
     add("--text-field", default="text", help="the key that holds the text; default text")
     add("--max-characters", type=int, default=50_000_000, help="then reading stops; default 5e7")
+    add("--overwrite", action="store_true", help="replace an existing model")
     options = vars(parser.parse_args())
     try:
         done = train_perplexity_model(inputs=options.pop("input"), **options)

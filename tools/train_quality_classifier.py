@@ -33,6 +33,7 @@ def main() -> int:
     add("--held-out-share", type=float, default=0.1, help="documents to measure on; default 0.1")
     add("--max-documents", type=int, default=100_000, help="of each kind; default 100000")
     add("--seed", type=int, default=1234, help="decides what is drawn and held out")
+    add("--overwrite", action="store_true", help="replace an existing model")
     options = vars(parser.parse_args())
     try:
         done = train_quality_classifier(**options)

@@ -29,6 +29,7 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--threads", type=int, default=None, help="default: all cores")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing model")
     arguments = parser.parse_args()
     print(f"training a vocabulary of {arguments.vocab_size} ...", file=sys.stderr, flush=True)
     try:

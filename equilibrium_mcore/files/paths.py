@@ -50,3 +50,15 @@ def user_path(text: str) -> Path:
         return expand_path(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def report_path(text: str) -> Path:
+    """argparse's `type=` for a report, plot or JSON that is written: absent, or a regular file.
+
+    Told before the work that the report is about; a link is followed, not replaced.
+    """
+    path = user_path(text)
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "no regular file"
+        raise argparse.ArgumentTypeError(f"{path} is {kind}, and is not replaced: name a file")
+    return path.resolve() if path.is_symlink() else path

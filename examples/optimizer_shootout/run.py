@@ -48,7 +48,7 @@ def make_data() -> None:
         return
     inputs = [str(text / f"{name}.jsonl") for name in sources]
     if not all(Path(path).is_file() for path in inputs):
-        python("examples/stdlib_text.py", "--output-directory", str(text))
+        python("examples/stdlib_text.py", "--output-directory", str(text), "--overwrite")
     if not tokenizer.is_file():
         python("tools/train_tokenizer.py", "--input", *inputs, "--output", str(tokenizer),
                "--vocab-size", "4096")  # fmt: skip
