@@ -32,8 +32,10 @@ def read(run: Path, kind: str) -> list[Record]:
 
 
 def attempts(run: Path) -> int:
-    """How often the run was started or resumed."""
-    return sum(event["event"] in BEGINNINGS for event in read(run, "event"))
+    """How often the run was started or resumed; starts that saved nothing are in its archive."""
+    folders = [run, *run.glob("archive/*")]
+    events = [event for folder in folders for event in read(folder, "event")]
+    return sum(event["event"] in BEGINNINGS for event in events)
 
 
 def was_stopped(run: Path) -> bool:
@@ -57,7 +59,7 @@ def wait_for_step(run: Path, *, step: int, after_attempts: int, pid: int) -> str
         alive = _is_alive(pid)
         events = [e for e in read(run, "event") if e["event"] in BEGINNINGS]
         train = read(run, "train")
-        if len(events) > after_attempts and train:
+        if events and train and attempts(run) > after_attempts:
             last = train[-1]["step"]
             if last >= step and last > events[-1]["step"]:
                 if is_finished(run):

@@ -156,10 +156,10 @@ def test_a_run_a_checkpoint_and_folders_of_others_are_never_replaced(saved, tmp_
     monkeypatch.chdir(run)
     before = everything_in(tmp_path)
     outputs = {
-        run: "holds the input",
-        Path("."): "holds the input",
-        Path("../mine"): "holds the input",
-        tmp_path / "link": "holds the input",
+        run: "is the input",
+        Path("."): "is the input",
+        Path("../mine"): "is the input",
+        tmp_path / "link": "is the input",
         run / "checkpoints": "holds the input",
         step: "lies in the checkpoint",
         step / "hf": "lies in the checkpoint",
