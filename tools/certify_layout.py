@@ -23,10 +23,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.load import load_run
+from equilibrium_mcore.files.paths import report_path
 from equilibrium_mcore.parallel import accelerator
 
 
@@ -43,7 +43,7 @@ def main() -> int:
     parser.add_argument(
         "--world-size", type=int, help="ranks of the real run, if not in the config"
     )
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the certificate here")
+    parser.add_argument("--json", type=report_path, metavar="OUT", help="write the result here")
     parser.add_argument(
         "--tier", choices=["layouts", "kernels"], default="layouts", help="kernels needs a GPU"
     )

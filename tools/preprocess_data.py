@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from equilibrium_mcore.config.schema import TokenizerConfig
 from equilibrium_mcore.data.partitions import preprocess_in_partitions
+from equilibrium_mcore.files.paths import user_path
 
 
 def main() -> int:
@@ -25,11 +25,11 @@ def main() -> int:
     )
     types = ("SentencePieceTokenizer", "HuggingFaceTokenizer")
     add = parser.add_argument
-    add("--input", type=Path, nargs="+", required=True, help="JSONL (.gz, .zst), in this order")
-    add("--output-prefix", type=Path, required=True, help="path without _<key>_document.bin")
+    add("--input", type=user_path, nargs="+", required=True, help="JSONL (.gz, .zst), in order")
+    add("--output-prefix", type=user_path, required=True, help="path without _<key>_document.bin")
     add("--json-keys", nargs="+", default=["text"], help="fields to tokenize; one dataset each")
     add("--tokenizer-type", choices=types, required=True)
-    add("--tokenizer-model", type=Path, required=True, help=".model, tokenizer.json, or its folder")
+    add("--tokenizer-model", type=user_path, required=True, help=".model, tokenizer.json, folder")
     add("--end-of-document", help="the token that ends a document; default: the end of text")
     add("--append-eod", action="store_true", help="end each document with that token")
     add("--workers", type=int, help="processes; default: every core that it may use")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from equilibrium_mcore.certify.twin import (
     shrink_layout,
 )
 from equilibrium_mcore.config.schema import ParallelismConfig, RunConfig
+from equilibrium_mcore.files.whole import write_whole
 from equilibrium_mcore.parallel import process_groups
 from equilibrium_mcore.parallel.host import describe_host
 from equilibrium_mcore.parallel.rank_job import Place, TimeLimit
@@ -305,7 +305,5 @@ def _traced(place: Place, *, prepare: Callable[[], None] | None, **arguments) ->
 
 
 def write_certificate(certificate: Certificate, path: Path) -> None:
-    """Write the JSON aside, then give it its name."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(certificate.as_dict(), indent=2) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    """Write it as JSON, whole."""
+    write_whole(path, json.dumps(certificate.as_dict(), indent=2) + "\n")

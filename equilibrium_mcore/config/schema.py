@@ -9,13 +9,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from equilibrium_mcore.files.paths import expand_path
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+# Every setting that is a path: `~` and `$VARS` are replaced when it is read.
+UserPath = Annotated[Path, AfterValidator(expand_path)]
 
 
 class Section(BaseModel):
@@ -132,7 +136,9 @@ class TokenizerConfig(Section):
     type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer"] = setting(
         doc="Megatron-LM's names: a SentencePiece .model, or a Hugging Face tokenizer.json"
     )
-    model: Path = setting(doc="the .model file, the tokenizer.json, or the folder that holds it")
+    model: UserPath = setting(
+        doc="the .model file, the tokenizer.json, or the folder that holds it"
+    )
     end_of_document: str | None = setting(
         None, "the token that ends a document; null: the tokenizer's own end of text"
     )
@@ -142,7 +148,7 @@ class SourceConfig(Section):
     """One indexed dataset of the blend."""
 
     name: str = setting(doc="what logs call it")
-    prefix: Path = setting(doc="path of the .bin/.idx pair without its ending")
+    prefix: UserPath = setting(doc="path of the .bin/.idx pair without its ending")
     weight: PositiveFloat = setting(doc="share in the blend; weights are scaled to sum to 1")
     max_epochs: PositiveFloat | None = setting(
         None, "a run that would go through its training documents more often is refused"
@@ -178,7 +184,7 @@ class DataConfig(Section):
         "order megatron: sequences that the order of the data is made for; null: training.steps * "
         "training.global_batch_size. Set it higher at the start of a run that may be prolonged",
     )
-    cache_directory: Path | None = setting(
+    cache_directory: UserPath | None = setting(
         None, "order megatron: where index caches go; null: beside the data"
     )
     num_workers: NonNegativeInt = setting(0, "loader processes per rank")
@@ -402,7 +408,12 @@ class CheckpointConfig(Section):
     resume: Literal["auto", "never", "must"] = setting(
         "auto", "auto: from the latest checkpoint of the output directory, if there is one"
     )
-    initial_weights: Path | None = setting(
+    used_directory: Literal["refuse", "archive"] = setting(
+        "refuse",
+        "resume never, where an earlier run is in the output directory: archive moves it to "
+        "archive/ there, whole",
+    )
+    initial_weights: UserPath | None = setting(
         None, "a checkpoint whose weights alone start the run; ignored when resuming"
     )
 
@@ -422,7 +433,7 @@ class RunConfig(Section):
     """A whole run."""
 
     name: str = setting(doc="name of the run")
-    output_directory: Path = setting(doc="checkpoints, logs and the effective config go here")
+    output_directory: UserPath = setting(doc="checkpoints, logs and the effective config go here")
     model: ModelConfig
     data: DataConfig
     parallelism: ParallelismConfig = ParallelismConfig()

@@ -26,6 +26,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from equilibrium_mcore.files.replace import refuse_existing
+
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER_BYTES = 34
@@ -85,6 +87,36 @@ class WriterState:
     largest_token: int = -1
 
 
+def refuse_existing_dataset(prefix: Path, *, overwrite: bool) -> None:
+    """Raises FileExistsError if files are there, unless `overwrite` and they are a dataset's."""
+    refuse_existing(
+        dataset_paths(prefix),
+        overwrite=overwrite,
+        is_ours=lambda path: _is_of_dataset(path, prefix),
+        what="of an indexed dataset",
+        option="--output-prefix",
+    )
+
+
+def _is_of_dataset(path: Path, prefix: Path) -> bool:
+    """By the content of the index, also of one whose publication was cut short; of the manifest."""
+    _, index, description = dataset_paths(prefix)
+    if path == description:
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            return False
+        return isinstance(values, dict) and {"tokenizer_sha256", "documents"} <= values.keys()
+    return _begins_as_index(index) or _begins_as_index(_aside(index))
+
+
+def _begins_as_index(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return stream.read(len(MAGIC)) == MAGIC
+
+
 class IndexedWriter:
     """Writes a dataset aside and gives it its final names when it is whole.
 
@@ -99,12 +131,7 @@ class IndexedWriter:
         self.dtype = np.dtype(dtype)
         self.documents = self.sequences = self.tokens = 0
         self.largest_token = -1
-        existing = [path for path in dataset_paths(prefix) if path.exists()]
-        if existing and not overwrite:
-            raise FileExistsError(
-                f"{', '.join(map(str, existing))} exists already; pass --overwrite to replace it, "
-                f"or choose another --output-prefix"
-            )
+        refuse_existing_dataset(prefix, overwrite=overwrite)
         prefix.parent.mkdir(parents=True, exist_ok=True)
         self._bin = _open_locked(_aside(dataset_paths(prefix)[0]))
         self._lengths = _lengths_path(prefix).open("a+b")

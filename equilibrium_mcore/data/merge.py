@@ -18,6 +18,7 @@ from equilibrium_mcore.data.indexed_files import (
     read_header,
     read_manifest,
 )
+from equilibrium_mcore.files.replace import refuse_sources
 
 # What two datasets must share, with the name that a message gives it.
 SAME = {
@@ -39,6 +40,8 @@ def merge_datasets(
     """
     if not prefixes:
         raise ValueError("--input names no dataset")
+    sources = [path for prefix in prefixes for path in dataset_paths(prefix)]
+    refuse_sources(dataset_paths(output_prefix), sources, option="--output-prefix")
     headers = [read_header(prefix, may_be_empty=True) for prefix in prefixes]
     manifests = [read_manifest(prefix) for prefix in prefixes]
     _check_fit(prefixes, headers, manifests)

@@ -17,7 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from equilibrium_mcore.data.indexed_files import dataset_paths, read_manifest
+from equilibrium_mcore.data.indexed_files import (
+    dataset_paths,
+    read_manifest,
+    refuse_existing_dataset,
+)
 from equilibrium_mcore.data.inputs import list_inputs
 from equilibrium_mcore.data.merge import merge_datasets
 from equilibrium_mcore.data.preprocess import (
@@ -86,12 +90,7 @@ def _part(output_prefix: Path, partition: int, partitions: int) -> Path:
 def _refuse_existing(output: Path, keys: Sequence[str], overwrite: bool) -> None:
     """Before hours of work, not behind them."""
     for prefix in output_prefixes(output, keys).values():
-        existing = [str(path) for path in dataset_paths(prefix) if path.exists()]
-        if existing and not overwrite:
-            raise FileExistsError(
-                f"{', '.join(existing)} exists already; pass --overwrite to replace it, or "
-                f"choose another --output-prefix"
-            )
+        refuse_existing_dataset(prefix, overwrite=overwrite)
 
 
 def _is_made(part: Path, inputs: list, fingerprint: str, settings: dict[str, Any]) -> bool:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from equilibrium_mcore.config.schema import TokenizerConfig
 from equilibrium_mcore.data.encode import EncoderChoice, EncoderPlan, plan_encoder
-from equilibrium_mcore.data.indexed_files import IndexedWriter, Manifest
+from equilibrium_mcore.data.indexed_files import IndexedWriter, Manifest, dataset_paths
 from equilibrium_mcore.data.inputs import (
     RANGE_BYTES,
     Input,
@@ -33,6 +33,7 @@ from equilibrium_mcore.data.inputs import (
 )
 from equilibrium_mcore.data.journal import Journal, Progress, describe_run
 from equilibrium_mcore.data.workers import Encoded, Job, Workers
+from equilibrium_mcore.files.replace import refuse_sources
 from equilibrium_mcore.processes.threads import available_cores
 
 BAD_LINES_SHOWN = 20
@@ -88,6 +89,8 @@ def preprocess(
     _check_arguments(json_keys, workers, partition, partitions)
     items = list_inputs(inputs)
     prefixes = output_prefixes(output_prefix, json_keys)
+    written = [path for prefix in prefixes.values() for path in dataset_paths(prefix)]
+    refuse_sources(written, [*inputs, tokenizer.model], option="--output-prefix")
     with ExitStack() as stack:
         # First of all: workers are forked, and later there are locked files and threads.
         pool = stack.enter_context(Workers(workers))

@@ -284,7 +284,7 @@ def test_a_checkpoint_without_a_ledger_is_refused(ranks, data, tmp_path):
         ranks.run(1, train_and_note, tiny_run(data, tmp_path, model=SMALL), None)
 
 
-def test_a_start_anew_keeps_the_old_record_aside(ranks, data, started):
+def test_a_start_from_scratch_keeps_the_old_record(ranks, data, started):
     config = tiny_run(
         data,
         started,
@@ -293,5 +293,5 @@ def test_a_start_anew_keeps_the_old_record_aside(ranks, data, started):
         checkpoint={"resume": "never"},
     )
     ranks.run(1, train_and_note, config, None)
-    assert (started / "ledger.previous.jsonl").is_file()
+    assert (started / "archive/1/ledger.jsonl").is_file()
     assert len(read_segments(started)) == 1
