@@ -139,14 +139,23 @@ def test_a_file_of_that_name_is_left_alone(data, tmp_path):
 
 
 def refused_in(place, config, *, user: int | None, limit: int | None) -> str:
-    """The refusal of a process with another user's rights, or that may write no more bytes."""
+    """The refusal of a process with another user's rights, or that may write no more bytes.
+
+    It has its own again afterwards: a rank hands its result over in a file.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     if limit is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     if user is not None:
         os.setgroups([])
-        os.setresuid(user, user, user)
-    with pytest.raises(ConfigError) as caught:
-        check_run_folder(config)
+        os.seteuid(user)
+    try:
+        with pytest.raises(ConfigError) as caught:
+            check_run_folder(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        if user is not None:
+            os.seteuid(0)
     return str(caught.value)
 
 
