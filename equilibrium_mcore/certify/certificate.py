@@ -34,6 +34,7 @@ from equilibrium_mcore.certify.twin import (
     parse_layout,
     shrink_layout,
 )
+from equilibrium_mcore.certify.witness import CHOICES, NAME, compare_with_witness
 from equilibrium_mcore.config.schema import ParallelismConfig, RunConfig
 from equilibrium_mcore.parallel import process_groups
 from equilibrium_mcore.parallel.host import describe_host
@@ -65,11 +66,22 @@ class Certificate:
     config_hash: str
     tier: str = "layouts"  # or "kernels", where the one layout is this host's device
     layouts: dict[str, list[Verdict]] = field(default_factory=dict)
+    witnesses: dict[str, list[Verdict]] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
     def passed(self) -> bool:
-        return all(verdict.passed for verdicts in self.layouts.values() for verdict in verdicts)
+        return all(verdict.passed for verdicts in self._all.values() for verdict in verdicts)
+
+    @property
+    def not_certified(self) -> list[str]:
+        return [*NOT_CERTIFIED[self.tier], *([CHOICES] if self.witnesses else [])]
+
+    @property
+    def _all(self) -> dict[str, list[Verdict]]:
+        """Verdicts by the line that stands above them."""
+        kind = "layout" if self.tier == "layouts" else "device"
+        return {f"{kind} {name}": found for name, found in self.layouts.items()} | self.witnesses
 
     def as_dict(self) -> dict:
         """Plain values for JSON."""
@@ -78,20 +90,9 @@ class Certificate:
             "config_hash": self.config_hash,
             "tier": self.tier,
             "passed": self.passed,
-            "layouts": {
-                name: [
-                    {
-                        "what": v.what,
-                        "worst_relative_difference": v.difference,
-                        "tolerance": v.tolerance,
-                        "where": v.where,
-                        "passed": v.passed,
-                    }
-                    for v in verdicts
-                ]
-                for name, verdicts in self.layouts.items()
-            },
-            "not_certified": list(NOT_CERTIFIED[self.tier]),
+            "layouts": {name: _plain(found) for name, found in self.layouts.items()},
+            "witnesses": {name: _plain(found) for name, found in self.witnesses.items()},
+            "not_certified": self.not_certified,
             "steps": STEPS,
             "seconds": round(self.seconds, 1),
             "versions": {
@@ -104,8 +105,8 @@ class Certificate:
     def table(self) -> str:
         """What, worst relative difference, where, verdict: one line each."""
         lines = []
-        for name, verdicts in self.layouts.items():
-            lines.append(f"layout {name}" if self.tier == "layouts" else f"device {name}")
+        for name, verdicts in self._all.items():
+            lines.append(name)
             width = max(len(v.what) for v in verdicts)
             for v in verdicts:
                 mark = "ok  " if v.passed else "FAIL"
@@ -114,8 +115,8 @@ class Certificate:
                     f"(<= {v.tolerance:.0e})  {v.where}"
                 )
         lines.append("cannot certify:")
-        lines += [f"  - {text}" for text in NOT_CERTIFIED[self.tier]]
-        failed = [v for verdicts in self.layouts.values() for v in verdicts if not v.passed]
+        lines += [f"  - {text}" for text in self.not_certified]
+        failed = [v for verdicts in self._all.values() for v in verdicts if not v.passed]
         if failed:
             lines.append(f"NOT the same numbers: first in {failed[0].what}, at {failed[0].where}")
         else:
@@ -123,11 +124,25 @@ class Certificate:
         return "\n".join(lines)
 
 
+def _plain(verdicts: list[Verdict]) -> list[dict]:
+    return [
+        {
+            "what": v.what,
+            "worst_relative_difference": v.difference,
+            "tolerance": v.tolerance,
+            "where": v.where,
+            "passed": v.passed,
+        }
+        for v in verdicts
+    ]
+
+
 def certify_run(
     config: RunConfig,
     *,
     tier: str,
     layouts: Sequence[str] = (),
+    witness: bool = False,
     world_size: int | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Certificate:
@@ -139,7 +154,7 @@ def certify_run(
         return certify_device(config, progress=progress)
     own = shrink_layout(config, world_size)
     named = [parse_layout(text, base=config.parallelism) for text in layouts]
-    return certify(config, own + named, progress=progress)
+    return certify(config, own + named, witness=witness, progress=progress)
 
 
 def certify(
@@ -147,22 +162,28 @@ def certify(
     layouts: list[Layout],
     *,
     prepare: Callable[[], None] | None = None,
+    everywhere: bool = False,
+    witness: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Certificate:
     """Certify `layouts` of `config` on CPU ranks that this process forks.
 
-    `prepare` runs in every rank of a layout, but not of the reference, before anything is built;
-    tests plant faults with it. Raises RuntimeError when ranks fail.
+    `prepare` runs in every rank of a layout before anything is built, and only with `everywhere` in
+    those of the reference and the witness; tests plant faults with it. With `witness` the twin is
+    compared with transformers' class too. Raises RuntimeError when ranks fail.
     """
     started = time.monotonic()
     certificate = Certificate(config.name, _hash(config))
     with tempfile.TemporaryDirectory(prefix="certificate_") as folder:
-        bench = _Bench(Path(folder), config, layouts, prepare)
+        bench = _Bench(Path(folder), config, layouts, prepare, everywhere)
         progress("one rank, the reference")
         reference = bench.reference()
         for layout in layouts:
             progress(f"layout {layout.name}, {layout.world_size} ranks")
             certificate.layouts[layout.name] = bench.verdicts(layout, reference)
+        if witness:
+            progress("the witness, transformers")
+            certificate.witnesses[NAME] = bench.witness()
     certificate.seconds = time.monotonic() - started
     return certificate
 
@@ -192,8 +213,10 @@ def _hash(config: RunConfig) -> str:
 class _Bench:
     """Runs the twin in its layouts, with checkpoints passed between them."""
 
-    def __init__(self, folder: Path, config: RunConfig, layouts: list[Layout], prepare) -> None:
-        self.folder, self.prepare = folder, prepare
+    def __init__(
+        self, folder: Path, config: RunConfig, layouts: list[Layout], prepare, everywhere: bool
+    ) -> None:
+        self.folder, self.prepare, self.everywhere = folder, prepare, everywhere
         self.twin = make_twin(config, layouts, folder=folder / "reference")
         checkpoints = folder / "reference" / "checkpoints"
         self._ends = checkpoints / "step_00000000", checkpoints / f"step_{STEPS:08d}"
@@ -240,6 +263,14 @@ class _Bench:
         )
         return found
 
+    def witness(self) -> list[Verdict]:
+        return compare_with_witness(
+            self.twin,
+            self._ranks,
+            self.folder / "witness",
+            prepare=self.prepare if self.everywhere else None,
+        )
+
     def _resumable(self, config: RunConfig, checkpoint: Path, name: str) -> RunConfig:
         """`config` in a folder of its own whose latest checkpoint is `checkpoint`."""
         checkpoints = self.folder / name / "checkpoints"
@@ -269,7 +300,7 @@ class _Bench:
             save_first=save_first,
             save_last=save_last,
             gradients_from=self._ends[0] if given else None,
-            prepare=self.prepare if fault else None,
+            prepare=self.prepare if fault or self.everywhere else None,
         )
         self._ranks(work, layout.world_size)
         return read_trace(folder, layout.world_size)
