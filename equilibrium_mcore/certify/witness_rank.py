@@ -109,6 +109,9 @@ def _transformers_model(run: Run, rows: list[ParamMapping]) -> torch.nn.Module:
     from equilibrium_mcore.export.hugging_face.configuration_equilibrium import EquilibriumConfig
     from equilibrium_mcore.export.hugging_face.modeling_equilibrium import EquilibriumForCausalLM
 
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # that it takes its PyTorch kernels is what is wanted
     config = run.config
     values = config_values(config.model, sequence_length=config.training.sequence_length)
     # The plainest code that transformers has for attention and for experts.
