@@ -106,10 +106,10 @@ def _exported(run: Run, rows: list[ParamMapping], tensors: dict[str, Tensor]) ->
 
 def _transformers_model(run: Run, rows: list[ParamMapping]) -> torch.nn.Module:
     """The exported class with the run's weights, in float64."""
+    from transformers.utils import logging
+
     from equilibrium_mcore.export.hugging_face.configuration_equilibrium import EquilibriumConfig
     from equilibrium_mcore.export.hugging_face.modeling_equilibrium import EquilibriumForCausalLM
-
-    from transformers.utils import logging
 
     logging.set_verbosity_error()  # that it takes its PyTorch kernels is what is wanted
     config = run.config
