@@ -156,6 +156,22 @@ def test_the_tool_shows_a_case_as_a_run(tmp_path):
     assert load_run(tmp_path / "run.yaml") == draw(0, 5).config
 
 
+def test_an_override_that_decides_nothing_is_refused_and_no_crash():
+    wrong = next(n for n in range(10 * COUNT) if _decides_nothing(draw(0, n)))
+    command = [sys.executable, "-W", "ignore", str(ROOT / cases.TOOL), "--case", str(wrong)]
+    job = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert cases.OUTCOMES[job.returncode] == "refused when built", job.stderr
+    assert "decides no parameter" in job.stderr
+
+
+def _decides_nothing(case) -> bool:
+    """An override of channel mixers in a run that has none."""
+    patterns = [override.pattern for override in case.config.optimizer.overrides]
+    return any("linear_fc" in p for p in patterns) and not (
+        set(case.config.model.layer_pattern) & set("-E")
+    )
+
+
 @pytest.mark.slow
 def test_a_case_is_certified_by_a_process_of_its_own(tmp_path):
     results = cases.Results(0, tmp_path / "results.json")

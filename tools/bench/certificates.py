@@ -96,9 +96,11 @@ def run_one(options: argparse.Namespace) -> int:
     import torch
 
     from equilibrium_mcore.certify.certificate import certify, write_certificate
+    from equilibrium_mcore.optim.param_groups import parameter_rows
 
     print(f"layout {drawn.layout.name}, {drawn.threads} threads a rank", flush=True)
     try:
+        parameter_rows(drawn.config)  # an override that decides nothing is told when built
         certificate = certify(
             drawn.config,
             [drawn.layout],

@@ -6,6 +6,7 @@ import random
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,14 @@ def draw(seed: int, number: int) -> Drawn:
             return Drawn(number, config, certified, rng.choice(THREADS), tuple(refused))
 
 
+@cache
+def _base() -> RunConfig:
+    return load_run(BASE)
+
+
 def propose(rng: random.Random) -> tuple[dict[str, Any], str]:
     """Values of a run, allowed or not, and its layout by name."""
-    values = load_run(BASE).model_dump(mode="json")
+    values = _base().model_dump(mode="json")
     values["optimizer"]["schedule_free"] = {}
     for section in ("attention", "mla", "mlp"):
         values["model"][section] = values["model"][section] or {}
@@ -116,7 +122,7 @@ def _layout(rng: random.Random) -> dict[str, int]:
 
 def _own_layout(text: str, values: dict[str, Any]) -> dict[str, Any]:
     """The layout as the run's own, so that the rules see it with the run's sizes too."""
-    parallelism = load_run(BASE).parallelism.model_copy(
+    parallelism = _base().parallelism.model_copy(
         update={name: values["parallelism"][name] for name in ("moe_dispatcher",)}
     )
     layout = parse_layout(text, base=parallelism)
