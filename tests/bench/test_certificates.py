@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from tools.bench.random_runs import cases, table
-from tools.bench.random_runs.draw import MAX_RANKS, draw
+from tools.bench.random_runs.draw import draw, drawn_settings
+from tools.bench.random_runs.layouts import MAX_RANKS
 from tools.bench.random_runs.settings import DRAWN, EXEMPT, SPECIAL, is_exempt, leaves
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +47,7 @@ def test_every_value_is_certified_somewhere(drawn):
     """In a hundred cases, whatever the rules refused."""
     seen = defaultdict(set)
     for case in drawn:
-        for key, value in cases.drawn_settings(case).items():
+        for key, value in drawn_settings(case).items():
             seen[key].add(json.dumps(value))
     for key, values in DRAWN.items():
         if key == "training.seed":

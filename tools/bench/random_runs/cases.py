@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from equilibrium_mcore.files.whole import write_whole
-from tools.bench.random_runs.draw import REPOSITORY, Drawn, draw
-from tools.bench.random_runs.settings import DRAWN, SPECIAL
+from tools.bench.random_runs.draw import REPOSITORY, draw, drawn_settings
 
 TOOL = "tools/bench/certificates.py"
 # What a case's exit status means; any other is a crash, and none in time is a hang.
@@ -165,27 +164,3 @@ def _reason(lines: list[str]) -> str:
     """The line that says what went wrong: the last one that names an error, else the last one."""
     errors = [line for line in lines if "Error" in line.split(" ")[0]]
     return ((errors or lines or ["nothing was printed"])[0 if errors else -1])[:300]
-
-
-def drawn_settings(drawn: Drawn) -> dict[str, Any]:
-    """The values of every drawn setting that the run has."""
-    values = drawn.config.model_dump(mode="json")
-    found = {"threads of a rank": drawn.threads}
-    for key in (*SPECIAL, *DRAWN):
-        place: Any = values
-        for part in key.split("."):
-            if isinstance(place, list):  # overrides: one at most
-                place = place[0] if place else None
-            place = None if place is None else place.get(part, ...)
-        if place is not None or _is_there(values, key):
-            found[key] = place
-    return found
-
-
-def _is_there(values: Any, key: str) -> bool:
-    *path, last = key.split(".")
-    for part in path:
-        values = values[0] if isinstance(values, list) and values else values
-        values = values.get(part) if isinstance(values, dict) else None
-    values = values[0] if isinstance(values, list) and values else values
-    return isinstance(values, dict) and last in values

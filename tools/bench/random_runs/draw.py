@@ -15,11 +15,11 @@ from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.load import load_run, run_from_mapping
 from equilibrium_mcore.config.pattern import CUT, LAYER_KINDS, layers_of
 from equilibrium_mcore.config.schema import RunConfig
-from tools.bench.random_runs.settings import DRAWN
+from tools.bench.random_runs.layouts import own_layout, random_layout
+from tools.bench.random_runs.settings import DRAWN, SPECIAL
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 BASE = REPOSITORY / "configs" / "runs" / "quickstart.yaml"
-MAX_RANKS = 4
 THREADS = (1, 2, 4)
 # How often a rule that ties settings together is kept on purpose; else chance decides, so that the
 # rules are asked too.
@@ -76,14 +76,14 @@ def propose(rng: random.Random) -> tuple[dict[str, Any], str]:
         for name in path:
             place = place[name]
         place[last] = rng.choice(choices)
-    layout = _layout(rng)
+    layout = random_layout(rng)
     values["model"]["layer_pattern"] = _pattern(rng, layout)
     if "E" not in values["model"]["layer_pattern"] and _heeds(rng):
         layout = {name: size for name, size in layout.items() if name not in ("ep", "etp")}
     _tie_together(values, rng, layout)
     values["optimizer"]["overrides"] = _overrides(rng, values)
     text = ",".join(f"{name}={size}" for name, size in layout.items()) or "dp=2"
-    values["parallelism"].update(_own_layout(text, values))
+    values["parallelism"].update(own_layout(text, values["parallelism"]))
     return values, text
 
 
@@ -97,39 +97,24 @@ def _allowed(values: dict[str, Any], text: str) -> tuple[RunConfig, Layout]:
     return config, layout
 
 
+def drawn_settings(drawn: Drawn) -> dict[str, Any]:
+    """The value of every drawn setting that the run has, by key."""
+    values = drawn.config.model_dump(mode="json")
+    found = {"threads of a rank": drawn.threads}
+    for key in (*SPECIAL, *DRAWN):
+        *path, last = key.split(".")
+        place: Any = values
+        for part in path:
+            place = place[part] if isinstance(place, dict) else None
+            if isinstance(place, list):  # overrides: one at most
+                place = place[0] if place else None
+        if place is not None:
+            found[key] = place[last]
+    return found
+
+
 def _heeds(rng: random.Random) -> bool:
     return rng.random() < HEED
-
-
-def _layout(rng: random.Random) -> dict[str, int]:
-    """Sizes by short name, on 2 to MAX_RANKS ranks."""
-    while True:
-        sizes = {name: rng.choice((1, 1, 2)) for name in ("tp", "cp", "pp", "ep", "etp", "dp")}
-        if rng.random() < 0.15:
-            sizes[rng.choice(tuple(sizes))] = 4
-        if sizes["pp"] > 1:
-            sizes["vpp"] = rng.choice((1, 1, 2))
-        dense = sizes["tp"] * sizes["cp"] * sizes["pp"] * sizes["dp"]
-        experts = sizes["ep"] * sizes["etp"] * sizes["pp"]
-        small = dense < MAX_RANKS and rng.random() < 0.5  # rather more ranks than fewer
-        if 1 < dense <= MAX_RANKS and dense % experts == 0 and not small:
-            break
-    layout = {name: size for name, size in sizes.items() if size > 1}
-    if layout.get("tp", 1) > 1 and rng.random() < 0.2:
-        layout["sp"] = 0
-    return layout
-
-
-def _own_layout(text: str, values: dict[str, Any]) -> dict[str, Any]:
-    """The layout as the run's own, so that the rules see it with the run's sizes too."""
-    parallelism = _base().parallelism.model_copy(
-        update={name: values["parallelism"][name] for name in ("moe_dispatcher",)}
-    )
-    layout = parse_layout(text, base=parallelism)
-    ones = dict.fromkeys(("tensor", "pipeline", "virtual_pipeline", "context"), 1)
-    own = {**ones, "expert": 1, "expert_tensor": 1, **layout.settings}
-    own["distributed_optimizer"] = values["parallelism"]["distributed_optimizer"]
-    return {**own, "world_size": layout.world_size}
 
 
 def _pattern(rng: random.Random, layout: dict[str, int]) -> str:
