@@ -14,6 +14,12 @@ by layer at the model's real widths.
 
     python tools/certify_layout.py configs/runs/pretrain_3b.yaml --tier kernels
 
+Layouts agree with one rank also where both are wrong in the same way. A witness from outside, the
+exported class of transformers in a plain loop with torch.optim.AdamW, trains from the same weights
+on the same batches:
+
+    python tools/certify_layout.py configs/runs/pretrain_3b.yaml --witness transformers
+
 The exit status is 0 when every layout passes, 1 when one does not, 2 for a config that cannot be,
 3 when ranks failed or did not end within --time-limit, so that there is no verdict.
 """
@@ -54,10 +60,17 @@ def main() -> int:
         metavar="MINUTES",
         help="for the ranks of each phase; then each rank's stack is printed (default 20)",
     )
+    parser.add_argument(
+        "--witness",
+        choices=["transformers"],
+        help="also train the twin by a plain loop over transformers' class (--tier layouts)",
+    )
     options = parser.parse_args()
     kernels = options.tier == "kernels"
     if kernels and not accelerator.has_cuda():
         parser.error("--tier kernels: this host has no CUDA device; --tier layouts needs none")
+    if kernels and options.witness:
+        parser.error("--witness needs --tier layouts: the kernels' tier trains nothing")
     if not kernels:  # one GPU is not several ranks
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     accelerator.install()  # before megatron-core is imported
@@ -73,6 +86,7 @@ def main() -> int:
             layouts=options.layouts,
             world_size=options.world_size,
             time_limit_minutes=options.time_limit,
+            witness=options.witness is not None,
             progress=lambda text: print(f"... {text}", flush=True),
         )
     except ConfigError as error:

@@ -32,6 +32,7 @@ from equilibrium_mcore.certify.twin import (
     parse_layout,
     shrink_layout,
 )
+from equilibrium_mcore.certify.witness import CHOICES, NAME, compare_with_witness
 from equilibrium_mcore.config.schema import ParallelismConfig, RunConfig
 from equilibrium_mcore.files.whole import write_whole
 from equilibrium_mcore.parallel import process_groups
@@ -67,11 +68,22 @@ class Certificate:
     config_hash: str
     tier: str = "layouts"  # or "kernels", where the one layout is this host's device
     layouts: dict[str, list[Verdict]] = field(default_factory=dict)
+    witnesses: dict[str, list[Verdict]] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
     def passed(self) -> bool:
-        return all(verdict.passed for verdicts in self.layouts.values() for verdict in verdicts)
+        return all(verdict.passed for verdicts in self._all.values() for verdict in verdicts)
+
+    @property
+    def not_certified(self) -> list[str]:
+        return [*NOT_CERTIFIED[self.tier], *([CHOICES] if self.witnesses else [])]
+
+    @property
+    def _all(self) -> dict[str, list[Verdict]]:
+        """Verdicts by the line that stands above them."""
+        kind = "layout" if self.tier == "layouts" else "device"
+        return {f"{kind} {name}": found for name, found in self.layouts.items()} | self.witnesses
 
     def as_dict(self) -> dict:
         """Plain values for JSON."""
@@ -80,20 +92,9 @@ class Certificate:
             "config_hash": self.config_hash,
             "tier": self.tier,
             "passed": self.passed,
-            "layouts": {
-                name: [
-                    {
-                        "what": v.what,
-                        "worst_relative_difference": v.difference,
-                        "tolerance": v.tolerance,
-                        "where": v.where,
-                        "passed": v.passed,
-                    }
-                    for v in verdicts
-                ]
-                for name, verdicts in self.layouts.items()
-            },
-            "not_certified": list(NOT_CERTIFIED[self.tier]),
+            "layouts": {name: _plain(found) for name, found in self.layouts.items()},
+            "witnesses": {name: _plain(found) for name, found in self.witnesses.items()},
+            "not_certified": self.not_certified,
             "steps": STEPS,
             "seconds": round(self.seconds, 1),
             "versions": {
@@ -106,8 +107,8 @@ class Certificate:
     def table(self) -> str:
         """What, worst relative difference, where, verdict: one line each."""
         lines = []
-        for name, verdicts in self.layouts.items():
-            lines.append(f"layout {name}" if self.tier == "layouts" else f"device {name}")
+        for name, verdicts in self._all.items():
+            lines.append(name)
             width = max(len(v.what) for v in verdicts)
             for v in verdicts:
                 mark = "ok  " if v.passed else "FAIL"
@@ -116,8 +117,8 @@ class Certificate:
                     f"(<= {v.tolerance:.0e})  {v.where}"
                 )
         lines.append("cannot certify:")
-        lines += [f"  - {text}" for text in NOT_CERTIFIED[self.tier]]
-        failed = [v for verdicts in self.layouts.values() for v in verdicts if not v.passed]
+        lines += [f"  - {text}" for text in self.not_certified]
+        failed = [v for verdicts in self._all.values() for v in verdicts if not v.passed]
         if failed:
             lines.append(f"NOT the same numbers: first in {failed[0].what}, at {failed[0].where}")
         else:
@@ -125,11 +126,25 @@ class Certificate:
         return "\n".join(lines)
 
 
+def _plain(verdicts: list[Verdict]) -> list[dict]:
+    return [
+        {
+            "what": v.what,
+            "worst_relative_difference": v.difference,
+            "tolerance": v.tolerance,
+            "where": v.where,
+            "passed": v.passed,
+        }
+        for v in verdicts
+    ]
+
+
 def certify_run(
     config: RunConfig,
     *,
     tier: str,
     layouts: Sequence[str] = (),
+    witness: bool = False,
     world_size: int | None = None,
     time_limit_minutes: float = TIME_LIMIT_MINUTES,
     progress: Callable[[str], None] = lambda text: None,
@@ -142,7 +157,13 @@ def certify_run(
         return certify_device(config, progress=progress)
     own = shrink_layout(config, world_size)
     named = [parse_layout(text, base=config.parallelism) for text in layouts]
-    return certify(config, own + named, time_limit_minutes=time_limit_minutes, progress=progress)
+    return certify(
+        config,
+        own + named,
+        witness=witness,
+        time_limit_minutes=time_limit_minutes,
+        progress=progress,
+    )
 
 
 def certify(
@@ -151,23 +172,29 @@ def certify(
     *,
     prepare: Callable[[], None] | None = None,
     time_limit_minutes: float = TIME_LIMIT_MINUTES,
+    everywhere: bool = False,
+    witness: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Certificate:
     """Certify `layouts` of `config` on CPU ranks that a helper process forks.
 
-    `prepare` runs in every rank of a layout, but not of the reference, before anything is built;
-    tests plant faults with it. Raises RankError when ranks fail, and with their stacks when those
-    of one phase do not end within `time_limit_minutes`.
+    `prepare` runs in every rank of a layout before anything is built, and only with `everywhere` in
+    those of the reference and the witness; tests plant faults with it. With `witness` the twin is
+    compared with transformers' class too. Raises RankError when ranks fail, and with their stacks
+    when those of one phase do not end within `time_limit_minutes`.
     """
     started = time.monotonic()
     certificate = Certificate(config.name, _hash(config))
     with RankServer(prefix="certificate_") as server:  # before this process compares anything
-        bench = _Bench(server, config, layouts, prepare, time_limit_minutes)
+        bench = _Bench(server, config, layouts, prepare, everywhere, time_limit_minutes)
         progress("one rank, the reference")
         reference = bench.reference()
         for layout in layouts:
             progress(f"layout {layout.name}, {layout.world_size} ranks")
             certificate.layouts[layout.name] = bench.verdicts(layout, reference)
+        if witness:
+            progress("the witness, transformers")
+            certificate.witnesses[NAME] = bench.witness()
     certificate.seconds = time.monotonic() - started
     return certificate
 
@@ -201,9 +228,10 @@ class _Bench:
         config: RunConfig,
         layouts: list[Layout],
         prepare: Callable[[], None] | None,
+        everywhere: bool,
         limit_minutes: float,
     ) -> None:
-        self.folder, self.prepare = server.folder, prepare
+        self.folder, self.prepare, self.everywhere = server.folder, prepare, everywhere
         self._server, self._limit_minutes = server, limit_minutes
         folder = self.folder
         self.twin = make_twin(config, layouts, folder=folder / "reference")
@@ -255,6 +283,14 @@ class _Bench:
         )
         return found
 
+    def witness(self) -> list[Verdict]:
+        return compare_with_witness(
+            self.twin,
+            partial(self._ranks, "witness"),
+            self.folder / "witness",
+            prepare=self.prepare if self.everywhere else None,
+        )
+
     def _resumable(self, config: RunConfig, checkpoint: Path, name: str) -> RunConfig:
         """`config` in a folder of its own whose latest checkpoint is `checkpoint`."""
         checkpoints = self.folder / name / "checkpoints"
@@ -284,7 +320,7 @@ class _Bench:
             save_first=save_first,
             save_last=save_last,
             gradients_from=self._ends[0] if given else None,
-            prepare=self.prepare if fault else None,
+            prepare=self.prepare if fault or self.everywhere else None,
         )
         self._ranks(name, work, layout.world_size)
         return read_trace(folder, layout.world_size)

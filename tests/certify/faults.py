@@ -125,6 +125,27 @@ def _forget_when_loading(state_of: Callable, prefix: str) -> None:
     HybridOptimizer.load_state_dict = broken
 
 
+def attention_scaled_by_half_of_the_key() -> None:
+    """Wrong in the reference too: only the witness sees it."""
+    from equilibrium_mcore.models.attention import TorchCoreAttention
+
+    build = TorchCoreAttention.__init__
+
+    def broken(self, config, *args, **kwargs):
+        build(self, config, *args, **kwargs)
+        self.softmax_scale = config.qk_head_dim**-0.5  # the part with position is left out
+
+    TorchCoreAttention.__init__ = broken
+
+
+def norms_with_an_epsilon_of_1e_6() -> None:
+    """Wrong in the reference too: only the witness sees it."""
+    from equilibrium_mcore.models.norms import RMSNorm
+
+    build = RMSNorm.__init__
+    RMSNorm.__init__ = lambda self, *args, **kwargs: build(self, *args, **{**kwargs, "eps": 1e-6})
+
+
 def healthy() -> None:
     """Nothing is broken."""
 
@@ -156,6 +177,12 @@ EXPECTED: dict[Callable[[], None], Case] = {
     ),
 }
 
+# Wrong in every layout and on one rank alike.
+SEEN_BY_THE_WITNESS: dict[Callable[[], None], Case] = {
+    attention_scaled_by_half_of_the_key: Case("tp=2", "loss of every step", "step 1"),
+    norms_with_an_epsilon_of_1e_6: Case("", "gradients", "model."),
+}
+
 
 def main() -> int:
     """Certify every case of EXPECTED in this process."""
@@ -173,6 +200,11 @@ def main() -> int:
         config = load_run(root / "configs" / "runs" / "quickstart.yaml", list(case.overrides))
         layouts = [parse_layout(case.layout, base=config.parallelism)]
         said[fault.__name__] = certify(config, layouts, prepare=fault).as_dict()
+    fault, case = next(iter(SEEN_BY_THE_WITNESS.items()))
+    config = load_run(root / "configs" / "runs" / "quickstart.yaml")
+    layouts = [parse_layout(case.layout, base=config.parallelism)]
+    everywhere = certify(config, layouts, prepare=fault, everywhere=True, witness=True)
+    said[fault.__name__] = everywhere.as_dict()
     Path(sys.argv[1]).write_text(json.dumps(said))
     return 0
 

@@ -13,7 +13,7 @@ import pytest
 from equilibrium_mcore.certify.twin import make_twin, parse_layout, shrink_layout, shrink_pattern
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.load import load_run
-from tests.certify.faults import EXPECTED, healthy
+from tests.certify.faults import EXPECTED, SEEN_BY_THE_WITNESS, healthy
 
 ROOT = Path(__file__).parents[2]
 CASES = {fault.__name__: expected for fault, expected in EXPECTED.items() if fault is not healthy}
@@ -67,6 +67,17 @@ def test_a_fault_of_the_optimizer_leaves_the_gradients_alone(said):
         if v["what"] in ("gradients", "weights loaded")
     }
     assert all(first.values())
+
+
+@pytest.mark.slow
+def test_what_is_wrong_everywhere_is_seen_by_the_witness_alone(said):
+    fault, case = next(iter(SEEN_BY_THE_WITNESS.items()))
+    certificate = said[fault.__name__]
+    assert all(v["passed"] for v in verdicts(certificate)), "the layouts agree with each other"
+    (witnessed,) = certificate["witnesses"].values()
+    failed = [v for v in witnessed if not v["passed"]]
+    assert not certificate["passed"]
+    assert case.what in failed[0]["what"] and case.where in failed[0]["where"], failed
 
 
 # ------------------------------------------------------------------------------------ the twin
