@@ -41,7 +41,7 @@ def compare_packing(
     dense = layout["tensor"] * layout["context"]
     world_size = max(dense, layout["expert"] * layout["expert_tensor"])
     layout["world_size"] = world_size
-    values["training"]["global_batch_size"] = world_size
+    values["training"].update(micro_batch_size=1, global_batch_size=world_size // dense)
     alone = run_from_mapping(values)
     folder.mkdir(parents=True, exist_ok=True)
     run_ranks(partial(_packed, config=alone, folder=folder, prepare=prepare), world_size)
