@@ -130,10 +130,10 @@ def _curve(
 
 
 def relative(apart: float, scale: float) -> float:
-    """apart / scale; of nothing, only nothing is 0 apart. NaN where either is."""
-    if scale or math.isnan(apart):
+    """apart / scale, NaN where either is; of nothing, only nothing is 0 apart."""
+    if scale:
         return apart / scale
-    return math.inf if apart else 0.0
+    return apart * math.inf if apart else 0.0
 
 
 def _tensors(

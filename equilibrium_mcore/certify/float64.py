@@ -26,11 +26,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from equilibrium_mcore.models import transformer_config
+from equilibrium_mcore.parallel import cpu_adapter
 
 PRECISION = "fp32"  # the setting whose runs are float64 inside
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
-# Where PyTorch itself lies: the place of an operation is the nearest frame outside of it.
-_TORCH = str(Path(torch.__file__).parent)
+# PyTorch and what stands in for parts of it: an operation's place is the nearest frame outside.
+_TORCH = (str(Path(torch.__file__).parent), cpu_adapter.__file__, __file__)
 
 
 @contextlib.contextmanager
@@ -117,11 +118,11 @@ class NarrowOperations(TorchDispatchMode):
 
 
 def _nearest_place() -> str:
-    """file:line of the nearest frame outside of PyTorch and this module."""
+    """file:line of the nearest frame that is not PyTorch's."""
     frame = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
-        if name != __file__ and not name.startswith(_TORCH):
+        if not name.startswith(_TORCH):
             parts = Path(name).parts
             return f"{'/'.join(parts[-3:])}:{frame.f_lineno}"
         frame = frame.f_back
