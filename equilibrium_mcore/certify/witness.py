@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from equilibrium_mcore.certify.compare import Verdict, worst_verdict
 from equilibrium_mcore.certify.plain_loop import PlainTrace
+from equilibrium_mcore.certify.verdict import Verdict, worst_verdict
 from equilibrium_mcore.certify.witness_rank import FILE, Ours, train_both
 from equilibrium_mcore.config.load import run_from_mapping
 from equilibrium_mcore.config.schema import RunConfig

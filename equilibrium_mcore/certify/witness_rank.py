@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from equilibrium_mcore.certify.float64 import in_float64
 from equilibrium_mcore.certify.plain_loop import train_plainly
 from equilibrium_mcore.certify.tokens import made_up_datasets
 from equilibrium_mcore.certify.whole import assemble, pieces_of
@@ -45,6 +46,11 @@ def train_both(
     """
     if prepare is not None:
         prepare()
+    with in_float64():
+        _train_both(place, config, folder)
+
+
+def _train_both(place: Place, config: RunConfig, folder: Path) -> None:
     run = setup(config, place, datasets=made_up_datasets(config))
     _make_rough(run)
     rows = plan(config.model, _tensors(run).keys())

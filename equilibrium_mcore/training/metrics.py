@@ -37,7 +37,7 @@ class TrainRecord:
     loss: float
     """Mean cross-entropy per token, in nats."""
     aux_loss: float | None = None
-    """Load-balancing loss; None for a model without experts."""
+    """Load-balancing loss; None where no loss balances experts."""
     learning_rate: float
     """Of the weight matrices."""
     learning_rate_adamw: float

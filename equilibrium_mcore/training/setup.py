@@ -219,7 +219,8 @@ def build_chunks(
         if on_gpu:
             module.cuda()
         reduction = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
+            # Of gradients as wide as float64, which only proofs have, nothing is cut off.
+            grad_reduce_in_fp32=transformer.params_dtype != torch.float64,
             overlap_grad_reduce=layout.overlap_grad_reduce,
             use_distributed_optimizer=False,
         )

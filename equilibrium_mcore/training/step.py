@@ -25,7 +25,7 @@ class StepOutcome:
     """What one step did; the same on every rank."""
 
     loss: float  # mean cross-entropy per token of the global batch, in nats
-    aux_loss: float | None  # mean balancing loss per MoE layer; None for a model without experts
+    aux_loss: float | None  # mean balancing loss per MoE layer; None where nothing is balanced
     gradient_norm: float
     learning_rates: dict[str, float]
     skipped: bool
@@ -53,7 +53,7 @@ def train_step(run: Run, *, stop_requested: bool = False) -> StepOutcome:
     aux_scale = moe_layers * run.micro_batches * run.data_parallel_size
     return StepOutcome(
         loss=loss_sum / max(tokens, 1),
-        aux_loss=aux / aux_scale if moe_layers else None,
+        aux_loss=aux / aux_scale if moe_layers and _balances(run) else None,
         gradient_norm=result.gradient_norm,
         learning_rates=rates,
         skipped=result.skipped,
@@ -94,8 +94,9 @@ def forward_step(
 
 def sum_of_losses(losses: Tensor, *, loss_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sum over counted tokens, their number, and both for the log. losses: (batch, sequence)."""
-    mask = loss_mask.reshape(-1).float()
-    total = (losses.reshape(-1).float() * mask).sum()
+    wide = torch.promote_types(losses.dtype, torch.float32)
+    mask = loss_mask.reshape(-1).to(wide)
+    total = (losses.reshape(-1).to(wide) * mask).sum()
     tokens = mask.sum()
     return total, tokens.to(torch.int), torch.stack([total.detach(), tokens])
 
@@ -158,6 +159,12 @@ def _sum_over_ranks(run: Run, outputs: list[Tensor], extra: list[float] = ()) ->
     mine = mine.to(accelerator.device())
     torch.distributed.all_reduce(mine)
     return mine.tolist()
+
+
+def _balances(run: Run) -> bool:
+    """Whether a loss balances the experts; megatron-core computes none with a coefficient of 0."""
+    moe = run.config.model.moe
+    return moe is not None and moe.load_balancing != "none" and moe.aux_loss_coefficient > 0
 
 
 def _aux_loss_here(run: Run) -> float:

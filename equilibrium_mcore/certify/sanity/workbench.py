@@ -18,7 +18,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from equilibrium_mcore.certify.twin import shrink_model
+from equilibrium_mcore.certify.shrink import shrink_model
 from equilibrium_mcore.config.layout import train_samples
 from equilibrium_mcore.config.load import run_from_mapping
 from equilibrium_mcore.config.schema import RunConfig
