@@ -402,6 +402,10 @@ class CheckpointConfig(Section):
     resume: Literal["auto", "never", "must"] = setting(
         "auto", "auto: from the latest checkpoint of the output directory, if there is one"
     )
+    resume_step: NonNegativeInt | None = setting(
+        None, "with resume: must: this step's checkpoint and no other; null: the newest"
+    )
+    verify: bool = setting(True, "compare every file with its hash before it is loaded")
     initial_weights: Path | None = setting(
         None, "a checkpoint whose weights alone start the run; ignored when resuming"
     )

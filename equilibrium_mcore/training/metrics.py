@@ -19,7 +19,20 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 METRICS_FILE = "metrics.jsonl"
-EventName = Literal["start", "resume", "stop", "signal", "end"]
+EventName = Literal[
+    "start",
+    "resume",
+    "stop",
+    "signal",
+    "end",
+    # of checkpoints: docs/checkpoints.md
+    "verified",
+    "unverified",
+    "damaged",
+    "latest_lost",
+    "left_alone",
+    "renamed",
+]
 
 logger = logging.getLogger(__name__)
 
