@@ -56,7 +56,7 @@ def choose(config: RunConfig) -> Choice:
         except DamagedCheckpointError as error:
             broken.append(error)
             continue
-        notes += [_damage_note(error, path) for error in broken]
+        notes += [_damage_note(error) for error in broken]
         return _chosen(config, opened, notes + _verified(opened, config, start))
     if broken:
         raise _none_left(config, broken)
@@ -154,8 +154,11 @@ def _verified(opened: Opened, config: RunConfig, start: float) -> list[Note]:
     return [("unverified", {**checkpoint, "reason": reason})]
 
 
-def _damage_note(error: DamagedCheckpointError, path: Path) -> Note:
-    return "damaged", {"checkpoint": path.name, "what": "; ".join(map(str, error.damages))}
+def _damage_note(error: DamagedCheckpointError) -> Note:
+    return "damaged", {
+        "checkpoint": error.checkpoint.name,
+        "what": "; ".join(map(str, error.damages)),
+    }
 
 
 def _none_left(config: RunConfig, broken: list[DamagedCheckpointError]) -> DamagedCheckpointError:

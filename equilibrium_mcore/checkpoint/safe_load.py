@@ -85,10 +85,11 @@ def read_metadata(folder: Path) -> Metadata:
     try:
         with (folder / METADATA_FILE).open("rb") as stream:
             metadata = _unpickle(stream)
-        names = {info.relative_path for info in metadata.storage_data.values()}
-        for name in names:
-            if Path(name).name != name:
-                raise ValueError(f"it names the file {name!r}, outside of the checkpoint")
+        for info in metadata.storage_data.values():
+            if Path(info.relative_path).name != info.relative_path:
+                raise ValueError(f"it names {info.relative_path!r}, outside of the checkpoint")
+            if not 0 <= info.offset <= info.offset + info.length:
+                raise ValueError(f"it names {info.length} bytes at {info.offset}")
     except Exception as error:  # a broken pickle raises whatever its bytes make it raise
         what = f"cannot be read: {type(error).__name__}: {error}"
         if isinstance(error, _NotAllowedError):
@@ -101,7 +102,8 @@ def read_metadata(folder: Path) -> Metadata:
 
 def _unpickle(stream: IO[bytes]) -> Metadata:
     metadata = _MetadataUnpickler(stream).load()
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+    tables = getattr(metadata, "storage_data", None), getattr(metadata, "state_dict_metadata", None)
+    if not isinstance(metadata, Metadata) or not all(isinstance(table, dict) for table in tables):
         raise ValueError(f"it holds a {type(metadata).__name__}, no metadata of a checkpoint")
     return metadata
 
