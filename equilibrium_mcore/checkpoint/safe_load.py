@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import pickle
 import re
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from torch.futures import Future
 from equilibrium_mcore.checkpoint.manifest import Damage, DamagedCheckpointError
 
 METADATA_FILE = ".metadata"
+SMALL_BYTES = 4 << 20  # of `.metadata`, up to which reading it slowly is no loss
 # What torch 2.4 to 2.11 write into `.metadata`: dataclasses, enums, and a table's look-up.
 _METADATA = "torch.distributed.checkpoint.metadata"
 IN_METADATA = {
@@ -68,7 +70,7 @@ class _NotAllowedError(pickle.UnpicklingError):
     pass
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+class _AllowedClasses:
     def find_class(self, module: str, name: str) -> Any:
         allowed = (module, name) in IN_METADATA
         if allowed or module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
@@ -84,7 +86,7 @@ def read_metadata(folder: Path) -> Metadata:
     """
     try:
         with (folder / METADATA_FILE).open("rb") as stream:
-            metadata = _unpickle(stream)
+            metadata = _unpickle(stream, os.fstat(stream.fileno()).st_size)
         for info in metadata.storage_data.values():
             if Path(info.relative_path).name != info.relative_path:
                 raise ValueError(f"it names {info.relative_path!r}, outside of the checkpoint")
@@ -100,8 +102,17 @@ def read_metadata(folder: Path) -> Metadata:
     return metadata
 
 
-def _unpickle(stream: IO[bytes]) -> Metadata:
-    metadata = _MetadataUnpickler(stream).load()
+class _FastUnpickler(_AllowedClasses, pickle.Unpickler):
+    pass
+
+
+class _FrugalUnpickler(_AllowedClasses, pickle._Unpickler):
+    """The one in Python: a flipped bit may make the other take all memory for a table's index."""
+
+
+def _unpickle(stream: IO[bytes], size: int) -> Metadata:
+    unpickler = _FrugalUnpickler if size <= SMALL_BYTES else _FastUnpickler
+    metadata = unpickler(stream).load()
     tables = getattr(metadata, "storage_data", None), getattr(metadata, "state_dict_metadata", None)
     if not isinstance(metadata, Metadata) or not all(isinstance(table, dict) for table in tables):
         raise ValueError(f"it holds a {type(metadata).__name__}, no metadata of a checkpoint")
