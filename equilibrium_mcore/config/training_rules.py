@@ -89,6 +89,17 @@ def stop_is_within_the_run(subject: Subject) -> Iterator[str]:
         )
 
 
+@rule("checkpoint")
+def a_named_step_is_resumed(subject: Subject) -> Iterator[str]:
+    checkpoint = subject.config.checkpoint
+    if checkpoint.resume_step is not None and checkpoint.resume != "must":
+        yield (
+            f"checkpoint.resume_step={checkpoint.resume_step} with checkpoint.resume="
+            f"{checkpoint.resume!r}: a step that is named must be there; set checkpoint.resume: "
+            "must, or resume_step: null"
+        )
+
+
 @rule("data", "training")
 def data_lasts_the_run(subject: Subject) -> Iterator[str]:
     """The order of the data has to be made for at least as many sequences as the run takes."""

@@ -11,9 +11,9 @@ from typing import Any, Literal
 from equilibrium_mcore.checkpoint.directory import (
     CONFIG_FILE,
     STATE_FILE,
-    latest_checkpoint,
     read_state,
 )
+from equilibrium_mcore.checkpoint.opened import open_weights
 from equilibrium_mcore.config.load import load_run
 from equilibrium_mcore.config.schema import RunConfig, TokenizerConfig
 from equilibrium_mcore.data.tokenizer import Tokenizer, load_tokenizer
@@ -45,16 +45,11 @@ class ExportReport:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint folder at `path`, or the latest of the run whose output directory it is."""
-    if (path / ".metadata").is_file():
-        return path
-    checkpoint = latest_checkpoint(path)
-    if checkpoint is None:
-        raise FileNotFoundError(
-            f"{path} holds no checkpoint: give the output directory of a run that has saved one, "
-            f"or one of its checkpoints/step_... folders"
-        )
-    return checkpoint
+    """The checkpoint folder at `path`, or the latest of the run whose output directory it is.
+
+    All its files are verified. Raises FileNotFoundError, and DamagedCheckpointError.
+    """
+    return open_weights(path).path
 
 
 def read_run_config(checkpoint: Path) -> RunConfig:

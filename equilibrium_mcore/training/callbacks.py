@@ -92,6 +92,8 @@ class LogCallback(Callback):
             if run.resumed_from is not None:
                 details["from"] = str(run.resumed_from)
             self.event("start" if resumed is None else "resume", run, **details)
+            for name, told in run.choice.notes:
+                self.event(name, run, **told)
         self._since = (time.perf_counter(), run.progress.step, run.progress.tokens)
 
     def pause(self, seconds: float) -> None:
@@ -231,13 +233,16 @@ class CheckpointCallback(Callback):
         if self.owner is not None:
             self.owner.confirm()
         progress = run.progress_to_save()
-        save_checkpoint(
+        saved = save_checkpoint(
             config=run.config,
             chunks=run.chunks,
             optimizer=run.optimizer,
             groups=run.groups,
             progress=progress,
+            line=run.choice.line,
         )
+        if saved.renamed is not None:  # a branch that the run left, or what a user put there
+            self.log.event("renamed", run, checkpoint=saved.path.name, to=saved.renamed)
         if self.ledger is not None:
             self.ledger.saved(run, progress)
         self._saved_step = run.progress.step

@@ -21,7 +21,20 @@ from equilibrium_mcore.files.archive import move_to_archive
 from equilibrium_mcore.files.whole import write_whole
 
 METRICS_FILE = "metrics.jsonl"
-EventName = Literal["start", "resume", "stop", "signal", "end"]
+EventName = Literal[
+    "start",
+    "resume",
+    "stop",
+    "signal",
+    "end",
+    # of checkpoints: docs/checkpoints.md
+    "verified",
+    "unverified",
+    "damaged",
+    "latest_lost",
+    "left_alone",
+    "renamed",
+]
 
 logger = logging.getLogger(__name__)
 

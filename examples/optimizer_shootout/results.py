@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from equilibrium_mcore.checkpoint.directory import latest_checkpoint
+from equilibrium_mcore.checkpoint.safe_load import read_metadata
 from equilibrium_mcore.files.whole import whole_file, write_whole
 from equilibrium_mcore.training.metrics import METRICS_FILE, read_metrics
 
@@ -62,7 +62,7 @@ def read_result(
 def state_bytes_per_parameter(checkpoint: Path) -> float:
     """Bytes of optimizer state, whole, beside the weights of the model, for each parameter."""
     state = elements = 0
-    metadata = dcp.FileSystemReader(checkpoint).read_metadata()
+    metadata = read_metadata(checkpoint)
     for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
             continue

@@ -373,6 +373,12 @@ CASES = [
         {"training.stop_after_steps": 100},
     ),
     (
+        "a_named_step_is_resumed",
+        {"checkpoint.resume_step": 8},
+        ["checkpoint.resume_step=8", "checkpoint.resume='auto'"],
+        {"checkpoint": {"resume_step": 8, "resume": "must"}},
+    ),
+    (
         "recompute_has_its_layers",
         {"training": {"recompute": "selective", "recompute_modules": ["mlp"]}},
         ["'mlp'", "no mlp layer"],

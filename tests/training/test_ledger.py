@@ -160,11 +160,13 @@ def test_the_report_counts_what_was_fed(eventful):
 
 def test_sequences_to_come_are_counted_at_the_batch_to_come(eventful, data):
     """max_epochs asks how many sequences are left; the batch was another in earlier lives."""
+    from equilibrium_mcore.checkpoint.directory import latest_checkpoint, read_state
     from equilibrium_mcore.training.setup import build_run_datasets
 
     config, _, _ = lives(data, eventful)[-1]
     longer = config.training.model_copy(update={"steps": 20})
-    train = build_run_datasets(config.model_copy(update={"training": longer})).train
+    saved = read_state(latest_checkpoint(eventful))
+    train = build_run_datasets(config.model_copy(update={"training": longer}), saved).train
     done = sum(len(fed_in(eventful, step)) for step in range(1, 17))
     assert train.first_sample == done and len(train) == done + 4 * 2
 
