@@ -413,12 +413,11 @@ class CheckpointConfig(Section):
         "resume never, where an earlier run is in the output directory: archive moves it to "
         "archive/ there, whole",
     )
-    initial_weights: UserPath | None = setting(
     resume_step: NonNegativeInt | None = setting(
         None, "with resume: must: this step's checkpoint and no other; null: the newest"
     )
     verify: bool = setting(True, "compare every file with its hash before it is loaded")
-    initial_weights: Path | None = setting(
+    initial_weights: UserPath | None = setting(
         None, "a checkpoint whose weights alone start the run; ignored when resuming"
     )
 
