@@ -4,10 +4,9 @@ Example:
     python tools/preprocess_data.py --input code.jsonl --output-prefix data/code \\
         --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model \\
         --append-eod
-writes data/code_text_document.bin, .idx and .json (the manifest). Killed, the same command resumes;
-when all is there, it has nothing to do. With --partitions 16 --partition 3 a host makes its share;
-without --partition they are merged. To check that files are still what was written:
-    python tools/preprocess_data.py --verify data/code_text_document
+writes data/code_text_document.bin, .idx and .json (the manifest). Killed, the same command resumes.
+With --partitions 16 --partition 3 a host makes its share; without --partition they are merged.
+--verify data/code_text_document only checks that its files are still what was written.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     types = ("SentencePieceTokenizer", "HuggingFaceTokenizer")
-    needed = not any("--verify" in word for word in sys.argv)
+    needed = not any(word.startswith("--verify") for word in sys.argv)
     add = parser.add_argument
     add("--input", type=Path, nargs="+", required=needed, help="JSONL (.gz, .zst), in this order")
     add("--output-prefix", type=Path, required=needed, help="path without _<key>_document.bin")

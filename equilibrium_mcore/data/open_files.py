@@ -83,7 +83,8 @@ class OpenFiles:
         while len(data) < length:
             more = os.pread(descriptor, length - len(data), offset + len(data))
             if not more:
-                raise ValueError(self._changed(path, f"it ends at byte {offset + len(data):,}"))
+                size = os.fstat(descriptor).st_size
+                raise ValueError(self._changed(path, f"it ends at byte {size:,}"))
             data += more
         return np.frombuffer(data, dtype)
 
