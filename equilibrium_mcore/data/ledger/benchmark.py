@@ -23,10 +23,10 @@ from equilibrium_mcore.data.blend import build_datasets
 from equilibrium_mcore.data.indexed_files import (
     MAGIC,
     VERSION,
-    IndexedWriter,
     Manifest,
     dataset_paths,
 )
+from equilibrium_mcore.data.indexed_writer import IndexedWriter
 from equilibrium_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from equilibrium_mcore.data.train_tokenizer import train_tokenizer
 
@@ -191,7 +191,8 @@ def _small_source(prefix: Path, tokenizer: Tokenizer) -> Path:
     with IndexedWriter(prefix, np.uint16) as writer:
         writer.add(tokens.tobytes(), lengths)
         writer.finish()
-        writer.publish(_manifest(tokenizer, lengths.size, tokens.size))
+        writer.stage(_manifest(tokenizer, lengths.size, tokens.size))
+        writer.publish()
     return prefix
 
 

@@ -15,8 +15,8 @@ from equilibrium_mcore.config.schema import DataConfig
 from equilibrium_mcore.data.indexed_files import IndexHeader
 from equilibrium_mcore.data.ledger.lanes import padded
 from equilibrium_mcore.data.ledger.ledger import Ledger, Plan
-from equilibrium_mcore.data.ledger.maps import OpenMaps
 from equilibrium_mcore.data.ledger.source import SourceDocuments
+from equilibrium_mcore.data.open_files import OpenFiles
 
 Packing = Literal["stream", "documents"]
 
@@ -172,10 +172,10 @@ def build_ledger_dataset(
     Raises ConfigError where a source's data is not that of `state`, and where the run would go
     through a source's training documents more often than its `max_epochs`.
     """
-    maps = OpenMaps()
+    files = OpenFiles()
     sources = [
         SourceDocuments(
-            source, headers[source.name], split=data.split, part=part, seed=seed, maps=maps
+            source, headers[source.name], split=data.split, part=part, seed=seed, files=files
         )
         for source in data.sources
     ]

@@ -21,8 +21,8 @@ from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import RunConfig, SourceConfig
 from equilibrium_mcore.data.indexed_files import read_header
 from equilibrium_mcore.data.ledger.ledger import Ledger, Plan, check_version
-from equilibrium_mcore.data.ledger.maps import OpenMaps
 from equilibrium_mcore.data.ledger.source import SourceDocuments
+from equilibrium_mcore.data.open_files import OpenFiles
 from equilibrium_mcore.files.archive import move_to_archive
 
 LEDGER_FILE = "ledger.jsonl"
@@ -200,7 +200,7 @@ def open_sources(settings: dict[str, Any]) -> list[SourceDocuments]:
 
     Raises ConfigError with every source whose files are gone or damaged.
     """
-    opened, problems, maps = [], [], OpenMaps()
+    opened, problems, files = [], [], OpenFiles()
     for values in settings["sources"]:
         source = SourceConfig(
             name=values["name"], prefix=Path(values["prefix"]), weight=values["weight"]
@@ -213,7 +213,7 @@ def open_sources(settings: dict[str, Any]) -> list[SourceDocuments]:
                     split=settings["split"],
                     part="train",
                     seed=settings["seed"],
-                    maps=maps,
+                    files=files,
                 )
             )
         except (OSError, ValueError) as error:
