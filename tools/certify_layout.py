@@ -1,8 +1,9 @@
 """Certify that a run learns the same numbers in its layout as on one rank, without a GPU.
 
-The run is shrunk to a twin that keeps what a layout could get wrong, and trained on CPU ranks: the
-loss of every step, every gradient, every weight, the routing, and the state after a save in one
-layout and a load in the other are compared.
+The run is shrunk to a twin that keeps what a layout could get wrong, and trained on CPU ranks in
+float64: the loss and the routing of every step, every gradient, every weight, and the state after a
+save in one layout and a load in the other are compared, to a relative 1e-9. Float32 is looked at
+too, and only warns.
 
     python tools/certify_layout.py configs/runs/pretrain_3b.yaml
     python tools/certify_layout.py configs/runs/pretrain_3b.yaml \\
@@ -20,8 +21,9 @@ on the same batches:
 
     python tools/certify_layout.py configs/runs/pretrain_3b.yaml --witness transformers
 
-The exit status is 0 when every layout passes, 1 when one does not, 2 for a config that cannot be,
-3 when ranks failed or did not end within --time-limit, so that there is no verdict.
+The exit status is 0 when every layout passes, 1 when one does not, 2 for a config or a layout that
+cannot be, which is said before anything is trained, and 3 when ranks failed or did not end within
+--time-limit, so that there is no verdict.
 """
 
 from __future__ import annotations

@@ -85,12 +85,21 @@ class Bench:
         self._ends = checkpoints / "step_00000000", checkpoints / f"step_{STEPS:08d}"
 
     def reference(self) -> Reference:
-        """The twin on one rank. Once, and before any layout: it saves what they load."""
-        trace = self._trace("reference", self.twin, ONE_RANK, save_first=True, save_last=True)
+        """The twin on one rank, once, and before any layout: it saves what they load.
+
+        It recomputes nothing, so that what layouts recompute is compared with what was computed.
+        """
+        plain = self._keeping_all(self.twin)
+        trace = self._trace("reference", plain, ONE_RANK, save_first=True, save_last=True)
         restart = self.twin.model_copy(update={"output_directory": self.folder / "updates"})
         trace.update = self._trace("updates", restart, ONE_RANK, steps=0, given=True).update
-        rounded = self._starting(ONE_RANK, "float32")
+        rounded = self._keeping_all(self._starting(ONE_RANK, "float32"))
         return Reference(trace, self._trace("float32", rounded, ONE_RANK, steps=1, sharp=False))
+
+    @staticmethod
+    def _keeping_all(config: RunConfig) -> RunConfig:
+        training = config.training.model_copy(update={"recompute": "none"})
+        return config.model_copy(update={"training": training})
 
     def compare(self, layout: Layout, reference: Reference) -> Comparison:
         """All that is compared of one layout."""

@@ -88,7 +88,8 @@ class MoEConfig(Section):
     normalize_top_k: bool = setting(True, "scale the chosen scores to sum to 1")
     routed_scaling_factor: PositiveFloat = setting(1.0, "factor on the chosen scores")
     load_balancing: Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "none"] = setting(
-        "aux_loss", "what keeps the experts evenly used"
+        "aux_loss",
+        "what keeps the experts evenly used; global_aux_loss needs one micro-batch per step",
     )
     aux_loss_coefficient: NonNegativeFloat = setting(0.001, "weight of the balancing loss")
     z_loss_coefficient: NonNegativeFloat = setting(0.0, "weight of the router z-loss")

@@ -193,6 +193,9 @@ EXPECTED: dict[Callable[[], None], Case] = {
     small.global_balancing_divided_by_the_data_ranks_twice: Case(
         "dp=2", "auxiliary loss of every step", "step 1", GLOBAL
     ),
+    small.recomputation_gives_other_numbers: Case(
+        "ep=2", "gradients", "embedding", ("training.recompute=full",)
+    ),
 }
 
 # Wrong in every layout and on one rank alike.

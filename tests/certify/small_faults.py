@@ -78,3 +78,22 @@ def global_balancing_divided_by_the_data_ranks_twice() -> None:
     from equilibrium_mcore.models.router import GlobalRouter
 
     del GlobalRouter.attach_and_log_load_balancing_loss
+
+
+def recomputation_gives_other_numbers() -> None:
+    """By 1e-7, as another seed or another order of sums would be small, but there."""
+    from megatron.core.tensor_parallel import random
+
+    forward = random.CheckpointFunction.forward
+
+    def broken(ctx, run_function, *arguments):
+        calls = []
+
+        def other(*inputs):
+            calls.append(None)
+            hidden, *rest = run_function(*inputs)
+            return (hidden if len(calls) == 1 else hidden * (1 + 1e-7), *rest)
+
+        return forward(ctx, other, *arguments)
+
+    random.CheckpointFunction.forward = staticmethod(broken)
