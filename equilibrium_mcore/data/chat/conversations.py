@@ -4,8 +4,8 @@
     {"conversations": [{"from", "value"}, ...], "system": optional}   ShareGPT
     {"instruction", "input": optional, "output", "system": optional}  Alpaca
 
-Roles by other names (human, gpt, function, ...) are those of `data/mixtures/documents.py`. A message
-of the assistant with `"weight": 0` is context only; a row's own `weight` scales its loss.
+Roles by other names (human, gpt, function, ...) are those of `data/mixtures/documents.py`. An
+assistant's message with `"weight": 0` is context only; a row's own `weight` scales its loss.
 """
 
 from __future__ import annotations

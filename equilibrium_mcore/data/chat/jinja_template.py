@@ -22,6 +22,8 @@ _PROBE = [Turn("user", "One?"), Turn("assistant", "Two."), Turn("user", "3"), Tu
 class JinjaRenderer:
     """Renders by a Jinja template, as transformers does."""
 
+    exact = False
+
     def __init__(self, path: Path, vocabulary: ChatVocabulary) -> None:
         """Raises ConfigError for a template that cannot be read, or whose answers never end."""
         self.path, self.vocabulary = path, vocabulary

@@ -24,7 +24,7 @@ STATE_VERSION = 1
 
 
 class Plan(NamedTuple):
-    """One sequence, before its tokens are read: its examples, in order, and their epoch (from 0)."""
+    """One sequence, before its tokens are read: its epoch, from 0, and its examples in order."""
 
     epoch: int
     examples: tuple[int, ...]

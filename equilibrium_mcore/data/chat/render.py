@@ -37,6 +37,10 @@ class Renderer(Protocol):
     """What turns conversations into segments: a row of the table, or a user's Jinja template."""
 
     vocabulary: ChatVocabulary
+    exact: bool
+    """Whether the exported template gives these ids for every chat. Of a template of one's own, the
+    text before an answer may become one token with the answer's first character; here it never
+    does, as it does not while a model answers."""
 
     def segments(self, turns: Sequence[Turn], *, prompt: bool = False) -> list[Segment]:
         """Segments of a conversation; `prompt` adds the header of an answer to come."""
@@ -51,6 +55,8 @@ class Renderer(Protocol):
 
 class TableRenderer:
     """Renders by a row of the table with a tokenizer's ids."""
+
+    exact = True
 
     def __init__(self, template: ChatTemplate, vocabulary: ChatVocabulary) -> None:
         """Raises ConfigError that names every control token that the tokenizer lacks."""

@@ -87,9 +87,8 @@ def _key(config: ConversationsConfig, renderer: Renderer, part: str, max_tokens:
         "template": renderer.jinja(),
         "max_tokens": max_tokens,
         "too_long": config.too_long,
-        "sources": [
-            [source.name, *found] for source, found in zip(config.sources, files, strict=True)
-        ],
+        "sources": [source.name for source in config.sources],
+        "files": files,
     }
     return hashlib.blake2b(json.dumps(values).encode(), digest_size=8).hexdigest()
 
