@@ -7,7 +7,9 @@ import gzip
 import numpy as np
 import pytest
 
+from equilibrium_mcore.config import describe
 from equilibrium_mcore.config.chat import (
+    BUILT_IN,
     ConversationsConfig,
     ConversationSourceConfig,
     parse_conversations,
@@ -18,6 +20,7 @@ from equilibrium_mcore.data.chat.encode import encode_sources
 from equilibrium_mcore.data.chat.render import build_renderer
 from equilibrium_mcore.data.chat.segments import Turn, joined
 from equilibrium_mcore.data.chat.store import load_or_encode
+from equilibrium_mcore.data.chat.templates import TEMPLATES
 from tests.data.chat.support import messages_of, random_chats, write_rows
 
 ASKED, SAID = Turn("user", "a?"), Turn("assistant", "b")
@@ -219,6 +222,18 @@ def test_settings(chat_configs):
     for template in ("chatml2", {"jinj": "x"}, 3):
         with pytest.raises(ConfigError, match="template: .* is none of chatml, llama3, plain"):
             parse_conversations({**values, "template": template})
+
+
+def test_the_built_in_templates_are_the_settings():
+    assert tuple(TEMPLATES) == BUILT_IN
+
+
+def test_the_document_has_every_setting():
+    document = describe.CONVERSATIONS_DOCUMENT.read_text(encoding="utf-8")
+    assert describe.up_to_date(document, describe.describe_conversations) == document, (
+        "docs/fine_tuning.md differs from the settings: run "
+        "`python -m equilibrium_mcore.config.describe`"
+    )
 
 
 def test_random_chats_are_what_they_should_be():
