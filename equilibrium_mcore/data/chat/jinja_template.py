@@ -33,7 +33,7 @@ class JinjaRenderer:
             raise ConfigError(f"chat template {path}: {error}; give a Jinja file") from None
         self.marked = bool(GENERATION.search(self.source))
         longest_first = sorted(vocabulary.controls, key=len, reverse=True)
-        self._controls = re.compile("|".join(map(re.escape, longest_first)))
+        self._controls = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self.stop: int | None = self._check()
 
     def segments(self, turns: Sequence[Turn], *, prompt: bool = False) -> list[Segment]:

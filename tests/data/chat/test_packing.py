@@ -95,6 +95,7 @@ def test_a_sequence_token_by_token(multiple):
         assert found["loss_mask"][at:end].tolist() == wanted
         at = end
     assert (found["tokens"][at:] == PAD).all() and not found["loss_mask"][at:].any()
+    assert found["position_ids"][at:].tolist() == list(range(96 - at))  # a document of its own
 
 
 @pytest.mark.parametrize("context", [1, 2, 4])
