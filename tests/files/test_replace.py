@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from equilibrium_mcore.data.filters.model_file import check_output, save_model
-from equilibrium_mcore.data.indexed_files import IndexedWriter, dataset_paths
+from equilibrium_mcore.data.indexed_files import dataset_paths
+from equilibrium_mcore.data.indexed_writer import IndexedWriter
 from equilibrium_mcore.data.merge import merge_datasets
 from equilibrium_mcore.data.train_tokenizer import train_tokenizer
 from equilibrium_mcore.files.paths import report_path
