@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+from equilibrium_mcore.files.paths import user_path
+
 
 def generate(
     folder: Path, prompt: str, *, max_new_tokens: int, temperature: float, top_p: float, seed: int
@@ -46,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="a folder that tools/convert_checkpoint.py wrote")
+    parser.add_argument("folder", type=user_path, help="written by tools/convert_checkpoint.py")
     parser.add_argument("--prompt", default="def read_lines(path):")
     parser.add_argument("--max-new-tokens", type=int, default=80)
     parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest")

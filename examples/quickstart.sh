@@ -29,7 +29,12 @@ while [ $# -gt 0 ]; do
 done
 case "$steps" in *[!0-9]*) wrong "--steps $steps: must be a whole number" ;; esac
 [ -z "$steps" ] || [ "$steps" -ge 10 ] || wrong "--steps $steps: must be 10 or more"
-case "$output" in "" | /*) ;; *) output="$PWD/$output" ;; esac
+case "$output" in
+  "" | /*) ;;
+  "~/"*) output="$HOME/${output#"~/"}" ;;  # it was quoted, so the shell left it as it is
+  *) output="$PWD/$output" ;;
+esac
+case "$output" in *\$*) wrong "--output $output: write the path out, without a \$" ;; esac
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 started=$(date +%s)
@@ -122,7 +127,8 @@ printf '%s\n' "$settings" >"$output/settings"
 
 begin 2/9 "Text: the standard library's sources (code) and its documentation (prose)"
 have "$data/code.jsonl" "$data/prose.jsonl" ||
-  python_shown examples/stdlib_text.py --output-directory "$data" --max-megabytes "$megabytes"
+  python_shown examples/stdlib_text.py --output-directory "$data" --max-megabytes "$megabytes" \
+    --overwrite  # of the two, a kill may have left one
 
 begin 3/9 "Tokenizer: SentencePiece, BPE with byte fallback"
 have "$tokenizer" ||

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from equilibrium_mcore.files.paths import user_path
 from equilibrium_mcore.training.metrics import METRICS_FILE, human, read_metrics
 
 Record = dict[str, Any]
@@ -31,8 +32,10 @@ def read(run: Path, kind: str) -> list[Record]:
 
 
 def attempts(run: Path) -> int:
-    """How often the run was started or resumed."""
-    return sum(event["event"] in BEGINNINGS for event in read(run, "event"))
+    """How often the run was started or resumed; starts that saved nothing are in its archive."""
+    folders = [run, *run.glob("archive/*")]
+    events = [event for folder in folders for event in read(folder, "event")]
+    return sum(event["event"] in BEGINNINGS for event in events)
 
 
 def was_stopped(run: Path) -> bool:
@@ -56,7 +59,7 @@ def wait_for_step(run: Path, *, step: int, after_attempts: int, pid: int) -> str
         alive = _is_alive(pid)
         events = [e for e in read(run, "event") if e["event"] in BEGINNINGS]
         train = read(run, "train")
-        if len(events) > after_attempts and train:
+        if events and train and attempts(run) > after_attempts:
             last = train[-1]["step"]
             if last >= step and last > events[-1]["step"]:
                 if is_finished(run):
@@ -177,11 +180,11 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("question", choices=("attempts", "stopped", "finished", "wait", "summary"))
-    parser.add_argument("run", type=Path, help="the run's output directory")
+    parser.add_argument("run", type=user_path, help="the run's output directory")
     parser.add_argument("--step", type=int, help="wait: until this step")
     parser.add_argument("--after-attempts", type=int, default=0, help="wait: for a later attempt")
     parser.add_argument("--pid", type=int, help="wait: the process that trains")
-    parser.add_argument("--output", type=Path, help="summary: the folder of all results")
+    parser.add_argument("--output", type=user_path, help="summary: the folder of all results")
     parser.add_argument("--margin", type=float, default=0.3, help="summary: nats below unigram")
     parser.add_argument("--seconds", type=float, help="summary: how long all of it took")
     options = parser.parse_args()

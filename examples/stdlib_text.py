@@ -19,10 +19,15 @@ import inspect
 import json
 import os
 import random
+import secrets
+import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+
+from equilibrium_mcore.files.paths import user_path
+from equilibrium_mcore.files.replace import refuse_existing
 
 # Not the library itself, or tables of data rather than code.
 SKIPPED_DIRECTORIES = {
@@ -85,15 +90,15 @@ def topics() -> dict[str, str]:
 
 
 class JsonlWriter:
-    """Writes documents aside until `max_bytes` are reached, then gives the file its name."""
+    """Writes documents to a temporary file until `max_bytes` are reached, then names it."""
 
     def __init__(self, path: Path, max_bytes: float) -> None:
         self.path = path
         self.max_bytes = max_bytes
         self.documents = self.bytes = 0
         self.full = False
-        self._aside = path.with_name(path.name + ".partial")
-        self._stream = self._aside.open("wb")
+        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        self._stream = self._temporary.open("wb")
 
     def add(self, source: str, text: str) -> None:
         """Append a document; the one that does not fit is the end."""
@@ -111,13 +116,13 @@ class JsonlWriter:
         """Rename into place and print what was written."""
         self._stream.close()
         if not self.documents:
-            self._aside.unlink()
+            self._temporary.unlink()
             raise SystemExit(
                 f"{self.path}: no document fits into {self.max_bytes:,.0f} bytes; raise "
                 f"--max-megabytes, or check that {sysconfig.get_paths()['stdlib']} holds the "
                 f"library's sources"
             )
-        os.replace(self._aside, self.path)
+        os.replace(self._temporary, self.path)
         print(f"{self.path}: {self.documents:,} documents, {self.bytes:,} bytes")
 
 
@@ -142,22 +147,37 @@ def write_sources(root: Path, code: JsonlWriter, prose: JsonlWriter) -> None:
         prose.add(f"docstrings/{module_name(relative)}", documentation)
 
 
+def is_text(path: Path) -> bool:
+    """Whether this script wrote the file, by its first line."""
+    with path.open("rb") as stream:
+        return stream.readline().startswith(b'{"text": ')
+
+
 def main() -> None:
     """Parse the command line and write both sources."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output-directory", type=Path, required=True)
+    parser.add_argument("--output-directory", type=user_path, required=True)
     parser.add_argument(
         "--max-megabytes", type=float, default=float("inf"), help="limit for each file (10^6 bytes)"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace what it wrote before")
     arguments = parser.parse_args()
+    outputs = [arguments.output_directory / name for name in ("code.jsonl", "prose.jsonl")]
+    try:
+        refuse_existing(
+            outputs,
+            overwrite=arguments.overwrite,
+            is_ours=is_text,
+            what="text of this script",
+            option="--output-directory",
+        )
+    except FileExistsError as error:
+        sys.exit(f"error: {error}")
     arguments.output_directory.mkdir(parents=True, exist_ok=True)
     max_bytes = arguments.max_megabytes * 1e6
-    code, prose = (
-        JsonlWriter(arguments.output_directory / name, max_bytes)
-        for name in ("code.jsonl", "prose.jsonl")
-    )
+    code, prose = (JsonlWriter(path, max_bytes) for path in outputs)
     write_sources(Path(sysconfig.get_paths()["stdlib"]), code, prose)
     code.finish()
     prose.finish()

@@ -50,6 +50,10 @@ for override in "$@"; do
   case "$override" in output_directory=*) OUTPUT_DIRECTORY="${override#*=}" ;; esac
 done
 [ -f "$RUN_CONFIG" ] || fail "RUN_CONFIG=$RUN_CONFIG: no such file below $EQUILIBRIUM_ROOT."
+case "$OUTPUT_DIRECTORY" in
+  "~/"*) OUTPUT_DIRECTORY="$HOME/${OUTPUT_DIRECTORY#"~/"}" ;;  # quoted, so no shell replaced it
+  *\$*) fail "output_directory=$OUTPUT_DIRECTORY: write the path out, without a \$." ;;
+esac
 mkdir -p "$OUTPUT_DIRECTORY"
 OUTPUT_DIRECTORY="$(cd "$OUTPUT_DIRECTORY" && pwd)"
 

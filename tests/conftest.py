@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from tests.support.pool import RankPool
@@ -9,9 +11,11 @@ from tests.support.runs import make_data
 
 
 @pytest.fixture(scope="session")
-def ranks() -> RankPool:
+def ranks() -> Iterator[RankPool]:
     """Processes that play the ranks of a job: `ranks.run(4, function, *arguments)`."""
-    return RankPool()
+    pool = RankPool()
+    yield pool
+    pool.close()
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/setup_venv.sh
 bin="$PWD/.venv/bin"
 
-# Tests start several ranks, each a process: with a thread pool each they would trample one another.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" MKL_NUM_THREADS="${MKL_NUM_THREADS:-1}"
-export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MPLBACKEND=Agg
-
 echo "lint: ruff check"
 "$bin/ruff" check --quiet .
 echo "lint: ruff format --check"

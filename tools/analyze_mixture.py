@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
+from equilibrium_mcore.files.paths import user_path
 from equilibrium_mcore.planning.mixture_report import report
 
 
@@ -27,7 +27,7 @@ def main() -> int:
     add = parser.add_argument
     add("subject", metavar="FOLDER|MIXTURE", help="what was prepared, or a mixture")
     add("overrides", nargs="*", metavar="key=value", help="settings of a mixture")
-    add("--output", type=Path, metavar="DIR", help="write the report's files here too")
+    add("--output", type=user_path, metavar="DIR", help="write the report's files here too")
     add("--model", help="estimate training of this model: a file, or a name in configs/models")
     add("--gpus", type=int, default=8, help="devices (default 8)")
     add("--peak-tflops", type=float, help="dense peak of one, e.g. 989 for an H100 SXM in bf16")

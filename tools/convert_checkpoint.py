@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from tqdm import tqdm
 
 from equilibrium_mcore.export.convert import export_hugging_face
 from equilibrium_mcore.export.verify import verify_export
 from equilibrium_mcore.export.weights import DTYPES
+from equilibrium_mcore.files.paths import user_path
 
 
 def main() -> int:
@@ -25,11 +25,11 @@ def main() -> int:
     )
     add = parser.add_argument
     where = "a run's output directory (its latest checkpoint is taken), or a checkpoint folder"
-    add("--checkpoint", type=Path, required=True, help=where)
-    add("--output", type=Path, required=True, help="the folder to write")
+    add("--checkpoint", type=user_path, required=True, help=where)
+    add("--output", type=user_path, required=True, help="the folder to write")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (bfloat16)")
     add("--main-weights", action="store_true", help="from the optimizer's float32 copies")
-    add("--overwrite", action="store_true", help="replace an existing folder")
+    add("--overwrite", action="store_true", help="replace what it wrote there before")
     add("--verify", action="store_true", help="compare its logits with Megatron's afterwards")
     options = vars(parser.parse_args())
     verify = options.pop("verify")

@@ -15,9 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from equilibrium_mcore.data.ledger.report import as_text, report
+from equilibrium_mcore.files.paths import user_path
 
 
 def main() -> int:
@@ -26,9 +26,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("run", type=Path, help="the run's output_directory")
+    add("run", type=user_path, help="the run's output_directory")
     add("--step", type=int, metavar="N", help="name the documents of step N; the first is 1")
-    add("--compare", type=Path, metavar="OTHER", help="another run's output_directory")
+    add("--compare", type=user_path, metavar="OTHER", help="another run's output_directory")
     add("--document", metavar="SOURCE:N", help="the steps that read document N of a source")
     add("--show", action="store_true", help="with --step: the beginning of each document's text")
     add("--json", action="store_true", help="print JSON instead of text")

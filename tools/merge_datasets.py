@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from equilibrium_mcore.data.merge import merge_datasets
+from equilibrium_mcore.files.paths import user_path
 
 
 def main() -> int:
@@ -22,8 +22,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--input", type=Path, nargs="+", required=True, help="prefixes, in this order")
-    add("--output-prefix", type=Path, required=True, help="path without .bin")
+    add("--input", type=user_path, nargs="+", required=True, help="prefixes, in this order")
+    add("--output-prefix", type=user_path, required=True, help="path without .bin")
     add("--overwrite", action="store_true", help="replace an existing dataset")
     options = parser.parse_args()
     try:

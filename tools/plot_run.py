@@ -2,8 +2,8 @@
 
 import argparse
 import sys
-from pathlib import Path
 
+from equilibrium_mcore.files.paths import report_path, user_path
 from equilibrium_mcore.training.plot import plot_runs
 
 
@@ -16,13 +16,13 @@ def main() -> None:
     parser.add_argument(
         "runs",
         nargs="+",
-        type=Path,
+        type=user_path,
         metavar="RUN_DIR",
         help="a run's output directory (or its metrics.jsonl)",
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=report_path,
         metavar="FILE.png",
         help="where to draw (default: curves.png in the first RUN_DIR)",
     )

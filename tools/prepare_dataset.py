@@ -16,9 +16,9 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from pathlib import Path
 
 from equilibrium_mcore.data.mixtures.command import run
+from equilibrium_mcore.files.paths import user_path
 
 
 def main() -> int:
@@ -29,13 +29,13 @@ def main() -> int:
     add = parser.add_argument
     add("mixture", metavar="MIXTURE", help="a YAML file, or its name in configs/data")
     add("overrides", nargs="*", metavar="key=value", help="settings of the mixture")
-    add("--output", type=Path, required=True, help="folder for the result and its work")
+    add("--output", type=user_path, required=True, help="folder for the result and its work")
     add("--workers", type=int, default=1, help="processes")
     add("--local", action="append", default=[], metavar="NAME=PATH", help="read a dataset here")
     add("--total-tokens", help="instead of metadata.total_tokens, e.g. 2e9")
     add("--temperature", type=float, help="instead of sampling.temperature of every dataset")
     add("--tokenizer-type", choices=("SentencePieceTokenizer", "HuggingFaceTokenizer"))
-    add("--tokenizer-model", type=Path, help=".model, tokenizer.json, or its folder")
+    add("--tokenizer-model", type=user_path, help=".model, tokenizer.json, or its folder")
     add("--dry-run", action="store_true", help="check, print the plan; the Hub is not asked")
     add("--sample", type=int, metavar="N", help="a trial with about N rows of each dataset")
     add("--skip-bad-rows", action="store_true", help="leave out rows that are no documents")

@@ -4,32 +4,35 @@ Example:
     python tools/preprocess_data.py --input code.jsonl --output-prefix data/code \\
         --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model \\
         --append-eod
-writes data/code_text_document.bin, .idx and .json (the manifest). After a kill it goes on. With
---partitions 16 --partition 3 a host makes its share; without --partition they are merged.
+writes data/code_text_document.bin, .idx and .json (the manifest). Killed, the same command resumes.
+With --partitions 16 --partition 3 a host makes its share; without --partition they are merged.
+--verify data/code_text_document only checks that its files are still what was written.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from equilibrium_mcore.config.schema import TokenizerConfig
 from equilibrium_mcore.data.partitions import preprocess_in_partitions
+from equilibrium_mcore.data.verify import verify_datasets
+from equilibrium_mcore.files.paths import user_path
 
 
 def main() -> int:
-    """Parse the command line, preprocess, print a summary."""
+    """Parse the command line, preprocess or verify, print a summary."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     types = ("SentencePieceTokenizer", "HuggingFaceTokenizer")
+    needed = not any(word.startswith("--verify") for word in sys.argv)
     add = parser.add_argument
-    add("--input", type=Path, nargs="+", required=True, help="JSONL (.gz, .zst), in this order")
-    add("--output-prefix", type=Path, required=True, help="path without _<key>_document.bin")
+    add("--input", type=user_path, nargs="+", required=needed, help="JSONL (.gz, .zst), in order")
+    add("--output-prefix", type=user_path, required=needed, help="path without _<key>_document.bin")
     add("--json-keys", nargs="+", default=["text"], help="fields to tokenize; one dataset each")
-    add("--tokenizer-type", choices=types, required=True)
-    add("--tokenizer-model", type=Path, required=True, help=".model, tokenizer.json, or its folder")
+    add("--tokenizer-type", choices=types, required=needed)
+    add("--tokenizer-model", type=user_path, required=needed, help=".model, tokenizer.json, folder")
     add("--end-of-document", help="the token that ends a document; default: the end of text")
     add("--append-eod", action="store_true", help="end each document with that token")
     add("--workers", type=int, help="processes; default: every core that it may use")
@@ -38,20 +41,21 @@ def main() -> int:
     add("--partition", type=int, help="make only part K of N, from 1: one host's share")
     add("--skip-bad-lines", action="store_true", help="leave out lines that are no documents")
     add("--overwrite", action="store_true", help="replace an existing dataset")
-    add("--restart", action="store_true", help="forget what a stopped run left, do not go on")
+    add("--restart", action="store_true", help="forget what a stopped run left, do not resume")
+    add(
+        "--verify", type=user_path, nargs="+", metavar="PREFIX", help="only compare with the hashes"
+    )
     options = vars(parser.parse_args())
-    names = ("tokenizer_type", "tokenizer_model", "end_of_document")
-    kind, model, eod = map(options.pop, names)
+    if (prefixes := options.pop("verify")) is not None:
+        return 0 if verify_datasets(prefixes) else 1
+    kind, model, eod = map(options.pop, ("tokenizer_type", "tokenizer_model", "end_of_document"))
     try:
         tokenizer = TokenizerConfig(type=kind, model=model, end_of_document=eod)
         done = preprocess_in_partitions(inputs=options.pop("input"), tokenizer=tokenizer, **options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    for key, prefix in done.prefixes.items():
-        print(f"{prefix}: {done.documents:,} documents, {done.tokens[key]:,} tokens")
-    rate = f"{done.bytes_read / 1e6 / done.seconds:.1f} MB/s"
-    print(f"{done.seconds:.1f} s, {rate}, {done.skipped_lines:,} bad lines left out")
+    print(done.text())
     return 0
 
 

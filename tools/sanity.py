@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from equilibrium_mcore.config.load import load_run
+from equilibrium_mcore.files.paths import report_path, user_path
 from equilibrium_mcore.parallel import accelerator
 
 
@@ -25,11 +25,11 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("config", type=Path, metavar="CONFIG", help="a run, e.g. configs/runs/quickstart.yaml")
+    add("config", type=user_path, metavar="CONFIG", help="a run, e.g. configs/runs/quickstart.yaml")
     add("overrides", nargs="*", metavar="key=value", help="settings, as for pretraining")
     add("--only", nargs="+", default=[], metavar="CHECK", help="run these checks alone")
     add("--made-up-tokens", action="store_true", help="read no data; its checks are skipped")
-    add("--json", type=Path, metavar="OUT", help="write verdicts and figures here too")
+    add("--json", type=report_path, metavar="OUT", help="write verdicts and figures here too")
     options = parser.parse_intermixed_args()
     try:
         config = load_run(options.config, options.overrides)

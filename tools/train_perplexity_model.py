@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from equilibrium_mcore.data.filters.train_perplexity import train_perplexity_model
+from equilibrium_mcore.files.paths import user_path
 
 
 def main() -> int:
@@ -24,11 +24,12 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--input", type=Path, nargs="+", required=True, help="JSONL files, plain or .gz")
-    add("--output", type=Path, required=True, help="the model, .safetensors")
+    add("--input", type=user_path, nargs="+", required=True, help="JSONL files, plain or .gz")
+    add("--output", type=user_path, required=True, help="the model, .safetensors")
     add("--order", type=int, default=5, help="characters of the longest n-gram; default 5")
     add("--text-field", default="text", help="the key that holds the text; default text")
     add("--max-characters", type=int, default=50_000_000, help="then reading stops; default 5e7")
+    add("--overwrite", action="store_true", help="replace an existing model")
     options = vars(parser.parse_args())
     try:
         done = train_perplexity_model(inputs=options.pop("input"), **options)

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from equilibrium_mcore.data.filters.train_classifier import train_quality_classifier
+from equilibrium_mcore.files.paths import user_path
 
 
 def main() -> int:
@@ -25,14 +25,15 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--positive", type=Path, nargs="+", required=True, help="JSONL of what to keep")
-    add("--negative", type=Path, nargs="+", required=True, help="JSONL of what to drop")
-    add("--output", type=Path, required=True, help="the model, .safetensors")
+    add("--positive", type=user_path, nargs="+", required=True, help="JSONL of what to keep")
+    add("--negative", type=user_path, nargs="+", required=True, help="JSONL of what to drop")
+    add("--output", type=user_path, required=True, help="the model, .safetensors")
     add("--text-field", default="text", help="the key that holds the text; default text")
     add("--bits", type=int, default=18, help="binary logarithm of the features; default 18 (1 MB)")
     add("--held-out-share", type=float, default=0.1, help="documents to measure on; default 0.1")
     add("--max-documents", type=int, default=100_000, help="of each kind; default 100000")
     add("--seed", type=int, default=1234, help="decides what is drawn and held out")
+    add("--overwrite", action="store_true", help="replace an existing model")
     options = vars(parser.parse_args())
     try:
         done = train_quality_classifier(**options)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from equilibrium_mcore.data.train_tokenizer import CHAT_TOKENS, train_tokenizer
+from equilibrium_mcore.files.paths import user_path
 
 
 def main() -> int:
@@ -19,8 +19,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--input", type=Path, nargs="+", required=True, help="JSONL files")
-    parser.add_argument("--output", type=Path, required=True, help="the .model file to write")
+    parser.add_argument("--input", type=user_path, nargs="+", required=True, help="JSONL files")
+    parser.add_argument("--output", type=user_path, required=True, help="the .model file to write")
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--json-key", default="text", help="the field that holds the text")
     parser.add_argument("--max-megabytes", type=float, default=10.0, help="how much text to sample")
@@ -29,6 +29,7 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--threads", type=int, default=None, help="default: all cores")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing model")
     arguments = parser.parse_args()
     print(f"training a vocabulary of {arguments.vocab_size} ...", file=sys.stderr, flush=True)
     try:

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from equilibrium_mcore.data.filters.trial_command import report_trial
+from equilibrium_mcore.files.paths import user_path
 
 
 def main() -> int:
@@ -25,13 +25,13 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("input", type=Path, help="JSONL file, plain or .gz")
+    add("input", type=user_path, help="JSONL file, plain or .gz")
     add("--filter", action="append", default=[], metavar="type=...", help="a filter; repeatable")
-    add("--filters", type=Path, metavar="FILE.yaml", help="filters that come before those")
+    add("--filters", type=user_path, metavar="FILE.yaml", help="filters that come before those")
     add("--sample", type=int, default=1000, help="documents, drawn evenly; 0: all; default 1000")
     add("--seed", type=int, default=1234, help="decides which are drawn")
     add("--text-field", default="text", help="the key that holds the text; default text")
-    add("--tokenizer-model", type=Path, help=".model or tokenizer.json, for length in tokens")
+    add("--tokenizer-model", type=user_path, help=".model or tokenizer.json, for length in tokens")
     add("--examples", type=int, default=2, help="documents shown per reason; default 2")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", dest="form", action="store_const", const="json")

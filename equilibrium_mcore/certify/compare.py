@@ -1,67 +1,61 @@
 """Verdicts: a layout's trace against the reference's, quantity by quantity.
 
-Tolerances come from what re-ordering float32 sums does (docs/certificate.md tells how they were
-measured): they are not to be widened to make a layout pass.
+Both train in float64, so what re-ordering sums does is far below what a fault does
+(docs/certificate.md has the figures): tolerances are not to be widened to make a layout pass.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
+from equilibrium_mcore.certify.ties import Tie, compare_choices
 from equilibrium_mcore.certify.trace import Trace
+from equilibrium_mcore.certify.verdict import Verdict, worst_verdict
 from equilibrium_mcore.certify.whole import Whole
 from equilibrium_mcore.config.schema import OptimizerConfig
 
-LOSS = 1e-5
-GRADIENT = 5e-5
-# Of a step's float32 change of weights, by what made it. SOAP gives every direction of its
-# eigenbasis an update of full size, also where a gradient is hardly more than rounding.
-UPDATE = {"adamw": 2e-3, "muon": 2e-3, "cosmos": 2e-3, "soap": 1e-1}
-# The same in float64, from the same gradients. SOAP's eigenvectors of close eigenvalues turn by
-# rounding over their distance; a fault turns them by far more.
-GIVEN_UPDATE = {"adamw": 1e-9, "muon": 1e-9, "cosmos": 1e-9, "soap": 1e-7}
+EXACT = 1e-9
+# Of a step's change of weights, by what made it. SOAP gives every direction of its eigenbasis an
+# update of full size, also where a gradient is hardly more than rounding, and its eigenvectors of
+# close eigenvalues turn by rounding over their distance; a fault turns them by far more.
+UPDATE = {"adamw": EXACT, "muon": EXACT, "cosmos": EXACT, "soap": 1e-7}
 STATE = 0.0
-CHOICES = 2e-3
+# The second look, in float32: what re-ordering its sums does, with room to spare. It only warns.
+FLOAT32_LOSS = 1e-5
+FLOAT32_GRADIENT = 5e-5
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """One line of a certificate."""
+def compare(
+    layout: Trace, reference: Trace, *, optimizer: OptimizerConfig, tie: Tie | None = None
+) -> list[Verdict]:
+    """Losses, gradients, weights and routing of a layout's training against the reference's.
 
-    what: str
-    difference: float  # worst relative difference
-    tolerance: float
-    where: str  # the first parameter, layer or step beyond tolerance; else the worst one
-
-    @property
-    def passed(self) -> bool:
-        return self.difference <= self.tolerance  # False for nan
-
-
-def compare(layout: Trace, reference: Trace, *, optimizer: OptimizerConfig) -> list[Verdict]:
-    """Losses, gradients, weights and routing of a layout's training against the reference's."""
-    verdicts = [
-        _curve("loss of every step", layout.loss, reference.loss, LOSS),
-        _curve(
-            "gradient norm of every step", layout.gradient_norm, reference.gradient_norm, LOSS * 10
-        ),
-    ]
-    if reference.aux_loss[0] is not None:
-        verdicts.append(_curve("auxiliary loss", layout.aux_loss, reference.aux_loss, LOSS))
+    With a `tie`, numbers of its step and of later ones are left out, since two right ones differ.
+    """
+    steps = len(reference.loss) if tie is None else tie.step - 1
+    tolerance = update_tolerance(optimizer)
+    verdicts = [_narrow(layout, reference)]
+    for what, found, expected in (
+        ("loss of every step", layout.loss, reference.loss),
+        ("gradient norm of every step", layout.gradient_norm, reference.gradient_norm),
+        ("auxiliary loss of every step", layout.aux_loss, reference.aux_loss),
+    ):
+        if steps and expected[0] is not None:
+            verdicts.append(_curve(what, found[:steps], expected[:steps], EXACT))
     if reference.choices:
-        verdicts.append(_choices(layout, reference))
+        verdicts.append(compare_choices(layout.choices, reference.choices, tie=tie))
     start = reference.weights[0]
     verdicts.append(_tensors("weights loaded", layout.weights[0], start, STATE))
-    verdicts.append(_tensors("gradients", layout.gradients, reference.gradients, GRADIENT))
+    if steps:
+        verdicts.append(_tensors("gradients", layout.gradients, reference.gradients, EXACT))
     for step in sorted(reference.weights):
-        if step:
+        if 0 < step <= steps:
             verdicts.append(
                 _tensors(
                     f"weights after {step} step{'s' if step > 1 else ''}, relative to the update",
                     layout.weights[step],
                     reference.weights[step],
-                    max(UPDATE[name] for name in optimizer.used),
+                    tolerance,
                     since=start,
                 )
             )
@@ -69,11 +63,32 @@ def compare(layout: Trace, reference: Trace, *, optimizer: OptimizerConfig) -> l
     return verdicts
 
 
+def compare_float32(layout: Trace, reference: Trace) -> list[Verdict]:
+    """The first step once more, in float32, where users train: verdicts that only warn."""
+    return [
+        _curve("float32: loss", layout.loss, reference.loss, FLOAT32_LOSS, warns=True),
+        _tensors(
+            "float32: gradients",
+            layout.gradients,
+            reference.gradients,
+            FLOAT32_GRADIENT,
+            warns=True,
+        ),
+    ]
+
+
+def update_tolerance(optimizer: OptimizerConfig) -> float:
+    """How far updates may differ, relative to themselves: what the run's optimizers need."""
+    return max(UPDATE[name] for name in optimizer.used)
+
+
 def compare_updates(layout: Trace, reference: Trace, *, optimizer: OptimizerConfig) -> Verdict:
-    """What the optimizer makes of the same gradients, in float64."""
-    tolerance = max(GIVEN_UPDATE[name] for name in optimizer.used)
+    """What the optimizer makes of the same gradients."""
     return _tensors(
-        "update from given gradients, float64", layout.update, reference.update, tolerance
+        "update from given gradients",
+        layout.update,
+        reference.update,
+        update_tolerance(optimizer),
     )
 
 
@@ -98,9 +113,27 @@ def compare_states(what: str, found: Trace, expected: Trace) -> list[Verdict]:
     return verdicts
 
 
-def _curve(what: str, found: list[float], expected: list[float], tolerance: float) -> Verdict:
-    differences = [abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True)]
-    return worst_verdict(what, {f"step {i + 1}": d for i, d in enumerate(differences)}, tolerance)
+def _narrow(layout: Trace, reference: Trace) -> Verdict:
+    """A cast to float32 would hide whatever is smaller than its rounding."""
+    places = {"nothing": 0} | reference.narrow | layout.narrow
+    return worst_verdict("operations and tensors that were not float64", places, 0.0)
+
+
+def _curve(
+    what: str, found: list[float], expected: list[float], tolerance: float, *, warns: bool = False
+) -> Verdict:
+    differences = {
+        f"step {step}": relative(abs(a - b), abs(b))
+        for step, (a, b) in enumerate(zip(found, expected, strict=True), start=1)
+    }
+    return worst_verdict(what, differences, tolerance, warns=warns)
+
+
+def relative(apart: float, scale: float) -> float:
+    """apart / scale, NaN where either is; of nothing, only nothing is 0 apart."""
+    if scale:
+        return apart / scale
+    return apart * math.inf if apart else 0.0
 
 
 def _tensors(
@@ -110,6 +143,7 @@ def _tensors(
     tolerance: float,
     *,
     since: dict[str, Whole] | None = None,
+    warns: bool = False,
 ) -> Verdict:
     """Worst norm(found - expected) / norm(expected - since) over tensors, in model order."""
     differences = {}
@@ -120,38 +154,16 @@ def _tensors(
             continue
         apart = (found[name].data.double() - whole).norm().item()
         base = whole - since[name].data.double() if since else whole
-        scale = base.norm().item()
-        differences[name] = apart / scale if scale else (0.0 if apart == 0 else math.inf)
+        differences[name] = relative(apart, base.norm().item())
     for name in found.keys() - expected.keys():
         differences[name] = math.inf
-    return worst_verdict(what, differences, tolerance)
-
-
-def _choices(layout: Trace, reference: Trace) -> Verdict:
-    by_layer: dict[int, list[int]] = {}
-    for place, experts in reference.choices.items():
-        counts = by_layer.setdefault(place[0], [0, 0])
-        counts[0] += layout.choices.get(place) != experts
-        counts[1] += 1
-    shares = {f"layer {layer}": wrong / of for layer, (wrong, of) in sorted(by_layer.items())}
-    return worst_verdict("share of tokens routed elsewhere", shares, CHOICES)
+    return worst_verdict(what, differences, tolerance, warns=warns)
 
 
 def _replicas(layout: Trace) -> Verdict:
     last = layout.weights[max(layout.weights)]
     apart = {name: last[name].disagreement for name in sorted(last, key=_model_order)}
     return worst_verdict("weights differ between replicas", apart, STATE)
-
-
-def worst_verdict(what: str, differences: dict[str, float], tolerance: float) -> Verdict:
-    """The first place beyond tolerance, with the worst difference of all."""
-    worst = max(differences, key=lambda name: _size(differences[name]))
-    beyond = [name for name, value in differences.items() if not value <= tolerance]
-    return Verdict(what, differences[worst], tolerance, beyond[0] if beyond else worst)
-
-
-def _size(value: float) -> float:
-    return math.inf if math.isnan(value) else value
 
 
 def _model_order(name: str) -> tuple:

@@ -14,7 +14,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from equilibrium_mcore.certify.compare import Verdict
+from equilibrium_mcore.certify.verdict import Verdict
 from equilibrium_mcore.config.pattern import LAYER_KINDS, layers_of
 from equilibrium_mcore.config.schema import ModelConfig, ParallelismConfig, RunConfig
 from equilibrium_mcore.models.provider import build_model

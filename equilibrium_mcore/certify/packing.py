@@ -10,8 +10,9 @@ import torch
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
-from equilibrium_mcore.certify.compare import Verdict, worst_verdict
+from equilibrium_mcore.certify.float64 import in_float64
 from equilibrium_mcore.certify.tokens import MadeUpTokens
+from equilibrium_mcore.certify.verdict import Verdict, worst_verdict
 from equilibrium_mcore.config.load import run_from_mapping
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.models.packing import packed_documents, rank_tokens
@@ -23,7 +24,7 @@ from equilibrium_mcore.training.setup import build_chunks
 # divides among ranks.
 LENGTHS = (12, 4, 20, 8)
 # Sums over one document are the same sums; only the order within a chunk of the scan differs.
-TOLERANCE = 1e-4
+TOLERANCE = 1e-9
 
 
 def compare_packing(
@@ -40,7 +41,7 @@ def compare_packing(
     dense = layout["tensor"] * layout["context"]
     world_size = max(dense, layout["expert"] * layout["expert_tensor"])
     layout["world_size"] = world_size
-    values["training"]["global_batch_size"] = world_size
+    values["training"].update(micro_batch_size=1, global_batch_size=world_size // dense)
     alone = run_from_mapping(values)
     folder.mkdir(parents=True, exist_ok=True)
     run_ranks(partial(_packed, config=alone, folder=folder, prepare=prepare), world_size)
@@ -54,6 +55,13 @@ def _packed(
 ) -> None:
     if prepare is not None:
         prepare()
+    with in_float64():
+        differences = _differences(place, config)
+    torch.save(differences, folder / f"rank_{place.rank}.pt")
+
+
+def _differences(place: Place, config: RunConfig) -> dict[str, float]:
+    """How far each document's logits are off in the pack, by document. Collective."""
     layout = config.parallelism
     groups = process_groups.join(place, layout, seed=config.training.seed)
     _, (chunk,) = build_chunks(config, groups)
@@ -75,9 +83,9 @@ def _packed(
         alone = _plain_logits(chunk, tokens, groups.cp)
         difference = ((packed - alone).norm() / alone.norm()).item()
         differences[f"document {index} ({len(tokens)} tokens)"] = difference
-    torch.save(differences, folder / f"rank_{place.rank}.pt")
     torch.distributed.barrier()
     process_groups.destroy()
+    return differences
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ Everything is the training code itself (`training.setup`, `training.step`); hook
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from equilibrium_mcore.certify.float64 import NarrowOperations, in_float64
+from equilibrium_mcore.certify.routing import Notes, Routing, RoutingWatch, whole_routing
 from equilibrium_mcore.certify.tokens import made_up_datasets
 from equilibrium_mcore.certify.updates import update_from_given_gradients
 from equilibrium_mcore.certify.whole import Piece, Whole, assemble, pieces_of, whole_piece
@@ -21,10 +24,7 @@ from equilibrium_mcore.checkpoint.sharded import save_checkpoint
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.parallel.launch import Place
 from equilibrium_mcore.training.setup import Run, setup, teardown
-from equilibrium_mcore.training.step import rank_batch, train_step
-
-# (layer, micro-batch of the step, sequence of the micro-batch) -> (positions, experts chosen there)
-Choices = dict[tuple[int, int, int], tuple[list[int], list[tuple[int, ...]]]]
+from equilibrium_mcore.training.step import train_step
 
 
 @dataclass
@@ -38,7 +38,8 @@ class RankTrace:
     weights: dict[int, list[Piece]] = field(default_factory=dict)  # after so many steps
     update: list[Piece] = field(default_factory=list)  # of given gradients, in float64
     state: dict[str, list[Piece]] = field(default_factory=dict)  # optimizer state at the end
-    choices: Choices = field(default_factory=dict)
+    choices: Notes = field(default_factory=dict)
+    narrow: dict[str, int] = field(default_factory=dict)  # what was not float64, and how often
 
 
 @dataclass
@@ -52,7 +53,8 @@ class Trace:
     weights: dict[int, dict[str, Whole]]
     update: dict[str, Whole]
     state: dict[str, dict[str, Whole]]
-    choices: dict[tuple[int, int, int], tuple[int, ...]]  # (layer, sample, position) -> experts
+    choices: dict[tuple[int, int], Routing]  # by (step, layer)
+    narrow: dict[str, int]  # what was not float64, over all ranks
 
 
 def trace_rank(
@@ -61,16 +63,42 @@ def trace_rank(
     folder: Path,
     *,
     steps: int,
+    sharp: bool = True,
     save_first: bool = False,
     save_last: bool = False,
     gradients_from: Path | None = None,
 ) -> None:
     """Run the twin in one rank and write its trace to `folder`. Collective.
 
-    `save_first` saves a checkpoint before the first step, `save_last` one after the last. From the
-    weights of the checkpoint `gradients_from` gradients are made for float64 updates, at the end,
-    since the run is of no use then.
+    `sharp` is in float64 throughout; else in the precision that `config` says. `save_first` saves a
+    checkpoint before the first step, `save_last` one after the last. From the weights of the
+    checkpoint `gradients_from` gradients are made for float64 updates, at the end, since the run is
+    of no use then.
     """
+    with in_float64() if sharp else contextlib.nullcontext():
+        trace = _trace(
+            place,
+            config,
+            steps=steps,
+            sharp=sharp,
+            save_first=save_first,
+            save_last=save_last,
+            gradients_from=gradients_from,
+        )
+    torch.save(trace, _file(folder, place))
+
+
+def _trace(
+    place: Place,
+    config: RunConfig,
+    *,
+    steps: int,
+    sharp: bool,
+    save_first: bool,
+    save_last: bool,
+    gradients_from: Path | None,
+) -> dict:
+    """The rank's trace as plain values."""
     run = setup(config, place, datasets=made_up_datasets(config))
     trace = RankTrace()
     if save_first:
@@ -79,15 +107,17 @@ def trace_rank(
         trace.weights[0] = _weights(run)
         trace.state = _state(run)
     else:
-        _train(run, trace, steps)
+        with NarrowOperations() if sharp else contextlib.nullcontext() as narrow:
+            _train(run, trace, steps)
+        trace.narrow = narrow.places if sharp else {}
     if save_last:
         _save(run)
     if gradients_from is not None:
         trace.update = update_from_given_gradients(run, gradients_from)
-    torch.save(
-        dataclasses.asdict(trace) | {"data_rank": run.groups.dp.rank()}, _file(folder, place)
-    )
+    if sharp:
+        trace.narrow |= _narrow_tensors(run)
     teardown(run)
+    return dataclasses.asdict(trace)
 
 
 def read_trace(folder: Path, world_size: int) -> Trace:
@@ -100,13 +130,10 @@ def read_trace(folder: Path, world_size: int) -> Trace:
     def whole(get) -> dict[str, Whole]:
         return assemble(Piece(**piece) for rank in ranks for piece in get(rank))
 
-    choices: dict[tuple[int, int, int], tuple[int, ...]] = {}
-    data_ranks = 1 + max(rank["data_rank"] for rank in ranks)
+    narrow: dict[str, int] = defaultdict(int)
     for rank in ranks:
-        for (layer, micro_batch, _), (positions, chosen) in rank["choices"].items():
-            sample = micro_batch * data_ranks + rank["data_rank"]
-            for position, experts in zip(positions, chosen, strict=True):
-                choices[layer, sample, position] = experts
+        for what, count in rank["narrow"].items():
+            narrow[what] += count
     return Trace(
         loss=first["loss"],
         aux_loss=first["aux_loss"],
@@ -115,7 +142,8 @@ def read_trace(folder: Path, world_size: int) -> Trace:
         weights={step: whole(lambda rank, s=step: rank["weights"][s]) for step in first["weights"]},
         update=whole(lambda rank: rank["update"]),
         state={key: whole(lambda rank, k=key: rank["state"].get(k, [])) for key in _keys(ranks)},
-        choices=choices,
+        choices=whole_routing([rank["choices"] for rank in ranks]),
+        narrow=dict(narrow),
     )
 
 
@@ -129,13 +157,11 @@ def _file(folder: Path, place: Place) -> Path:
 
 
 def _train(run: Run, trace: RankTrace, steps: int) -> None:
-    watching = _watch_routers(run, trace)
+    watch = RoutingWatch(run)
     update = run.optimizer.step
 
     def step_with_gradients_noted():
         trace.gradients = pieces_of(run, {p.name: p.gradient for p in run.optimizer.parameters})
-        for hook in watching:
-            hook.remove()
         run.optimizer.step = update
         return update()
 
@@ -148,11 +174,37 @@ def _train(run: Run, trace: RankTrace, steps: int) -> None:
         trace.gradient_norm.append(outcome.gradient_norm)
         if step in (1, steps):
             trace.weights[step] = _weights(run)
+    trace.choices = dict(watch.notes)
     trace.state = _state(run)
 
 
 def _weights(run: Run) -> list[Piece]:
-    return pieces_of(run, {p.name: p.model for p in run.optimizer.parameters})
+    """Parameters, and the biases by which routers balance their experts, which are none."""
+    biases = [
+        whole_piece(f"decoder.layers.{router.layer_number - 1}.mlp.router.expert_bias", bias)
+        for chunk in run.chunks
+        for router in chunk.modules()
+        if isinstance(router, TopKRouter) and (bias := router.expert_bias) is not None
+    ]
+    return pieces_of(run, {p.name: p.model for p in run.optimizer.parameters}) + biases
+
+
+def _narrow_tensors(run: Run) -> dict[str, int]:
+    """What of this rank's model, gradients and optimizer is kept in less than float64."""
+    tensors: dict[str, Tensor] = {}
+    for parameter in run.optimizer.parameters:
+        tensors[parameter.name] = parameter.model
+        tensors[f"the gradient of {parameter.name}"] = parameter.gradient
+        if parameter.is_owned:
+            state = run.optimizer.state_of(parameter) | run.optimizer.whole_state_of(parameter)
+            tensors |= {f"{key} of {parameter.name}": value for key, value in state.items()}
+    for chunk in run.chunks:
+        tensors |= dict(chunk.named_buffers())
+    return {
+        f"{name}, kept in {tensor.dtype}": 1
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and tensor.dtype != torch.float64
+    }
 
 
 def _state(run: Run) -> dict[str, list[Piece]]:
@@ -169,38 +221,6 @@ def _state(run: Run) -> dict[str, list[Piece]]:
                 state, _, part = key.partition(".")
                 pieces[state].append(whole_piece(f"{parameter.name}.{part}", value))
     return pieces | {key: pieces_of(run, values) for key, values in by_key.items()}
-
-
-def _watch_routers(run: Run, trace: RankTrace) -> list:
-    """Hooks that note which experts every token goes to, in the first step."""
-    seen: dict[int, int] = defaultdict(int)
-
-    def note(router: TopKRouter, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        layer, micro_batch = router.layer_number, seen[router.layer_number]
-        seen[router.layer_number] += 1
-        positions = _positions(run, micro_batch)
-        chosen = output[1].reshape(len(positions), -1)
-        experts = [tuple(row.nonzero().flatten().tolist()) for row in chosen]
-        trace.choices[layer, micro_batch, 0] = (positions.tolist(), experts)
-
-    return [
-        module.register_forward_hook(note)
-        for chunk in run.chunks
-        for module in chunk.modules()
-        if isinstance(module, TopKRouter)
-    ]
-
-
-def _positions(run: Run, micro_batch: int) -> Tensor:
-    """Which places of the sequence this rank's router sees in a micro-batch of the first step."""
-    sample = run.datasets.train[micro_batch * run.data_parallel_size + run.groups.dp.rank()]
-    batch = {name: value.unsqueeze(0) for name, value in sample.items()}
-    run.objective.weigh(batch)
-    batch["tokens"] = torch.arange(run.config.training.sequence_length).unsqueeze(0)
-    places = rank_batch(batch, run)[0]["tokens"][0]
-    if run.config.parallelism.sequence:
-        places = places.chunk(run.groups.tp.size())[run.groups.tp.rank()]
-    return places
 
 
 def _save(run: Run) -> None:

@@ -1,8 +1,9 @@
 """A run's twin: small enough for a laptop, with everything that a layout could get wrong.
 
 Kept: the kinds of layers and every pipeline cut, how heads and groups divide among ranks, the
-routing, the dispatcher, tied embeddings, the optimizer and its options, the loss normalisation.
-Shrunk: widths, depth, experts, vocabulary, batch and sequence.
+routing, the dispatcher, tied embeddings, the optimizer and its options, the loss normalisation,
+recomputation, and whether a micro-batch has several sequences. Shrunk: widths, depth, experts,
+vocabulary, batch and sequence.
 """
 
 from __future__ import annotations
@@ -11,15 +12,19 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from equilibrium_mcore.certify.shrink import shrink_model, shrink_optimizer
+from equilibrium_mcore.config import rules
 from equilibrium_mcore.config.errors import ConfigError
-from equilibrium_mcore.config.layout import data_parallel_size
+from equilibrium_mcore.config.layout import data_parallel_size, model_parallel_size
 from equilibrium_mcore.config.load import run_from_mapping
-from equilibrium_mcore.config.pattern import CUT, balanced_cuts, cut_into, layers_of
-from equilibrium_mcore.config.schema import ModelConfig, ParallelismConfig, RunConfig
+from equilibrium_mcore.config.schema import ParallelismConfig, RunConfig
 
 MAX_RANKS = 8
 STEPS = 5
-SEQUENCES = 8  # per global batch: enough for two data ranks and four pipeline micro-batches
+SEQUENCES = (
+    8  # per global batch, or more: enough for two data ranks and four pipeline micro-batches
+)
+ENGINE_RECOMPUTES = "moe_act"  # only Transformer Engine's grouped experts can
 _DIMENSIONS = ("tensor", "context", "pipeline", "virtual_pipeline", "expert", "expert_tensor")
 
 
@@ -101,23 +106,32 @@ def _world_size(values: dict[str, int], data: int) -> int:
     return math.lcm(dense * data, experts)
 
 
+def check_layout(config: RunConfig, layout: Layout) -> None:
+    """Raise ConfigError for a layout that the run's own model does not allow, with the rule.
+
+    Its batch is not asked: what a layout does to the numbers does not depend on it.
+    """
+    sections = {
+        "model": config.model,
+        "parallelism": ParallelismConfig(world_size=layout.world_size, **layout.settings),
+    }
+    problems = rules.check_sections(sections)
+    if problems:
+        raise ConfigError(problems, source=f"layout {layout.name} of {config.name}")
+
+
 def make_twin(config: RunConfig, layouts: list[Layout], *, folder: Path) -> RunConfig:
     """The twin of `config` that fits every one of `layouts`, as a one-rank run in `folder`."""
     largest = {
         name: max([int(layout.settings.get(name, 1)) for layout in layouts], default=1)
         for name in _DIMENSIONS
     }
-    stages = math.lcm(
-        *(
-            int(layout.settings.get("pipeline", 1))
-            * int(layout.settings.get("virtual_pipeline", 1))
-            for layout in layouts
-        ),
-        1,
-    )
+    stages = math.lcm(*(_stages(layout) for layout in layouts), 1)
     values = config.model_dump(mode="json")
     values["output_directory"] = str(folder)
-    values["model"] = shrink_model(config.model, stages=stages, largest=largest)
+    values["model"] = shrink_model(
+        config.model, stages=stages, largest=largest, run_tensor=config.parallelism.tensor
+    )
     values["parallelism"] = {
         "world_size": 1,
         "moe_dispatcher": config.parallelism.moe_dispatcher,
@@ -126,98 +140,67 @@ def make_twin(config: RunConfig, layouts: list[Layout], *, folder: Path) -> RunC
     values["data"].update(
         train_samples=None, num_workers=0, document_multiple=2 * largest["context"]
     )
+    micro_batch = min(2, config.training.micro_batch_size)
+    sequences = math.lcm(SEQUENCES, *(micro_batch * _at_once(layout) for layout in layouts))
     values["training"].update(
-        sequence_length=64 * largest["context"],
-        micro_batch_size=1,
-        global_batch_size=SEQUENCES,
+        # Each context rank takes two chunks, of which tensor ranks take equal parts.
+        sequence_length=largest["context"] * math.lcm(64, 2 * largest["tensor"]),
+        micro_batch_size=sequences if balances_globally(config) else micro_batch,
+        global_batch_size=sequences,
         steps=STEPS,
         stop_after_steps=None,
-        precision="fp32",
-        recompute="none",
+        precision="fp32",  # float64 inside, where the trace is sharp
         validation_interval_steps=0,
         backend="torch",
+        **_recomputed(config),
     )
-    values["optimizer"]["schedule"] = {"kind": "constant"}
-    # Products in bfloat16 would hide a fault below their rounding.
-    values["optimizer"]["muon"]["matmul_precision"] = "highest"
-    values["optimizer"]["soap"]["basis_interval_steps"] = 2  # renewed within the few steps
+    values["optimizer"] = shrink_optimizer(config, values["model"])
     values["checkpoint"] = {"resume": "never"}
     values["logging"] = {"tensorboard": False}
     return run_from_mapping(values)
 
 
-def in_layout(twin: RunConfig, layout: Layout, **checkpoint: object) -> RunConfig:
-    """The twin in another layout, with other checkpoint settings if given."""
-    values = twin.model_dump(mode="json")
-    values["parallelism"] = {"world_size": layout.world_size, **layout.settings}
-    values["checkpoint"].update(checkpoint)
-    return run_from_mapping(values)
+def _stages(layout: Layout) -> int:
+    settings = layout.settings
+    return int(settings.get("pipeline", 1)) * int(settings.get("virtual_pipeline", 1))
 
 
-def shrink_model(model: ModelConfig, *, stages: int, largest: dict[str, int]) -> dict:
-    """The model's section in small, divided by `largest` (sizes by dimension) as before."""
-    values = model.model_dump(mode="json")
-    tensor, context = largest["tensor"], largest["context"]
-    ranks = tensor * context
-    values.update(
-        name=f"{model.name}_twin",
-        layer_pattern=shrink_pattern(model.layer_pattern, stages),
-        hidden_size=64,
-        vocab_size=250,  # padded, so that rows beyond the vocabulary are there too
-        vocab_size_multiple=64,
+def _at_once(layout: Layout) -> int:
+    """Micro-batches that the layout's schedule takes at once, over its data ranks."""
+    p = ParallelismConfig(world_size=layout.world_size, **layout.settings)
+    return (
+        layout.world_size // model_parallel_size(p) * (p.pipeline if p.virtual_pipeline > 1 else 1)
     )
-    used = set(layers_of(model.layer_pattern))
-    if "M" in used:
-        mamba = model.mamba
-        ratio = min(2, mamba.num_heads // mamba.num_groups)
-        # Fewer groups than ranks are repeated over CP ranks: another path, kept where it is taken.
-        # Two groups on a rank, where there are several: one alone cannot show a norm over both.
-        several = 2 if mamba.num_groups >= 2 * ranks else 1
-        groups = tensor if mamba.num_groups < ranks else several * ranks
-        heads = math.lcm(groups * ratio, ranks)
-        values["mamba"].update(
-            num_heads=heads, head_dim=16, state_dim=16, num_groups=groups, chunk_size=16
-        )
-    if "*" in used:
-        attention = model.attention
-        ratio = min(2, attention.num_heads // attention.num_query_groups)
-        groups = ranks if attention.num_query_groups >= ranks else tensor
-        values["attention"].update(
-            num_heads=math.lcm(groups * ratio, ranks), num_query_groups=groups, head_dim=16
-        )
-    if "+" in used:
-        values["mla"].update(
-            num_heads=max(2, ranks),
-            q_lora_rank=None if model.mla.q_lora_rank is None else 32,
-            kv_lora_rank=32,
-            qk_nope_head_dim=16,
-            qk_rope_head_dim=8,
-            v_head_dim=16 if model.mla.v_head_dim == model.mla.qk_nope_head_dim else 24,
-        )
-    if "-" in used:
-        values["mlp"].update(ffn_hidden_size=96)
-    if "E" in used:
-        moe = model.moe
-        experts = max(2 * largest["expert"], min(moe.num_experts, 8))
-        values["moe"].update(
-            num_experts=experts,
-            top_k=min(moe.top_k, experts // 2),
-            expert_ffn_hidden_size=32,
-            shared_ffn_hidden_size=64 if moe.shared_ffn_hidden_size else 0,
-        )
-    return values
 
 
-def shrink_pattern(pattern: str, stages: int) -> str:
-    """`stages` segments that each keep one layer of every kind which their stage has, in order."""
+def balances_globally(config: RunConfig) -> bool:
+    """Whether the balancing loss is one of the whole global batch, which has to be one forward."""
+    moe = config.model.moe
+    return moe is not None and moe.load_balancing == "global_aux_loss"
+
+
+def _recomputed(config: RunConfig) -> dict[str, object]:
+    """What the run recomputes, but for what Transformer Engine's experts alone can."""
+    training = config.training
+    if training.recompute != "selective":
+        return {}
+    modules = [name for name in training.recompute_modules if name != ENGINE_RECOMPUTES]
+    return {"recompute_modules": modules} if modules else {"recompute": "none"}
+
+
+def in_layout(twin: RunConfig, layout: Layout, **checkpoint: object) -> RunConfig:
+    """The twin in another layout, with other checkpoint settings if given.
+
+    Raises ConfigError, which names the layout, where the twin cannot be laid out so.
+    """
+    values = twin.model_dump(mode="json")
+    kept = {key: values["parallelism"][key] for key in ("moe_dispatcher", "distributed_optimizer")}
+    values["parallelism"] = {"world_size": layout.world_size, **kept, **layout.settings}
+    values["checkpoint"].update(checkpoint)
+    if balances_globally(twin):
+        data = layout.world_size // model_parallel_size(ParallelismConfig(**values["parallelism"]))
+        values["training"]["micro_batch_size"] = twin.training.global_batch_size // data
     try:
-        cut = cut_into(pattern, stages)
-    except ValueError:
-        cut = balanced_cuts(pattern, stages)
-    segments = ["".join(dict.fromkeys(segment)) for segment in cut.split(CUT)]
-    if len(segments) != stages:
-        raise ConfigError(
-            f"model.layer_pattern={pattern!r} cannot be cut into {stages} stages: it has "
-            f"{len(layers_of(pattern))} layers"
-        )
-    return CUT.join(segments)
+        return run_from_mapping(values)
+    except ConfigError as error:
+        raise ConfigError(error.problems, source=f"layout {layout.name} of the twin") from None

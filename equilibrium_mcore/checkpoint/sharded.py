@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import queue
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,27 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 import equilibrium_mcore
-from equilibrium_mcore.checkpoint import directory
+from equilibrium_mcore.checkpoint import directory, publish, structure
+from equilibrium_mcore.checkpoint.choose import find_weights, open_together
 from equilibrium_mcore.checkpoint.compatibility import check_resumable, check_same_model
-from equilibrium_mcore.config.errors import ConfigError
-from equilibrium_mcore.config.load import load_run, save_config
+from equilibrium_mcore.checkpoint.finite import check_finite
+from equilibrium_mcore.checkpoint.lineage import Line
+from equilibrium_mcore.checkpoint.manifest import Files, describe_file, write_manifest
+from equilibrium_mcore.checkpoint.opened import Opened
+from equilibrium_mcore.checkpoint.safe_load import allowed_classes_only
+from equilibrium_mcore.checkpoint.together import on_every_rank, on_first_rank
+from equilibrium_mcore.config.load import save_config
 from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.files.whole import sync_directory, sync_file
 from equilibrium_mcore.optim.optimizer import HybridOptimizer
 
-RNG_KEY = "random_states"
+
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """A checkpoint that is in place."""
+
+    path: Path
+    renamed: str | None  # what a folder is called now that had the name before
 
 
 def save_checkpoint(
@@ -39,57 +53,94 @@ def save_checkpoint(
     optimizer: HybridOptimizer,
     groups: ProcessGroupCollection,
     progress: dict[str, Any],
-) -> Path:
-    """Save the run after `progress["step"]` steps; returns the checkpoint's folder. Collective.
+    line: Line | None = None,
+) -> SavedCheckpoint:
+    """Save the run after `progress["step"]` steps. Collective.
 
-    The folder gets its final name, and `latest` points at it, only after every rank has written.
+    The folder gets its final name, and `latest` points at it, only after every rank has written,
+    hashed its files and brought them to the disk. Only checkpoints on `line` are ever removed; None
+    is that of a new run. Raises FloatingPointError, and writes nothing, where the state is not
+    finite.
     """
     final = directory.checkpoint_path(config.output_directory, progress["step"])
-    aside = directory.partial_path(final)
-    if torch.distributed.get_rank() == 0:
-        directory.remove_partial(config.output_directory)
-        aside.mkdir(parents=True)
-    torch.distributed.barrier()
-    # A save that does not return before it is written needs no process to collect results in.
-    if filesystem_async._results_queue is None:
-        filesystem_async._results_queue = queue.Queue()
+    line = on_first_rank(lambda: line or Line.new())
     with optimizer.evaluation_weights():
-        dist_checkpointing.save(_sharded_state(chunks, optimizer, groups, progress), str(aside))
+        sharded = _sharded_state(chunks, optimizer, groups, progress)
+        check_finite(chunks, optimizer, step=progress["step"], kept=lambda: _kept(config))
+        on_first_rank(lambda: _start(config, final, line))
+        content = publish.partial_content(final, line)
+        # A save that does not return before it is written needs no process to collect results in.
+        if filesystem_async._results_queue is None:
+            filesystem_async._results_queue = queue.Queue()
+        dist_checkpointing.save(sharded, str(content))
         torch.distributed.barrier()
-    if torch.distributed.get_rank() == 0:
-        save_config(config, aside / directory.CONFIG_FILE)
-        directory.write_state(
-            aside,
-            {
-                **progress,
-                "layout": config.parallelism.model_dump(mode="json"),
-                "world_size": torch.distributed.get_world_size(),
-                "versions": {
-                    "torch": torch.__version__,
-                    "megatron-core": megatron.core.__version__,
-                    "equilibrium_mcore": equilibrium_mcore.__version__,
-                },
-            },
-        )
-        directory.publish(final, keep_last=config.checkpoint.keep_last)
-    torch.distributed.barrier()
-    return final
+    written: Files = {}
+    for files in on_every_rank(lambda: _seal(content, config, progress, line)):
+        written |= files
+    return on_first_rank(lambda: _publish(config, final, line, written))
+
+
+def _kept(config: RunConfig) -> str:
+    latest = directory.latest_checkpoint(config.output_directory)
+    return "There is none before." if latest is None else f"{latest} stays the latest."
+
+
+def _start(config: RunConfig, final: Path, line: Line) -> None:
+    publish.remove_partial(config.output_directory, line)
+    publish.start_partial(final, line)
+
+
+def _seal(content: Path, config: RunConfig, progress: dict[str, Any], line: Line) -> Files:
+    """Hash what this rank wrote and bring it to the disk; rank 0 adds the files of all."""
+    rank = torch.distributed.get_rank()
+    names = [path.name for path in content.glob(f"__{rank}_*")]
+    if rank == 0:
+        save_config(config, content / directory.CONFIG_FILE)
+        directory.write_state(content, _facts(config, progress, line))
+        names += sorted({*structure.PLAIN, directory.STATE_FILE})
+    for name in names:
+        sync_file(content / name)
+    return {name: describe_file(content / name) for name in names}
+
+
+def _facts(config: RunConfig, progress: dict[str, Any], line: Line) -> dict[str, Any]:
+    return {
+        **progress,
+        "run": line.facts(),
+        "layout": config.parallelism.model_dump(mode="json"),
+        "world_size": torch.distributed.get_world_size(),
+        "versions": {
+            "torch": torch.__version__,
+            "megatron-core": megatron.core.__version__,
+            "equilibrium_mcore": equilibrium_mcore.__version__,
+        },
+    }
+
+
+def _publish(config: RunConfig, final: Path, line: Line, files: Files) -> SavedCheckpoint:
+    content = publish.partial_content(final, line)
+    if unclaimed := {path.name for path in content.glob("*.distcp")} - files.keys():
+        raise OSError(f"{content}: no rank has written {', '.join(sorted(unclaimed))}")
+    write_manifest(content, files)
+    sync_directory(content)
+    renamed = publish.publish(final, line, keep_last=config.checkpoint.keep_last)
+    return SavedCheckpoint(final, renamed)
 
 
 def load_checkpoint(
-    path: Path,
+    opened: Opened,
     *,
     config: RunConfig,
     chunks: list[torch.nn.Module],
     optimizer: HybridOptimizer,
     groups: ProcessGroupCollection,
 ) -> dict[str, Any]:
-    """Load everything from `path` into the run; returns its progress. Collective.
+    """Load everything from a checkpoint into the run; returns its progress. Collective.
 
     Raises ConfigError where a setting that the state depends on differs.
     """
-    check_resumable(_saved_config(path), config, checkpoint=str(path))
-    facts = directory.read_state(path)
+    path, facts = opened.path, opened.facts
+    check_resumable(opened.config, config, checkpoint=str(path))
     same_layout = _layout_facts(facts) == _layout_facts(
         {
             "layout": config.parallelism.model_dump(mode="json"),
@@ -99,43 +150,40 @@ def load_checkpoint(
     wanted = _sharded_state(chunks, optimizer, groups, None)
     if not same_layout:
         # Random states belong to the ranks of one layout; a new layout goes on with its own seeds.
-        del wanted[RNG_KEY]
-    state = dist_checkpointing.load(wanted, str(path))
+        del wanted[structure.RNG_KEY]
+    with allowed_classes_only():
+        state = dist_checkpointing.load(wanted, str(path))
     for name, chunk in _named_chunks(chunks):
         chunk.load_state_dict(state[name])
     optimizer.load_state_dict(state["optimizer"])
     if same_layout:
-        _set_random_states(state[RNG_KEY])
+        _set_random_states(state[structure.RNG_KEY])
     return state["progress"]
 
 
 def load_weights(
-    path: Path,
+    weights: Opened | Path,
     *,
     config: RunConfig,
     chunks: list[torch.nn.Module],
     optimizer: HybridOptimizer | None,
 ) -> None:
-    """Load the model's weights alone, and make the optimizer take them as its main weights."""
-    folder = directory.latest_checkpoint(path)
-    if folder is None:
-        raise ConfigError(
-            [
-                f"checkpoint.initial_weights={path}: there is no checkpoint. Name a run's output "
-                "directory, or one of its checkpoints/step_... folders"
-            ]
-        )
-    check_same_model(_saved_config(folder), config, checkpoint=str(folder))
+    """Load the model's weights alone, and make the optimizer take them as its main weights.
+
+    `weights` is an opened checkpoint, or a run's output directory or checkpoint, which is opened
+    and verified first. Collective. Raises ConfigError, and DamagedCheckpointError.
+    """
+    if not isinstance(weights, Opened):
+        path = on_first_rank(lambda: find_weights(weights))
+        weights = open_together(path, needs_state=False, verify=config.checkpoint.verify)
+    check_same_model(weights.config, config, checkpoint=str(weights.path))
     wanted = {name: _unwrap(chunk).sharded_state_dict() for name, chunk in _named_chunks(chunks)}
-    state = dist_checkpointing.load(wanted, str(folder))
+    with allowed_classes_only():
+        state = dist_checkpointing.load(wanted, str(weights.path))
     for name, chunk in _named_chunks(chunks):
         chunk.load_state_dict(state[name])
     if optimizer is not None:
         optimizer.refresh_main_weights()
-
-
-def _saved_config(folder: Path) -> RunConfig:
-    return load_run(folder / directory.CONFIG_FILE)
 
 
 def _layout_facts(facts: dict) -> str:
@@ -166,8 +214,8 @@ def _sharded_state(
     )
     if progress is not None:
         state["progress"] = progress
-    state[RNG_KEY] = ShardedObject(
-        RNG_KEY,
+    state[structure.RNG_KEY] = ShardedObject(
+        structure.RNG_KEY,
         _random_states(),
         global_shape=(torch.distributed.get_world_size(),),
         global_offset=(torch.distributed.get_rank(),),

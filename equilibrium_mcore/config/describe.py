@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from equilibrium_mcore.config.chat import ConversationsConfig
 from equilibrium_mcore.config.filters import FILTER_CLASSES
 from equilibrium_mcore.config.mixture import MixtureConfig
 from equilibrium_mcore.config.problems import sections_in
@@ -23,6 +24,7 @@ from equilibrium_mcore.files.whole import write_whole
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 FILTERS_DOCUMENT = DOCUMENT.with_name("filters.md")
 MIXTURES_DOCUMENT = DOCUMENT.with_name("mixtures.md")
+CONVERSATIONS_DOCUMENT = DOCUMENT.with_name("fine_tuning.md")
 BEGIN = "<!-- settings: written by equilibrium_mcore/config/describe.py -->"
 END = "<!-- end of settings -->"
 
@@ -64,6 +66,11 @@ def describe_filters() -> str:
 def describe_mixture() -> str:
     """Markdown: the tables of a mixture."""
     return describe(MixtureConfig).replace("### A run", "### A mixture", 1)
+
+
+def describe_conversations() -> str:
+    """Markdown: the tables of conversations to train on."""
+    return describe(ConversationsConfig).replace("### A run", "### Conversations", 1)
 
 
 def type_text(field: FieldInfo) -> str:
@@ -145,6 +152,7 @@ def main() -> None:
         (DOCUMENT, describe),
         (FILTERS_DOCUMENT, describe_filters),
         (MIXTURES_DOCUMENT, describe_mixture),
+        (CONVERSATIONS_DOCUMENT, describe_conversations),
     )
     for path, settings in documents:
         write_whole(path, up_to_date(path.read_text(encoding="utf-8"), settings))

@@ -21,6 +21,7 @@ from equilibrium_mcore.config.schema import (
     PositiveFloat,
     PositiveInt,
     Section,
+    UserPath,
     setting,
 )
 from equilibrium_mcore.config.yaml_io import parse_yaml
@@ -83,7 +84,7 @@ class LanguageConfig(Section):
     library: Literal["py3langid", "fasttext"] = setting(
         "py3langid", "py3langid ships its model; fasttext reads the one named in `model`"
     )
-    model: Path | None = setting(None, "fasttext: a model file such as lid.176.bin")
+    model: UserPath | None = setting(None, "fasttext: a model file such as lid.176.bin")
     max_characters: PositiveInt = setting(
         4000, "characters looked at, in evenly spaced pieces of a longer document"
     )
@@ -194,13 +195,13 @@ class PerplexityConfig(Section):
 
     type: Literal["perplexity"] = setting("perplexity", "which filter")
     enabled: bool = setting(True, _ENABLED)
-    model: Path = setting(
+    model: UserPath = setting(
         doc="a .safetensors of tools/train_perplexity_model.py (perplexity per character), or a "
         "KenLM model (.arpa, .bin; per token)"
     )
     min_perplexity: PositiveFloat | None = setting(None, "less is dropped: repeated boilerplate")
     max_perplexity: PositiveFloat | None = setting(None, "more is dropped")
-    sentencepiece_model: Path | None = setting(
+    sentencepiece_model: UserPath | None = setting(
         None, "KenLM: the .sp.model that cuts text for it, as CCNet's models need; null: words"
     )
 
@@ -215,7 +216,7 @@ class EducationalConfig(Section):
 
     type: Literal["educational"] = setting("educational", "which filter")
     enabled: bool = setting(True, _ENABLED)
-    model: Path = setting(
+    model: UserPath = setting(
         doc="a .safetensors of tools/train_quality_classifier.py, or a fastText classifier (.bin)"
     )
     min_score: Fraction = setting(0.5, "probability of the positive class; less is dropped")
@@ -262,7 +263,9 @@ class DecontaminationConfig(Section):
 
     type: Literal["decontamination"] = setting("decontamination", "which filter")
     enabled: bool = setting(True, _ENABLED)
-    references: list[Path] = setting(doc="JSONL files (.gz too) of evaluation sets", min_length=1)
+    references: list[UserPath] = setting(
+        doc="JSONL files (.gz too) of evaluation sets", min_length=1
+    )
     fields: list[str] = setting(
         ["text"], "keys of the references that hold text; a line needs one of them", min_length=1
     )

@@ -192,6 +192,35 @@ def packing_keeps_sequences_apart(subject: Subject) -> Iterator[str]:
         )
 
 
+@rule("model", "parallelism", "training")
+def global_balance_sees_the_batch(subject: Subject) -> Iterator[str]:
+    """megatron-core counts the micro-batches that a rank has seen so far.
+
+    A later one is balanced by more counts than the first, so the loss of several depends
+    on how the batch is laid out. Exact counts are known only after the last forward pass.
+    """
+    p, training = subject.config.parallelism, subject.config.training
+    if not uses(subject, "moe") or subject.config.model.moe.load_balancing != "global_aux_loss":
+        return
+    world = layout.resolve_world_size(p, subject.world_size)
+    if world % layout.model_parallel_size(p):
+        return  # world_size_fits speaks
+    data = layout.data_parallel_size(subject.config, subject.world_size)
+    if training.global_batch_size % (training.micro_batch_size * data):
+        return  # batch_divides speaks
+    count = layout.micro_batches_per_step(subject.config, subject.world_size)
+    if count > 1:
+        whole = training.global_batch_size // data
+        yield (
+            "model.moe.load_balancing='global_aux_loss' with training.micro_batch_size="
+            f"{training.micro_batch_size}, global_batch_size={training.global_batch_size} and "
+            f"data-parallel size {data}: {count} micro-batches per step, each balanced by the "
+            "counts of those before it, so that the loss would depend on the layout. Use one: "
+            f"training.micro_batch_size={whole}, or {data * count} data-parallel ranks, or "
+            "load_balancing: aux_loss"
+        )
+
+
 @rule("model", "parallelism")
 def context_divides_mamba(subject: Subject) -> Iterator[str]:
     """megatron-core's MambaContextParallel: heads of a TP rank are dealt to the CP ranks."""

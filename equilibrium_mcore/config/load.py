@@ -16,6 +16,7 @@ from equilibrium_mcore.config.references import FOLDERS, resolve
 from equilibrium_mcore.config.rule_kit import Host
 from equilibrium_mcore.config.schema import ModelConfig, RunConfig
 from equilibrium_mcore.config.yaml_io import parse_yaml, read_mapping, to_yaml
+from equilibrium_mcore.files.paths import expand_path
 from equilibrium_mcore.files.whole import write_whole
 
 USAGE = """\
@@ -96,7 +97,10 @@ def load_run(
     `world_size` is what a launcher started, if one did; `host` holds what this machine has, if
     that is known. Raises ConfigError with every problem found.
     """
-    path = Path(path).expanduser()
+    try:
+        path = expand_path(path)
+    except ValueError as error:
+        raise ConfigError(f"run file {error}") from None
     if not path.is_file():
         raise ConfigError(f"run file {path}: no such file; see configs/runs for examples")
     values = read_mapping(path)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.filters import FilterConfig
@@ -27,6 +27,7 @@ from equilibrium_mcore.config.schema import (
     setting,
 )
 from equilibrium_mcore.config.yaml_io import read_mapping
+from equilibrium_mcore.files.paths import expand_path, expand_text
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Phase = Literal[
@@ -107,7 +108,7 @@ class DatasetConfig(Section):
     """One dataset of the mixture."""
 
     name: str = setting(doc="letters, digits, _ . and -: names the files that are written")
-    source: str = setting(
+    source: Annotated[str, AfterValidator(expand_text)] = setting(
         doc="a local file, folder or pattern (relative to where the tool runs), or the name of a "
         "dataset on the Hugging Face Hub, owner/name"
     )
@@ -207,7 +208,10 @@ def load_mixture(
 
 def find_mixture(path: str | Path) -> Path:
     """The file itself, or the one of that name in `configs/data`."""
-    given = Path(path).expanduser()
+    try:
+        given = expand_path(path)
+    except ValueError as error:
+        raise ConfigError(f"mixture {error}") from None
     for base in (given, SHELF / given):
         for candidate in (base, base.with_name(base.name + ".yaml")):
             if candidate.is_file():

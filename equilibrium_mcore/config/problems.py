@@ -99,7 +99,7 @@ def _text(error: dict, kind: type[BaseModel], location: list, key: str) -> str:
     if code in ("union_tag_invalid", "union_tag_not_found"):
         return _wrong_tag(key, code, context)
     if code == "value_error":  # one of the schema's own rules, which says it all
-        return f"{key}: {context['error']}"
+        return _own_rule(key, str(context["error"]), error["input"])
     if code == "missing":
         return _missing_key(key, kind, location)
     value = error["input"]
@@ -117,6 +117,12 @@ def _text(error: dict, kind: type[BaseModel], location: list, key: str) -> str:
         return f"{key}={_show(value)}: {error['msg']}{_meaning(kind, location)}"
     hint = _type_hint(wanted, value)
     return f"{key}={_show(value)}: must be {wanted}, not {_name(value)}{hint}"
+
+
+def _own_rule(key: str, message: str, value: Any) -> str:
+    """A message of the schema's own; one that begins with the value has the form of the others."""
+    rule = message.removeprefix(f"{value}: ")
+    return f"{key}: {message}" if rule == message else f"{key}={_show(value)}: {rule}"
 
 
 def _type_hint(wanted: str, value: Any) -> str:

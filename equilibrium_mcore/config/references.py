@@ -7,6 +7,7 @@ from typing import Any
 
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.yaml_io import read_mapping
+from equilibrium_mcore.files.paths import expand_path
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FOLDERS = {"model": "models", "data": "data"}
@@ -20,12 +21,15 @@ def find_file(reference: str, *, kind: str, folder: Path) -> Path:
     Raises ConfigError with the places and the known names when there is none.
     """
     shelf = CONFIGS / FOLDERS[kind]
-    path = Path(reference).expanduser()
+    try:
+        path = expand_path(reference)
+    except ValueError as error:
+        raise ConfigError(f"{kind}={error}") from None
     candidates = [folder / path, Path.cwd() / path]
     if path.suffix not in (".yaml", ".yml"):
         candidates = [c.with_name(c.name + ".yaml") for c in candidates] + candidates
         if len(path.parts) == 1:
-            candidates.append(shelf / f"{reference}.yaml")
+            candidates.append(shelf / f"{path}.yaml")
     elif len(path.parts) == 1:
         candidates.append(shelf / path)
     for candidate in candidates:

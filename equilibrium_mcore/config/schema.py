@@ -6,7 +6,6 @@ together are in `rules.py`; reading YAML and the command line is in `load.py`.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 from equilibrium_mcore.config.objectives import NextTokenConfig, ObjectiveConfig
@@ -17,6 +16,7 @@ from equilibrium_mcore.config.section import (
     PositiveFloat,
     PositiveInt,
     Section,
+    UserPath,
     setting,
 )
 
@@ -75,7 +75,8 @@ class MoEConfig(Section):
     normalize_top_k: bool = setting(True, "scale the chosen scores to sum to 1")
     routed_scaling_factor: PositiveFloat = setting(1.0, "factor on the chosen scores")
     load_balancing: Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "none"] = setting(
-        "aux_loss", "what keeps the experts evenly used"
+        "aux_loss",
+        "what keeps the experts evenly used; global_aux_loss needs one micro-batch per step",
     )
     aux_loss_coefficient: NonNegativeFloat = setting(0.001, "weight of the balancing loss")
     z_loss_coefficient: NonNegativeFloat = setting(0.0, "weight of the router z-loss")
@@ -123,7 +124,9 @@ class TokenizerConfig(Section):
     type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer"] = setting(
         doc="Megatron-LM's names: a SentencePiece .model, or a Hugging Face tokenizer.json"
     )
-    model: Path = setting(doc="the .model file, the tokenizer.json, or the folder that holds it")
+    model: UserPath = setting(
+        doc="the .model file, the tokenizer.json, or the folder that holds it"
+    )
     end_of_document: str | None = setting(
         None, "the token that ends a document; null: the tokenizer's own end of text"
     )
@@ -133,7 +136,7 @@ class SourceConfig(Section):
     """One indexed dataset of the blend."""
 
     name: str = setting(doc="what logs call it")
-    prefix: Path = setting(doc="path of the .bin/.idx pair without its ending")
+    prefix: UserPath = setting(doc="path of the .bin/.idx pair without its ending")
     weight: PositiveFloat = setting(doc="share in the blend; weights are scaled to sum to 1")
     max_epochs: PositiveFloat | None = setting(
         None, "a run that would go through its training documents more often is refused"
@@ -169,7 +172,7 @@ class DataConfig(Section):
         "order megatron: sequences that the order of the data is made for; null: training.steps * "
         "training.global_batch_size. Set it higher at the start of a run that may be prolonged",
     )
-    cache_directory: Path | None = setting(
+    cache_directory: UserPath | None = setting(
         None, "order megatron: where index caches go; null: beside the data"
     )
     num_workers: NonNegativeInt = setting(0, "loader processes per rank")
@@ -393,7 +396,16 @@ class CheckpointConfig(Section):
     resume: Literal["auto", "never", "must"] = setting(
         "auto", "auto: from the latest checkpoint of the output directory, if there is one"
     )
-    initial_weights: Path | None = setting(
+    used_directory: Literal["refuse", "archive"] = setting(
+        "refuse",
+        "resume never, where an earlier run is in the output directory: archive moves it to "
+        "archive/ there, whole",
+    )
+    resume_step: NonNegativeInt | None = setting(
+        None, "with resume: must: this step's checkpoint and no other; null: the newest"
+    )
+    verify: bool = setting(True, "compare every file with its hash before it is loaded")
+    initial_weights: UserPath | None = setting(
         None, "a checkpoint whose weights alone start the run; ignored when resuming"
     )
 
@@ -413,7 +425,7 @@ class RunConfig(Section):
     """A whole run."""
 
     name: str = setting(doc="name of the run")
-    output_directory: Path = setting(doc="checkpoints, logs and the effective config go here")
+    output_directory: UserPath = setting(doc="checkpoints, logs and the effective config go here")
     model: ModelConfig
     data: DataConfig
     parallelism: ParallelismConfig = ParallelismConfig()

@@ -89,6 +89,17 @@ def stop_is_within_the_run(subject: Subject) -> Iterator[str]:
         )
 
 
+@rule("checkpoint")
+def a_named_step_is_resumed(subject: Subject) -> Iterator[str]:
+    checkpoint = subject.config.checkpoint
+    if checkpoint.resume_step is not None and checkpoint.resume != "must":
+        yield (
+            f"checkpoint.resume_step={checkpoint.resume_step} with checkpoint.resume="
+            f"{checkpoint.resume!r}: a step that is named must be there; set checkpoint.resume: "
+            "must, or resume_step: null"
+        )
+
+
 @rule("data", "training")
 def data_lasts_the_run(subject: Subject) -> Iterator[str]:
     """The order of the data has to be made for at least as many sequences as the run takes."""
@@ -138,6 +149,12 @@ def recompute_has_its_layers(subject: Subject) -> Iterator[str]:
                 f"training.recompute_modules has {module!r}, but model.layer_pattern="
                 f"{subject.config.model.layer_pattern!r} has no {kind} layer: take it out"
             )
+    if training.backend == "torch" and "moe_act" in training.recompute_modules:
+        yield (
+            "training.recompute_modules has 'moe_act' with training.backend='torch': only "
+            "Transformer Engine's grouped experts recompute their activation; set backend: auto on "
+            "a host with a GPU, or take it out (moe recomputes the whole layer)"
+        )
     delayed_fp8 = training.precision == "fp8" and training.fp8_recipe == "delayed"
     if delayed_fp8 and "moe_act" in training.recompute_modules:
         yield (
@@ -303,6 +320,14 @@ def host_can_do_it(subject: Subject) -> Iterator[str]:
                 f"{need[0]}.{need[1]}, and {host.device_name} has "
                 f"{host.compute_capability[0]}.{host.compute_capability[1]}: {fit}"
             )
+    selected = training.recompute_modules if training.recompute == "selective" else ()
+    if "moe_act" in selected and not (host.has_cuda and host.has_transformer_engine):
+        missing = "a CUDA GPU" if not host.has_cuda else "Transformer Engine"
+        yield (
+            f"training.recompute_modules has 'moe_act', which needs {missing}: only Transformer "
+            f"Engine's grouped experts recompute their activation, and this host "
+            f"({host.device_name}) lacks it; take it out (moe recomputes the whole layer)"
+        )
     if training.backend == "transformer_engine":
         missing = "a CUDA GPU" if not host.has_cuda else "Transformer Engine"
         if not (host.has_cuda and host.has_transformer_engine):

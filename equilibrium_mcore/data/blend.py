@@ -10,6 +10,7 @@ other ranks read from a cache.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,12 @@ def build_datasets(
     tokenizer = tokenizer or load_tokenizer(data.tokenizer)
     samples = dict(zip(SPLITS, (train_samples, validation_samples, test_samples), strict=True))
     headers = check_sources(
-        data, tokenizer=tokenizer, model_vocab_size=model_vocab_size, needed=samples
+        data,
+        tokenizer=tokenizer,
+        model_vocab_size=model_vocab_size,
+        needed=samples,
+        seed=f"{seed} {consumed_samples}",  # other blocks at each resume
+        say=_say if _is_first_rank() else lambda text: None,
     )
     if data.order == "ledger":
         goes_on = {"state": ledger_state, "first_sample": consumed_samples}
@@ -137,7 +143,9 @@ def _build_split(
     from megatron.core.datasets.blended_megatron_dataset_builder import (
         BlendedMegatronDatasetBuilder,
     )
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+
+    from equilibrium_mcore.data.megatron_files import CheckedGPTDataset
 
     _require_index_helper()
     prefixes = [str(source.prefix) for source in data.sources]
@@ -162,7 +170,8 @@ def _build_split(
         bounds if i == place else None for i, bounds in enumerate(config.split_matrix)
     ]
     sizes = [count if i == place else 0 for i in range(len(SPLITS))]
-    return BlendedMegatronDatasetBuilder(GPTDataset, sizes, is_built_on_rank, config).build()[place]
+    builder = BlendedMegatronDatasetBuilder(CheckedGPTDataset, sizes, is_built_on_rank, config)
+    return builder.build()[place]
 
 
 def _require_index_helper() -> None:
@@ -177,6 +186,10 @@ def _require_index_helper() -> None:
             f"built; for this installation build it once with `make -C {folder}` (needs make, "
             f"g++ and pybind11), or install megatron-core from its wheel"
         ) from error
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _is_first_rank() -> bool:

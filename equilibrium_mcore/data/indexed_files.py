@@ -1,30 +1,27 @@
-"""Megatron's indexed dataset on disk: a streaming writer, the manifest, and the checks on opening.
+"""Megatron's indexed dataset on disk: its format, its manifest, and the checks on opening.
 
     PREFIX.bin   token ids, one document after the other
     PREFIX.idx   header, then per sequence its length (int32) and byte offset (int64), then the
                  sequence numbers at which documents end (int64)
-    PREFIX.json  the manifest: which tokenizer, how many documents and tokens, from what
+    PREFIX.json  the manifest: which tokenizer, how many documents and tokens, from what, hashes
 
 The format is that of `megatron.core.datasets.indexed_dataset` (0.19.2), byte for byte; there are
-no torch and no megatron here, so that workers start fast. Memory is flat however many documents.
+no torch and no megatron here, so that workers start fast. `indexed_writer.py` writes it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import struct
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
+
+from equilibrium_mcore.data.block_hashes import BlockHashes
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -37,7 +34,6 @@ CODE_DTYPES: dict[int, type] = {
 UINT16_VOCABULARY_LIMIT = 65500
 LENGTH_BYTES = 4
 COPY_BLOCK = 1 << 18  # sequences handled at a time when the index is written
-LOCK_PATIENCE_SECONDS = 5.0  # workers of a killed run hold its lock for a moment
 SAMPLE_BYTES = 16 << 20  # of a dataset without manifest, how much is searched for its largest id
 FINGERPRINT_PIECES = 8  # places of an index that its fingerprint looks at
 FINGERPRINT_BYTES = 1024  # read at each
@@ -51,9 +47,6 @@ def token_dtype(vocab_size: int) -> type:
 def dataset_paths(prefix: Path | str) -> tuple[Path, Path, Path]:
     """The .bin, .idx and .json of a dataset. A prefix may hold dots, so no `with_suffix`."""
     return Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), Path(f"{prefix}.json")
-
-
-# ------------------------------------------------------------------------------------ writing
 
 
 @dataclass(frozen=True)
@@ -73,214 +66,10 @@ class Manifest:
     skipped_lines: int
     inputs: list[dict[str, Any]]
     format_version: int = 1
-
-
-@dataclass(frozen=True)
-class WriterState:
-    """How far a writer was: what lies aside up to here is whole."""
-
-    documents: int = 0
-    sequences: int = 0
-    tokens: int = 0
-    largest_token: int = -1
-
-
-class IndexedWriter:
-    """Writes a dataset aside and gives it its final names when it is whole.
-
-    `.bin` is renamed first and `.idx` last, so an `.idx` under its final name means complete. The
-    files aside are locked while their writer lives. Those of a dead run are still there when the
-    writer is made: `rewind` takes up from a state of it, or from the start.
-    """
-
-    def __init__(self, prefix: Path, dtype: type, *, overwrite: bool = False) -> None:
-        """Raises FileExistsError if the dataset exists, or if another run is writing it."""
-        self.prefix = prefix
-        self.dtype = np.dtype(dtype)
-        self.documents = self.sequences = self.tokens = 0
-        self.largest_token = -1
-        existing = [path for path in dataset_paths(prefix) if path.exists()]
-        if existing and not overwrite:
-            raise FileExistsError(
-                f"{', '.join(map(str, existing))} exists already; pass --overwrite to replace it, "
-                f"or choose another --output-prefix"
-            )
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._bin = _open_locked(_aside(dataset_paths(prefix)[0]))
-        self._lengths = _lengths_path(prefix).open("a+b")
-        self._rewound = False
-
-    def holds(self, state: WriterState) -> bool:
-        """Whether the files of a dead run hold all that this state speaks of."""
-        sizes = (os.fstat(stream.fileno()).st_size for stream in (self._bin, self._lengths))
-        needed = (state.tokens * self.dtype.itemsize, state.documents * LENGTH_BYTES)
-        return all(size >= least for size, least in zip(sizes, needed, strict=True))
-
-    def rewind(self, state: WriterState | None = None) -> None:
-        """Forget what was written behind `state`; without one, everything."""
-        state = state or WriterState()
-        self._bin.truncate(state.tokens * self.dtype.itemsize)
-        self._lengths.truncate(state.documents * LENGTH_BYTES)
-        self.documents, self.sequences = state.documents, state.sequences
-        self.tokens, self.largest_token = state.tokens, state.largest_token
-        self._rewound = True
-
-    @property
-    def state(self) -> WriterState:
-        """What was added so far."""
-        return WriterState(self.documents, self.sequences, self.tokens, self.largest_token)
-
-    def sync(self) -> None:
-        """To disk, so that what was added so far outlives a crash of the machine."""
-        _to_disk(self._bin)
-        _to_disk(self._lengths)
-
-    def add(self, tokens: bytes, lengths: np.ndarray) -> None:
-        """Append documents: their token ids as bytes of `dtype`, and each one's length (int32).
-
-        A document of length 0 counts as a document without a sequence, as in Megatron-LM.
-        """
-        count = len(tokens) // self.dtype.itemsize
-        if int(lengths.sum(dtype=np.int64)) != count:
-            raise ValueError(f"lengths sum to {lengths.sum()}, but there are {count} tokens")
-        self.add_tokens(tokens)
-        self.add_lengths(lengths)
-
-    def add_tokens(self, tokens: bytes) -> None:
-        """Token ids alone, of documents whose lengths `add_lengths` gets."""
-        if not self._rewound:
-            self.rewind()
-        values = np.frombuffer(tokens, self.dtype)
-        self._bin.write(tokens)
-        self.tokens += values.size
-        if values.size:
-            self.largest_token = max(self.largest_token, int(values.max()))
-
-    def add_lengths(self, lengths: np.ndarray) -> None:
-        """Lengths alone (int32 [documents])."""
-        if not self._rewound:
-            self.rewind()
-        self._lengths.write(np.ascontiguousarray(lengths, np.int32).data)
-        self.documents += lengths.size
-        self.sequences += int(np.count_nonzero(lengths))
-
-    def finish(self) -> None:
-        """Write the index, and everything to disk; `publish` then gives the final names."""
-        if not self._rewound:
-            self.rewind()
-        with _aside(dataset_paths(self.prefix)[1]).open("wb") as index:
-            self._write_index(index)
-            _to_disk(index)
-        self._lengths.close()
-        _lengths_path(self.prefix).unlink()
-        _to_disk(self._bin)
-
-    def publish(self, manifest: Manifest | None) -> None:
-        """Rename into place. Until the last rename no `.idx` has its final name."""
-        binary, index, description = dataset_paths(self.prefix)
-        if manifest is not None:
-            with _aside(description).open("w", encoding="utf-8") as stream:
-                json.dump(asdict(manifest), stream, indent=2)
-                stream.write("\n")
-                _to_disk(stream)
-        for path in (index, description):  # of the dataset that is replaced
-            path.unlink(missing_ok=True)
-        for path in (binary, description, index):
-            if path != description or manifest is not None:
-                os.replace(_aside(path), path)
-        # From here on, files aside belong to another run: only let go of the lock.
-        self._bin.close()
-
-    def discard(self) -> None:
-        """Remove what lies aside and release the lock."""
-        self._lengths.close()
-        _lengths_path(self.prefix).unlink(missing_ok=True)
-        for path in dataset_paths(self.prefix):
-            _aside(path).unlink(missing_ok=True)
-        self._bin.close()
-
-    def keep(self) -> None:
-        """Leave what lies aside to a later run, and release the lock."""
-        self._lengths.close()
-        self._bin.close()
-
-    def __enter__(self) -> IndexedWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if not self._bin.closed:
-            self.discard()
-
-    def _write_index(self, index: IO[bytes]) -> None:
-        code = DTYPE_CODES[self.dtype.type]
-        index.write(MAGIC)
-        index.write(struct.pack("<QBQQ", VERSION, code, self.sequences, self.documents + 1))
-        for lengths in self._length_blocks():
-            index.write(lengths[lengths > 0].tobytes())
-        offset = 0
-        for lengths in self._length_blocks():
-            lengths = lengths[lengths > 0].astype(np.int64)
-            ends = offset + np.cumsum(lengths) * self.dtype.itemsize
-            index.write((ends - lengths * self.dtype.itemsize).tobytes())
-            offset = int(ends[-1]) if ends.size else offset
-        index.write(np.zeros(1, np.int64).tobytes())
-        sequences = 0
-        for lengths in self._length_blocks():
-            ends = sequences + np.cumsum(lengths > 0, dtype=np.int64)
-            index.write(ends.tobytes())
-            sequences = int(ends[-1])
-
-    def _length_blocks(self):
-        self._lengths.flush()
-        self._lengths.seek(0)
-        while block := self._lengths.read(LENGTH_BYTES * COPY_BLOCK):
-            yield np.frombuffer(block, np.int32)
-
-
-def _aside(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
-
-
-def _lengths_path(prefix: Path) -> Path:
-    return _aside(Path(f"{prefix}.lengths"))
-
-
-def _to_disk(stream: IO) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-
-
-def _open_locked(path: Path) -> IO[bytes]:
-    """Open for appending; raises FileExistsError while another process writes it."""
-    deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
-    while True:
-        stream = path.open("ab")
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stream.close()
-            if time.monotonic() > deadline:
-                raise FileExistsError(
-                    f"{path}: another run is writing this dataset; wait for it, or choose another "
-                    f"--output-prefix"
-                ) from None
-            time.sleep(0.1)
-            continue
-        except OSError:
-            pass  # a file system without locks
-        # Between opening and locking, its owner may have renamed it to its final name.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(stream.fileno()), path.stat()):
-                return stream
-        stream.close()
-
-
-# ------------------------------------------------------------------------------------ opening
+    partition: str | None = None
+    """Which share of the inputs it holds, e.g. "3 of 16"; None: all of them."""
+    hashes: BlockHashes | None = None
+    """Of both files; None: written by a version that made none."""
 
 
 @dataclass(frozen=True)
@@ -348,11 +137,13 @@ def read_manifest(prefix: Path) -> Manifest | None:
     if not path.is_file():
         return None
     try:
-        return Manifest(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        hashes = values.get("hashes")
+        return Manifest(**{**values, "hashes": hashes and BlockHashes(**hashes)})
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is not a manifest of tools/preprocess_data.py ({error}); make the dataset "
-            f"anew, or remove the file to use the dataset without its checks"
+            f"again, or remove the file to use the dataset without its checks"
         ) from None
 
 
@@ -385,6 +176,11 @@ def fingerprint(prefix: Path, header: IndexHeader) -> str:
     It does not depend on where the files lie or when they were written.
     """
     binary, index, _ = dataset_paths(prefix)
+    return fingerprint_of(binary, index, header)
+
+
+def fingerprint_of(binary: Path, index: Path, header: IndexHeader) -> str:
+    """`fingerprint`, of files of any name."""
     state = hashlib.sha256(f"{header.dtype.str} {header.sequences} {header.tokens}".encode())
     item = header.dtype.itemsize
     regions = ((index, HEADER_BYTES, 4 * header.sequences, 4), (binary, 0, header.tokens * item, 4))
@@ -432,8 +228,14 @@ def largest_token_sampled(
     prefix: Path, header: IndexHeader, *, sample_bytes: int = SAMPLE_BYTES
 ) -> int:
     """The largest id in an evenly spaced sample of the data, for datasets without a manifest."""
-    tokens = open_tokens(prefix, header)
-    block = max(1, min(1 << 16, sample_bytes // header.dtype.itemsize))
-    count = max(1, min(-(-tokens.size // block), sample_bytes // header.dtype.itemsize // block))
-    starts = np.linspace(0, max(0, tokens.size - block), count).astype(np.int64)
-    return max(int(tokens[start : start + block].max()) for start in starts)
+    item = header.dtype.itemsize
+    block = max(1, min(1 << 16, sample_bytes // item))
+    count = max(1, min(-(-header.tokens // block), sample_bytes // item // block))
+    starts = np.linspace(0, max(0, header.tokens - block), count).astype(np.int64)
+    largest = -1
+    with dataset_paths(prefix)[0].open("rb") as stream:
+        for start in starts.tolist():
+            stream.seek(start * item)
+            ids = np.frombuffer(stream.read(min(block, header.tokens) * item), header.dtype)
+            largest = max(largest, int(ids.max()))
+    return largest

@@ -1,22 +1,23 @@
-"""How far a preprocessing run is, written aside, so that a killed one goes on.
+"""How far a preprocessing run is, so that a killed one can be resumed.
 
-The journal names what the run is made of (inputs, tokenizer, options) and up to where its files
-aside are whole. It is replaced as a whole, after those files went to disk. A run that finds one
-goes on from there if it is made of the same; if it is not, it says what differs and stops, since
-hours of work may lie there.
+The journal names what the run is made of (inputs, tokenizer, options) and up to where its temporary
+files are whole. It is replaced as a whole, after those files went to disk. A run that finds one
+resumes from there if it is made of the same; if it is not, it says what differs and stops, since
+hours of work may lie there. The last entry says that all is whole and only the names are missing.
 """
 
 from __future__ import annotations
 
+import glob
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from equilibrium_mcore.data.indexed_files import WriterState
+from equilibrium_mcore.data.indexed_writer import WriterState
 from equilibrium_mcore.data.inputs import Input, Position
+from equilibrium_mcore.files.whole import TEMPORARY, write_whole
 
 FORMAT_VERSION = 1
 DIFFERENCES_SHOWN = 4
@@ -24,19 +25,21 @@ DIFFERENCES_SHOWN = 4
 
 @dataclass(frozen=True)
 class Progress:
-    """A point behind a whole range.
+    """A point after a whole range.
 
     Attributes:
         position: where the next range begins.
         lines: read of each input so far, by number of the input.
         skipped_lines: bad lines left out.
         writers: the state of each key's files.
+        whole: all datasets are written and about to get their names.
     """
 
     position: Position = (0, 0)
     lines: dict[int, int] = field(default_factory=dict)
     skipped_lines: int = 0
     writers: dict[str, WriterState] = field(default_factory=dict)
+    whole: bool = False
 
 
 def describe_run(
@@ -83,7 +86,7 @@ class Journal:
             raise ValueError(
                 f"{self.path} is what a stopped run left, which was made of something else: "
                 f"{shown}{f'; and {more:,} more' if more > 0 else ''}. Go back to what it was, "
-                f"choose another --output-prefix, or begin anew with --restart"
+                f"choose another --output-prefix, or start from the beginning with --restart"
             )
         return progress
 
@@ -94,16 +97,13 @@ class Journal:
             "run": self.facts,
             "progress": asdict(progress),
         }
-        aside = self.path.with_name(self.path.name + ".new")
-        with aside.open("w", encoding="utf-8") as stream:
-            stream.write(json.dumps(content))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(aside, self.path)
+        write_whole(self.path, json.dumps(content))
 
     def remove(self) -> None:
-        """The run is over."""
+        """The run is over. A kill while the journal was written may have left a temporary file."""
         self.path.unlink(missing_ok=True)
+        for path in self.path.parent.glob(f".{glob.escape(self.path.name)}.*{TEMPORARY}"):
+            path.unlink(missing_ok=True)
 
 
 def _progress_from(content: dict[str, Any]) -> Progress:
@@ -112,8 +112,13 @@ def _progress_from(content: dict[str, Any]) -> Progress:
         position=(number, offset),
         lines={int(number): lines for number, lines in content["lines"].items()},
         skipped_lines=content["skipped_lines"],
-        writers={key: WriterState(**state) for key, state in content["writers"].items()},
+        writers={key: _writer_state(state) for key, state in content["writers"].items()},
+        whole=content.get("whole", False),
     )
+
+
+def _writer_state(content: dict[str, Any]) -> WriterState:
+    return WriterState(**{**content, "blocks": tuple(content.get("blocks", ()))})
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
 
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from equilibrium_mcore.data.samples import Samples
+from equilibrium_mcore.processes.parents import end_with_parent
 
 
 class _MicroBatches:
@@ -63,7 +65,7 @@ def batches(
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=False,
-        worker_init_fn=_ignore_signals if num_workers else None,
+        worker_init_fn=partial(_start_worker, os.getpid()) if num_workers else None,
     )
     return _until_exhausted(loader, total, consumed_samples, micro_batch_size * data_parallel_size)
 
@@ -83,8 +85,10 @@ def _until_exhausted(
     )
 
 
-def _ignore_signals(worker: Any) -> None:
+def _start_worker(trainer: int, worker: int) -> None:
+    """A worker ignores stop signals, and ends with its trainer."""
     # A stop signal goes to the whole process group. The trainer decides when to stop: it saves
-    # first, and its workers must live until then; they leave when it closes them or dies.
+    # first, and its workers must live until then.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent(trainer)

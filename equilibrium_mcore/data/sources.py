@@ -5,10 +5,13 @@ No torch and no megatron here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import DataConfig, SourceConfig
+from equilibrium_mcore.data.block_hashes import FileBlocks
 from equilibrium_mcore.data.indexed_files import (
     SAMPLE_BYTES,
     IndexHeader,
@@ -21,6 +24,7 @@ from equilibrium_mcore.data.indexed_files import (
     tokens_before,
 )
 from equilibrium_mcore.data.tokenizer import Tokenizer
+from equilibrium_mcore.data.verify import check_sample, hashed_files
 
 SPLITS = ("train", "validation", "test")
 # What all sources without a manifest together may read for their largest token id.
@@ -57,15 +61,19 @@ def check_sources(
     tokenizer: Tokenizer,
     model_vocab_size: int | None = None,
     needed: dict[str, int] | None = None,
+    seed: str = "",
+    say: Callable[[str], object] = lambda text: None,
 ) -> dict[str, IndexHeader]:
     """Check every source's files before anything is built; returns their headers by name.
 
-    `needed` gives the samples wanted of each split. Raises one ConfigError with all problems:
-    missing or damaged files, another tokenizer than the dataset's, ids beyond the model's
-    vocabulary, a split without documents.
+    `needed` gives the samples wanted of each split; `seed` chooses which blocks of the files are
+    compared with their hashes, and `say` gets at most one line of text. Raises one ConfigError with
+    all problems: missing or damaged files, files that are not those that were written, another
+    tokenizer than the dataset's, ids beyond the model's vocabulary, a split without documents.
     """
     problems: list[str] = []
     headers: dict[str, IndexHeader] = {}
+    files: dict[str, list[FileBlocks]] = {}
     vocab_size = model_vocab_size or tokenizer.vocab_size
     sample_bytes = min(SAMPLE_BYTES, SEARCHED_BYTES // len(data.sources))
     if tokenizer.vocab_size > vocab_size:
@@ -81,12 +89,21 @@ def check_sources(
             _check_tokenizer(source, manifest, tokenizer)
             _check_ids(source, header, manifest, vocab_size, sample_bytes)
             _check_splits(source, header, data.split, needed or {})
+            if manifest and manifest.hashes:
+                files[source.name] = hashed_files(source.prefix, header, manifest.hashes)
         except (ValueError, OSError) as error:
             problems.append(f"data source {source.name!r}: {error}")
         else:
             headers[source.name] = header
+    problems += check_sample(files, seed=seed)
     if problems:
         raise ConfigError(problems, source=f"data {data.name!r}")
+    without = len(headers) - len(files)
+    if without:
+        say(
+            f"data {data.name!r}: {without:,} of {len(headers):,} sources have no hashes in a "
+            f"manifest (made by Megatron-LM, or before there were any): damage goes unnoticed"
+        )
     return headers
 
 

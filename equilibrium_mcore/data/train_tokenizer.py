@@ -15,6 +15,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from equilibrium_mcore.files.replace import refuse_existing, refuse_sources
+from equilibrium_mcore.files.whole import write_whole
+
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")  # control tokens, ready for fine-tuning
@@ -46,16 +49,26 @@ def train_tokenizer(
     special_tokens: Sequence[str] = CHAT_TOKENS,
     seed: int = 1234,
     threads: int | None = None,
+    overwrite: bool = False,
 ) -> TokenizerSummary:
     """Train on a sample of the JSONL `inputs` and write the `.model` to `output`.
 
     Ids: 0 `<unk>`, 1 `<|endoftext|>`, 2 `<|padding|>`, then `special_tokens`, 256 bytes, pieces.
     All of these are control tokens: text that spells them is encoded as plain text.
-    Raises FileNotFoundError, and ValueError for too little text or a vocabulary out of reach.
+    A model that is there is replaced only with `overwrite`. Raises FileNotFoundError,
+    FileExistsError, and ValueError for too little text or a vocabulary out of reach.
     """
     import sentencepiece
 
     started = time.perf_counter()
+    refuse_sources([output], inputs, option="--output")
+    refuse_existing(
+        [output],
+        overwrite=overwrite,
+        is_ours=_is_model,
+        what="a SentencePiece model",
+        option="--output",
+    )
     if vocab_size < SMALLEST_VOCABULARY:
         raise ValueError(
             f"--vocab-size {vocab_size} is too small: 256 bytes, the characters of the text and "
@@ -98,10 +111,7 @@ def train_tokenizer(
             f"a vocabulary of {vocab_size} cannot be made from {trained_bytes:,} bytes of text "
             f"({str(error).splitlines()[0]}); give more text, or another --vocab-size"
         ) from None
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(output.name + ".partial")
-    aside.write_bytes(model.getvalue())
-    os.replace(aside, output)
+    write_whole(output, model.getvalue())
 
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     held_out_text = "".join(held_out)[:MAX_HELD_OUT_BYTES]
@@ -114,6 +124,16 @@ def train_tokenizer(
         bytes_per_token=held_out_bytes / max(1, len(processor.encode(held_out_text))),
         seconds=time.perf_counter() - started,
     )
+
+
+def _is_model(path: Path) -> bool:
+    import sentencepiece
+
+    try:
+        sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+    except (RuntimeError, ValueError):
+        return False
+    return path.stat().st_size > 0
 
 
 def _sample(inputs: Sequence[Path], key: str, max_bytes: float, seed: int) -> list[str]:

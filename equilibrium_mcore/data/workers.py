@@ -6,16 +6,10 @@ Only the names of ranges go to a worker and only token ids come back; texts do n
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
-import sys
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -23,6 +17,7 @@ import numpy as np
 from equilibrium_mcore.data.encode import THREAD_VARIABLES, BatchEncoder, EncoderPlan, open_encoder
 from equilibrium_mcore.data.inputs import Range, read_span
 from equilibrium_mcore.data.jsonl import BYTE_ORDER_MARK, parse_lines
+from equilibrium_mcore.data.process_pool import deaths_told, leave_with_parent, start_pool
 
 IN_FLIGHT_PER_WORKER = 3
 BAD_LINES_KEPT = 20  # of a range
@@ -98,21 +93,15 @@ def with_eod(ids: np.ndarray, lengths: np.ndarray, eod: int) -> tuple[np.ndarray
 class Workers:
     """Maps ranges to Encoded in order: in this process, or on a bounded queue of workers.
 
-    Make it before anything starts a thread: the workers are forked here, on Linux.
+    Make it before anything starts a thread: the workers are then forked. A fork would wait for
+    threads of this process that it does not have, so later they are fresh interpreters.
     """
 
     def __init__(self, count: int) -> None:
         self._in_flight = count * IN_FLIGHT_PER_WORKER
         self._pool: ProcessPoolExecutor | None = None
         if count > 1:
-            method = "fork" if sys.platform == "linux" else "spawn"
-            self._pool = ProcessPoolExecutor(
-                count,
-                mp_context=multiprocessing.get_context(method),
-                initializer=_start_worker,
-                initargs=(os.getpid(),),
-            )
-            self._pool.submit(os.getpid).result()
+            self._pool = start_pool(count, _start_worker, os.getpid())
 
     def __enter__(self) -> Workers:
         return self
@@ -124,20 +113,18 @@ class Workers:
     def in_order(
         self, ranges: Iterator[Range], job: Job, *, encode: Callable[[], bool]
     ) -> Iterator[tuple[Range, Encoded]]:
-        """Yields (range, result) in order; `encode()` says whether new ranges need token ids."""
+        """Yields (range, result) in order; `encode()` says whether new ranges need token ids.
+
+        Raises ChildProcessError where a worker dies.
+        """
         if self._pool is None:
             encoder = open_encoder(job.plan)
             for piece in ranges:
                 yield piece, encode_range(replace(piece, encode=encode()), encoder, job)
                 _done_with(piece)
             return
-        try:
+        with deaths_told():
             yield from self._in_pool(self._pool, ranges, job, encode)
-        except BrokenProcessPool:
-            raise ChildProcessError(
-                "a worker process was ended from outside: most often the system was out of "
-                "memory. Take fewer --workers; where there is a journal, the same command goes on"
-            ) from None
 
     def _in_pool(
         self,
@@ -174,25 +161,10 @@ _opened: dict[EncoderPlan, BatchEncoder] = {}  # of this worker process
 
 
 def _start_worker(parent: int) -> None:
-    """One thread, no signals, and gone when the parent is: a killed one cannot say so."""
-    # The parent ends its workers; a signal to the whole group must not reach them first.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # Each process is one core's worth; the libraries would start threads in each.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
-    exit_with_parent(parent)
-
-
-def exit_with_parent(parent: int) -> None:
-    """Watch from a thread whether process `parent` is still this one's, and leave when not."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    leave_with_parent(parent)
 
 
 def _encode_in_worker(piece: Range, job: Job) -> Encoded:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,9 @@ from typing import Any, Literal
 from equilibrium_mcore.checkpoint.directory import (
     CONFIG_FILE,
     STATE_FILE,
-    latest_checkpoint,
     read_state,
 )
+from equilibrium_mcore.checkpoint.opened import open_weights
 from equilibrium_mcore.config.load import load_run
 from equilibrium_mcore.config.schema import RunConfig, TokenizerConfig
 from equilibrium_mcore.data.tokenizer import Tokenizer, load_tokenizer
@@ -29,6 +28,8 @@ from equilibrium_mcore.export.weights import (
     WeightsReport,
     write_weights,
 )
+from equilibrium_mcore.files.replace import mark_folder, writable_folder
+from equilibrium_mcore.files.whole import whole_folder
 
 MODELLING_CODE = Path(__file__).parent / "hugging_face"
 MODELLING_FILES = ("configuration_equilibrium.py", "modeling_equilibrium.py")
@@ -44,16 +45,11 @@ class ExportReport:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint folder at `path`, or the latest of the run whose output directory it is."""
-    if (path / ".metadata").is_file():
-        return path
-    checkpoint = latest_checkpoint(path)
-    if checkpoint is None:
-        raise FileNotFoundError(
-            f"{path} holds no checkpoint: give the output directory of a run that has saved one, "
-            f"or one of its checkpoints/step_... folders"
-        )
-    return checkpoint
+    """The checkpoint folder at `path`, or the latest of the run whose output directory it is.
+
+    All its files are verified. Raises FileNotFoundError, and DamagedCheckpointError.
+    """
+    return open_weights(path).path
 
 
 def read_run_config(checkpoint: Path) -> RunConfig:
@@ -83,18 +79,23 @@ def export_hugging_face(
         main_weights: take the optimizer's float32 copies of weights that train in bfloat16.
         tokenizer: instead of the one that the run's config names.
         max_shard_bytes: a .safetensors file holds at most this much, or one tensor.
-        overwrite: replace the folder if it exists.
+        overwrite: replace a folder that an earlier export wrote.
         progress: called with (tensors written, tensors in all).
 
-    Everything is written beside the folder and renamed at the end. Raises FileNotFoundError for
-    what is not there, FileExistsError, and ValueError where checkpoint and config do not fit.
+    Everything is written to a temporary folder and renamed at the end. Raises FileNotFoundError for
+    what is not there, FileExistsError for an output that must not be replaced (`files/replace.py`),
+    and ValueError where checkpoint and config do not fit.
     """
-    checkpoint = find_checkpoint(checkpoint)
-    if output_directory.exists() and not overwrite:
-        raise FileExistsError(
-            f"{output_directory} exists: choose another output folder, or overwrite it "
-            f"(--overwrite)"
-        )
+    sources = [checkpoint, checkpoint := find_checkpoint(checkpoint)]
+
+    def check() -> Path:
+        if output_directory.resolve().is_relative_to(checkpoint.resolve()):
+            raise FileExistsError(
+                f"--output {output_directory} lies in the checkpoint {checkpoint}: choose another"
+            )
+        return writable_folder(output_directory, sources=sources, overwrite=overwrite)
+
+    target = check()
     config = read_run_config(checkpoint)
     reader = CheckpointReader(checkpoint, main_weights=main_weights)
     rows = plan(config.model, reader.names())
@@ -105,14 +106,11 @@ def export_hugging_face(
             f"vocab_size={config.model.vocab_size}: it is not the tokenizer of the training data"
         )
 
-    aside = output_directory.with_name(output_directory.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        values = _write_settings(aside, config, source, dtype)
-        write_tokenizer(source, aside)
+    with whole_folder(target, check=check) as folder:
+        values = _write_settings(folder, config, source, dtype)
+        write_tokenizer(source, folder)
         weights = write_weights(
-            aside,
+            folder,
             reader=reader,
             rows=rows,
             model=config.model,
@@ -121,11 +119,8 @@ def export_hugging_face(
             max_shard_bytes=max_shard_bytes,
             progress=progress,
         )
-        _write_card(aside, config, checkpoint, weights)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    _put_in_place(aside, output_directory)
+        _write_card(folder, config, checkpoint, weights)
+        mark_folder(folder)
     return ExportReport(output_directory, checkpoint, weights)
 
 
@@ -177,13 +172,3 @@ def _write_card(folder: Path, config: RunConfig, checkpoint: Path, weights: Weig
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _put_in_place(aside: Path, target: Path) -> None:
-    """Rename `aside` to `target`; a folder that was there goes only once the new one is whole."""
-    old = target.with_name(target.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(aside, target)
-    shutil.rmtree(old, ignore_errors=True)

@@ -11,22 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from equilibrium_mcore.checkpoint.safe_load import SafePlanner, SafeReader
 
 MODEL_PREFIX = ""  # what stands before the model's own names
 OPTIMIZER_PREFIX = "optimizer."  # names of everything that is not the model's start with this
 MAIN_WEIGHTS_PREFIX = "optimizer.main."  # float32 copies of weights that train in bfloat16
-
-
-class _Reader(dcp.FileSystemReader):
-    """FileSystemReader that unpickles the metadata once, not for every tensor."""
-
-    _metadata: Metadata | None = None
-
-    def read_metadata(self, *args, **kwargs) -> Metadata:
-        if self._metadata is None:
-            self._metadata = super().read_metadata(*args, **kwargs)
-        return self._metadata
 
 
 class CheckpointReader:
@@ -42,7 +33,7 @@ class CheckpointReader:
                 f"{directory} is no distributed checkpoint: it holds no .metadata file. Give the "
                 f"output directory of a run, or one of its checkpoints/step_... folders"
             )
-        self._reader = _Reader(directory)
+        self._reader = SafeReader(directory)
         # Other entries are pickled objects: random states, progress, empty extra states.
         tensors = {
             name: entry
@@ -68,5 +59,5 @@ class CheckpointReader:
         """The whole tensor `name`, on the CPU, in the dtype it was saved in."""
         key, entry = self._entries[name]
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu")
-        dcp.load({key: tensor}, storage_reader=self._reader, no_dist=True)
+        dcp.load({key: tensor}, storage_reader=self._reader, planner=SafePlanner(), no_dist=True)
         return tensor

@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from equilibrium_mcore.data.chat.render import Renderer
 from equilibrium_mcore.data.tokenizer import SPACE_MARK, SentencePieceTokenizer, Tokenizer
+from equilibrium_mcore.export.chat_files import add_chat_template
 
 # Text that shows most ways in which two tokenizers differ.
 PROBE = (
@@ -17,9 +19,12 @@ PROBE = (
 )
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+def write_tokenizer(
+    tokenizer: Tokenizer, folder: Path, *, renderer: Renderer | None = None
+) -> None:
     """Write the tokenizer's files into `folder`, and read them back to compare ids.
 
+    With a `renderer` of chats the folder gets its chat template, and ids of chats are compared too.
     Raises ValueError where a SentencePiece model uses what tokenizer.json cannot express, or where
     the written tokenizer gives other ids.
     """
@@ -37,6 +42,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         settings = (settings or _settings(tokenizer)) | {"split_special_tokens": splits}
         text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
         path.write_text(text, encoding="utf-8")
+    if renderer is not None:
+        add_chat_template(renderer, folder)
     check_same_ids(tokenizer, folder, [PROBE])
 
 
@@ -153,8 +160,11 @@ def check_same_ids(tokenizer: Tokenizer, folder: Path, texts: list[str]) -> None
     released = AutoTokenizer.from_pretrained(
         str(folder), config=PreTrainedConfig(), local_files_only=True
     )
+    # A tokenizer with a chat template looks for control tokens, unless told not to.
+    splits = isinstance(tokenizer, SentencePieceTokenizer)
     for text in texts:
-        expected, found = tokenizer.encode(text), released.encode(text, add_special_tokens=False)
+        expected = tokenizer.encode(text)
+        found = released.encode(text, add_special_tokens=False, split_special_tokens=splits)
         if expected != found:
             place = next(
                 (i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b),

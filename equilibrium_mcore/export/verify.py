@@ -66,6 +66,7 @@ def megatron_logits(
     accelerator.install()  # before megatron-core is imported
     from megatron.core import dist_checkpointing
 
+    from equilibrium_mcore.checkpoint.safe_load import allowed_classes_only
     from equilibrium_mcore.models.provider import KEPT_IN_FLOAT32, build_model
     from equilibrium_mcore.parallel.process_groups import initialize_groups, seed_everything
 
@@ -78,7 +79,9 @@ def megatron_logits(
         seed_everything(0)  # megatron-core builds no model without its random states
         model = build_model(config.model, layout, training, groups).eval()
         wanted = {"model": model.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp})}
-        model.load_state_dict(dist_checkpointing.load(wanted, str(checkpoint))["model"])
+        with allowed_classes_only():
+            loaded = dist_checkpointing.load(wanted, str(checkpoint))
+        model.load_state_dict(loaded["model"])
         for name, parameter in model.named_parameters():
             if not name.endswith(KEPT_IN_FLOAT32):
                 parameter.data = parameter.data.to(rounded_to).float()

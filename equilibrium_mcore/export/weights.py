@@ -66,6 +66,20 @@ def write_weights(
     return WeightsReport(dtype, total, active, sum(sizes.values()), files)
 
 
+def to_hugging_face(
+    read: Callable[[str], Tensor], rows: list[ParamMapping], model: ModelConfig
+) -> Iterator[tuple[ParamMapping, str, Tensor]]:
+    """Every Hugging Face tensor of `rows` with its row and name, one row after the other.
+
+    `read` gives a whole tensor by its Megatron name: of a checkpoint, or of a model in memory.
+    """
+    for row in rows:
+        found = [read(name) for name in row.megatron]
+        converted = row.transform.to_hugging_face(found, model)
+        for name, tensor in zip(row.hugging_face, converted, strict=True):
+            yield row, name, tensor
+
+
 def expected_shapes(hugging_face_config: dict[str, Any]) -> dict[str, torch.Size]:
     """Shapes of the tensors that the Hugging Face model of these config values loads."""
     from equilibrium_mcore.export.hugging_face.configuration_equilibrium import EquilibriumConfig
@@ -94,18 +108,15 @@ def _converted(
     shapes: dict[str, torch.Size],
 ) -> Iterator[tuple[str, Tensor]]:
     """The Hugging Face tensors one after the other."""
-    for row in rows:
-        found = [reader.read(name) for name in row.megatron]
-        converted = row.transform.to_hugging_face(found, model)
-        for name, tensor in zip(row.hugging_face, converted, strict=True):
-            if tensor.shape != shapes[name]:
-                raise ValueError(
-                    f"{', '.join(row.megatron)} gives {name} of shape {tuple(tensor.shape)}, and "
-                    f"the model's config asks for {tuple(shapes[name])}: the config saved with the "
-                    f"checkpoint is not the one that trained it"
-                )
-            # A clone, because safetensors refuses tensors that share memory.
-            yield name, tensor.to(_target(row, dtype)).clone(memory_format=torch.contiguous_format)
+    for row, name, tensor in to_hugging_face(reader.read, rows, model):
+        if tensor.shape != shapes[name]:
+            raise ValueError(
+                f"{', '.join(row.megatron)} gives {name} of shape {tuple(tensor.shape)}, and "
+                f"the model's config asks for {tuple(shapes[name])}: the config saved with the "
+                f"checkpoint is not the one that trained it"
+            )
+        # A clone, because safetensors refuses tensors that share memory.
+        yield name, tensor.to(_target(row, dtype)).clone(memory_format=torch.contiguous_format)
 
 
 def _counted(

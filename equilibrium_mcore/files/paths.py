@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 from pathlib import Path
@@ -30,4 +31,34 @@ def expand_path(text: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise ValueError(f"{whole}: {error}: write the path out") from None
+        reason = str(error).rstrip(".")
+        raise ValueError(f"{whole}: {reason}: write the path out") from None
+
+
+def expand_text(text: str) -> str:
+    """`text` with `~` and `$VARS` replaced, else letter for letter: `./data` keeps its dot.
+
+    For text that may be a path or something else, such as a name on the Hub. Raises ValueError as
+    `expand_path` does.
+    """
+    return str(expand_path(text)) if text.startswith("~") or "$" in text else text
+
+
+def user_path(text: str) -> Path:
+    """A path on a command line: argparse's `type=`, whose errors argparse shows as they are."""
+    try:
+        return expand_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def report_path(text: str) -> Path:
+    """argparse's `type=` for a report, plot or JSON that is written: absent, or a regular file.
+
+    Told before the work that the report is about; a link is followed, not replaced.
+    """
+    path = user_path(text)
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "no regular file"
+        raise argparse.ArgumentTypeError(f"{path} is {kind}, and is not replaced: name a file")
+    return path.resolve() if path.is_symlink() else path

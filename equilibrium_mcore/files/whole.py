@@ -10,7 +10,7 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,9 +22,12 @@ REMOVED = ".removed"  # what the names of folders being removed end in
 def whole_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """A stream whose content becomes `path` when the block ends; nothing changes if it raises.
 
-    `mode` is "w" (UTF-8 text) or "wb". Missing parent folders are made.
+    `mode` is "w" (UTF-8 text) or "wb". Missing parent folders are made. Raises FileExistsError
+    where `path` is a folder or a device: only a file is ever replaced.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{path} is no regular file, and is not replaced: name another")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(path, TEMPORARY)
     try:
@@ -38,6 +41,27 @@ def whole_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path, *, check: Callable[[], object]) -> Iterator[Path]:
+    """An empty folder whose content becomes `target` when the block ends, whole.
+
+    Nothing changes if the block raises. A folder that is there is replaced: `check` is called when
+    the new one is whole, and raises if that must not be.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_name(target, TEMPORARY)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in temporary.rglob("*"):
+            _sync(path)
+        check()
+        _put_in_place(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:
@@ -75,6 +99,22 @@ def remove_tree(path: str | Path) -> None:
     doomed = _temporary_name(path, REMOVED)
     os.replace(path, doomed)
     sync_directory(path.parent)
+    shutil.rmtree(doomed)
+
+
+def _put_in_place(folder: Path, target: Path) -> None:
+    """Rename `folder` to `target`; what was there goes once the new one is in its place."""
+    if not target.exists():
+        os.replace(folder, target)
+        return sync_directory(target.parent)
+    doomed = _temporary_name(target, REMOVED)
+    os.replace(target, doomed)
+    try:
+        os.replace(folder, target)
+    except BaseException:
+        os.replace(doomed, target)
+        raise
+    sync_directory(target.parent)
     shutil.rmtree(doomed)
 
 

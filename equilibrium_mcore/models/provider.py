@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -11,25 +9,11 @@ from megatron.core.transformer import TransformerConfig
 
 from equilibrium_mcore.config.pattern import cut_into
 from equilibrium_mcore.config.schema import ModelConfig, ParallelismConfig, TrainingConfig
-from equilibrium_mcore.models.specs import TORCH, Backend, stack_spec, transformer_engine_backend
+from equilibrium_mcore.models.specs import choose_backend, stack_spec
 from equilibrium_mcore.models.transformer_config import build_transformer_config
 
 # Parameters that stay float32 whatever the precision: small, and sensitive to rounding.
 KEPT_IN_FLOAT32 = ("A_log", "dt_bias", ".D", "expert_bias")
-
-
-def choose_backend(name: str, *, on_gpu: bool) -> Backend:
-    """The backend for `training.backend`: auto takes Transformer Engine where it can run."""
-    has_engine = on_gpu and importlib.util.find_spec("transformer_engine") is not None
-    if name == "torch" or (name == "auto" and not has_engine):
-        return TORCH
-    if not has_engine:
-        raise ValueError(
-            "training.backend=transformer_engine needs a CUDA device and the transformer-engine "
-            "package, and this host lacks one of them: use training.backend=auto or torch"
-        )
-    has_mamba_ssm = importlib.util.find_spec("mamba_ssm") is not None
-    return transformer_engine_backend(has_mamba_ssm=has_mamba_ssm)
 
 
 def build_model(
@@ -51,8 +35,6 @@ def build_model(
     """
     config = transformer_config or build_transformer_config(model, layout, training, on_gpu=on_gpu)
     backend = choose_backend(training.backend, on_gpu=on_gpu)
-    config.transformer_impl = "local" if backend is TORCH else "transformer_engine"
-    config.moe_grouped_gemm = backend.grouped_experts
     stages = layout.pipeline * layout.virtual_pipeline
     stage = groups.pp.rank() + (virtual_stage or 0) * layout.pipeline
     rope_base = model.attention.rope_base if model.attention else None
@@ -75,9 +57,19 @@ def build_model(
 
 
 def cast_parameters(module: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Cast every floating-point parameter to `dtype`, but for those kept in float32."""
+    """Cast every floating-point parameter to `dtype`, but for those kept in float32.
+
+    In float64, which only proofs use, nothing is kept: buffers and what modules hold beside them
+    (RoPE's frequencies) are cast too.
+    """
     for name, parameter in module.named_parameters():
         keep = name.endswith(KEPT_IN_FLOAT32) and dtype != torch.float64
         target = torch.float32 if keep else dtype
         if parameter.is_floating_point() and parameter.dtype != target:
             parameter.data = parameter.data.to(target)
+    if dtype == torch.float64:
+        for part in module.modules():
+            for tensors in (part._buffers, vars(part)):
+                for name, value in tensors.items():
+                    if isinstance(value, torch.Tensor) and value.is_floating_point():
+                        tensors[name] = value.double()

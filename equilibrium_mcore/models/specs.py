@@ -7,7 +7,8 @@ layer, so that a checkpoint has the same keys whichever backend wrote it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import importlib.util
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -45,6 +46,7 @@ from equilibrium_mcore.config.schema import ModelConfig
 from equilibrium_mcore.models.attention import TorchCoreAttention
 from equilibrium_mcore.models.mamba import TorchMambaMixer
 from equilibrium_mcore.models.norms import RMSNorm
+from equilibrium_mcore.models.router import GlobalRouter
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,20 @@ def transformer_engine_backend(*, has_mamba_ssm: bool) -> Backend:
     )
 
 
+def choose_backend(name: str, *, on_gpu: bool) -> Backend:
+    """The backend for `training.backend`: auto takes Transformer Engine where it can run."""
+    has_engine = on_gpu and importlib.util.find_spec("transformer_engine") is not None
+    if name == "torch" or (name == "auto" and not has_engine):
+        return TORCH
+    if not has_engine:
+        raise ValueError(
+            "training.backend=transformer_engine needs a CUDA device and the transformer-engine "
+            "package, and this host lacks one of them: use training.backend=auto or torch"
+        )
+    has_mamba_ssm = importlib.util.find_spec("mamba_ssm") is not None
+    return transformer_engine_backend(has_mamba_ssm=has_mamba_ssm)
+
+
 def stack_spec(model: ModelConfig, backend: Backend) -> ModuleSpec:
     """The spec of the whole decoder for megatron-core's HybridModel."""
     b = backend
@@ -143,6 +159,7 @@ def stack_spec(model: ModelConfig, backend: Backend) -> ModuleSpec:
         num_experts=model.moe.num_experts if model.moe else 1,
         moe_grouped_gemm=b.grouped_experts,
     )
+    moe = partial(moe.func, submodules=replace(moe.keywords["submodules"], router=GlobalRouter))
     return ModuleSpec(
         module=EquilibriumStack,
         params={"norm": b.norm},

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from equilibrium_mcore.config.pattern import layers_of
 from equilibrium_mcore.config.schema import ModelConfig, ParallelismConfig, TrainingConfig
+from equilibrium_mcore.models.specs import TORCH, choose_backend
 
 DTYPES = {
     "fp32": torch.float32,
@@ -26,9 +27,10 @@ def build_transformer_config(
     """The config of one rank's part of `model` under `layout` and `training`'s numerics."""
     values = {
         **_model_values(model, layout),
-        **_moe_values(model, layout),
+        **_moe_values(model, layout, training),
         **_layout_values(layout),
         **_numeric_values(training, on_gpu=on_gpu),
+        **_backend_values(training, on_gpu=on_gpu),
     }
     if model.mla:
         return MLATransformerConfig(**values, **_mla_values(model))
@@ -93,7 +95,7 @@ def _mla_values(model: ModelConfig) -> dict:
     )
 
 
-def _moe_values(model: ModelConfig, layout: ParallelismConfig) -> dict:
+def _moe_values(model: ModelConfig, layout: ParallelismConfig, training: TrainingConfig) -> dict:
     moe = model.moe
     if moe is None:
         return {}
@@ -113,8 +115,17 @@ def _moe_values(model: ModelConfig, layout: ParallelismConfig) -> dict:
         moe_z_loss_coeff=moe.z_loss_coefficient or None,
         moe_router_enable_expert_bias=moe.expert_bias,
         moe_router_bias_update_rate=moe.expert_bias_update_rate,
-        moe_router_dtype="fp32",
+        moe_router_dtype="fp64" if DTYPES[training.precision] == torch.float64 else "fp32",
         moe_token_dispatcher_type=layout.moe_dispatcher,
+    )
+
+
+def _backend_values(training: TrainingConfig, *, on_gpu: bool) -> dict:
+    """What megatron-core checks other settings against while the config is built."""
+    backend = choose_backend(training.backend, on_gpu=on_gpu)
+    return dict(
+        transformer_impl="local" if backend is TORCH else "transformer_engine",
+        moe_grouped_gemm=backend.grouped_experts,
     )
 
 

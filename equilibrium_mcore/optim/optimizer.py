@@ -44,7 +44,8 @@ class HybridOptimizer:
         chunks: megatron-core DDP-wrapped model chunks (one per virtual stage).
         groups: all process groups.
         config: the run.
-        main_dtype: of main weights and state; float64 sharpens proofs of layout invariance.
+        main_dtype: of main weights and state, unless the model is wider; float64 sharpens proofs of
+            layout invariance.
     """
 
     def __init__(
@@ -298,6 +299,7 @@ class HybridOptimizer:
 
 def _main_weight(model: Tensor, dtype: torch.dtype, *, always_copy: bool) -> Tensor:
     """The tensor that is updated: the parameter itself where it is wide enough, else a copy."""
+    dtype = torch.promote_types(model.dtype, dtype)
     if model.dtype == dtype and not always_copy:
         return model
     return model.detach().to(dtype, copy=True).requires_grad_(True)

@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from equilibrium_mcore.config.schema import ParallelismConfig
 from equilibrium_mcore.parallel import accelerator
-from equilibrium_mcore.parallel.launch import Place
+from equilibrium_mcore.parallel.rank_job import Place
 
 # Within a node: tensor, then context, then expert; pipeline stages lie furthest apart.
 RANK_ORDER = "tp-cp-ep-dp-pp"
@@ -66,12 +66,16 @@ def initialize_distributed(
     timeout_minutes: int,
     init_method: str = "env://",
 ) -> None:
-    """Join the default process group; on a CUDA host, take GPU `local_rank`."""
+    """Join the default process group; on a CUDA host, take GPU `local_rank`.
+
+    A rank that is alone (`init_method` "") meets nobody: no port, no file.
+    """
     if accelerator.has_cuda():
         torch.cuda.set_device(local_rank)
     torch.distributed.init_process_group(
         backend=accelerator.communication_backend(),
-        init_method=init_method,
+        init_method=init_method or None,
+        store=None if init_method else torch.distributed.HashStore(),
         rank=rank,
         world_size=world_size,
         timeout=timedelta(minutes=timeout_minutes),

@@ -10,6 +10,7 @@ from equilibrium_mcore.config.load import load_model
 from equilibrium_mcore.config.mixture import load_mixture
 from equilibrium_mcore.data.mixtures.analyze import MixtureAnalysis, analyze, expected
 from equilibrium_mcore.data.mixtures.report import csv_text, json_text, markdown
+from equilibrium_mcore.files.paths import expand_path
 from equilibrium_mcore.files.whole import write_whole
 from equilibrium_mcore.planning.training_cost import Cluster, TrainingCost, training_cost
 
@@ -31,7 +32,7 @@ def report(
     only the expected figures are known. With `model`, time and cost of training it on the mixture's
     tokens are estimated. Raises ConfigError, OSError and ValueError.
     """
-    folder = Path(subject)
+    folder = expand_path(subject)
     if folder.is_dir():
         if overrides:
             raise ValueError(

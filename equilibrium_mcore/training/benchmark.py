@@ -232,7 +232,7 @@ def _train_once(
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="equilibrium_bench_") as folder:
         config = config.model_copy(update={"output_directory": Path(folder)})
-        place = Place(0, 1, 0, f"file://{Path(folder) / 'rendezvous'}")
+        place = Place.alone()
         try:
             run = setup(config, place, datasets=Datasets(tokens, None, None))
             losses, seconds, optimizer, muon = [], [], [], []

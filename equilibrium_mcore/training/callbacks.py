@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from equilibrium_mcore.checkpoint.sharded import save_checkpoint
+from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.entropy import ngram_baseline, validation_pairs
 from equilibrium_mcore.data.ledger.record import LedgerFile, settings_of
@@ -19,20 +20,48 @@ from equilibrium_mcore.training.metrics import (
     ValidationRecord,
     memory_gib,
 )
+from equilibrium_mcore.training.run_folder import RunLock
 from equilibrium_mcore.training.setup import Run
 from equilibrium_mcore.training.step import StepOutcome, validation_figures
 
 
-def build_callbacks(config: RunConfig) -> list[Callback]:
+def build_callbacks(config: RunConfig, lock: RunLock | None = None) -> list[Callback]:
     """The callbacks that the config asks for, in the order in which they act after a step."""
+    owner = OwnerCallback(lock or RunLock(config))
     log = LogCallback(config)
     ledger = LedgerCallback()
     return [
+        owner,
         log,
         ledger,
         ValidationCallback(config, log),
-        CheckpointCallback(config, log, ledger),
+        CheckpointCallback(config, log, ledger, owner),
     ]
+
+
+class OwnerCallback(Callback):
+    """Ends a run whose folder another run took over, before anything more is written there."""
+
+    def __init__(self, lock: RunLock) -> None:
+        self.lock = lock
+
+    def on_start(self, run: Run) -> None:
+        self.confirm()
+
+    def on_step(self, run: Run, outcome: StepOutcome) -> None:
+        problem = self.lock.problem(ask=False)  # of the first rank alone; the others end with it
+        if problem is not None:
+            raise ConfigError(problem)
+
+    def on_end(self, run: Run, *, reason: str) -> None:
+        self.confirm()
+
+    def confirm(self) -> None:
+        """Ask the file server; every rank raises ConfigError if the folder is another run's."""
+        problems = [self.lock.problem(ask=True)]
+        torch.distributed.broadcast_object_list(problems, src=0)
+        if problems[0] is not None:
+            raise ConfigError(problems[0])
 
 
 class LogCallback(Callback):
@@ -63,6 +92,8 @@ class LogCallback(Callback):
             if run.resumed_from is not None:
                 details["from"] = str(run.resumed_from)
             self.event("start" if resumed is None else "resume", run, **details)
+            for name, told in run.choice.notes:
+                self.event(name, run, **told)
         self._since = (time.perf_counter(), run.progress.step, run.progress.samples)
 
     def pause(self, seconds: float) -> None:
@@ -179,10 +210,14 @@ class CheckpointCallback(Callback):
     """Saves at intervals and when the process stops."""
 
     def __init__(
-        self, config: RunConfig, log: LogCallback, ledger: LedgerCallback | None = None
+        self,
+        config: RunConfig,
+        log: LogCallback,
+        ledger: LedgerCallback | None = None,
+        owner: OwnerCallback | None = None,
     ) -> None:
         self.every = config.checkpoint.save_interval_steps
-        self.log, self.ledger = log, ledger
+        self.log, self.ledger, self.owner = log, ledger, owner
         self._saved_step: int | None = None
 
     def on_start(self, run: Run) -> None:
@@ -198,14 +233,19 @@ class CheckpointCallback(Callback):
         if self._saved_step == run.progress.step:
             return
         start = time.perf_counter()
+        if self.owner is not None:
+            self.owner.confirm()
         progress = run.progress_to_save()
-        save_checkpoint(
+        saved = save_checkpoint(
             config=run.config,
             chunks=run.chunks,
             optimizer=run.optimizer,
             groups=run.groups,
             progress=progress,
+            line=run.choice.line,
         )
+        if saved.renamed is not None:  # a branch that the run left, or what a user put there
+            self.log.event("renamed", run, checkpoint=saved.path.name, to=saved.renamed)
         if self.ledger is not None:
             self.ledger.saved(run, progress)
         self._saved_step = run.progress.step

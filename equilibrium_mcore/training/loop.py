@@ -40,6 +40,6 @@ def train(run: Run, callbacks: Sequence[Callback]) -> str:
                 reason = "signal"
                 break
             reason = "end" if run.progress.step >= run.config.training.steps else "stop"
-        for callback in callbacks:
+        for callback in reversed(callbacks):  # the log is opened first, and closed last
             callback.on_end(run, reason=reason)
     return reason

@@ -11,15 +11,30 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
+from equilibrium_mcore.files.archive import move_to_archive
+from equilibrium_mcore.files.whole import write_whole
+
 METRICS_FILE = "metrics.jsonl"
-EventName = Literal["start", "resume", "stop", "signal", "end"]
+EventName = Literal[
+    "start",
+    "resume",
+    "stop",
+    "signal",
+    "end",
+    # of checkpoints: docs/checkpoints.md
+    "verified",
+    "unverified",
+    "damaged",
+    "latest_lost",
+    "left_alone",
+    "renamed",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +52,7 @@ class TrainRecord:
     figures: Mapping[str, float] = field(default_factory=dict)
     """What else the objective logs, by name; beside `loss` in the file, not inside `figures`."""
     aux_loss: float | None = None
-    """Load-balancing loss; None for a model without experts."""
+    """Load-balancing loss; None where no loss balances experts."""
     learning_rate: float
     """Of the weight matrices."""
     learning_rate_adamw: float
@@ -213,14 +228,14 @@ class JsonlWriter:
         """Open `path`: for a run that starts (None), or one that goes on after `resumed_step`.
 
         Going on keeps the records up to that step and drops later ones, which are trained again:
-        the file has each step once. A start moves an older file to `metrics.previous.jsonl`.
+        the file has each step once. A start moves an older file to the folder's archive.
         """
         self.path = path
         self.dropped_records = 0
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             if resumed_step is None:
-                os.replace(path, path.with_suffix(".previous.jsonl"))
+                move_to_archive(path.parent, [path.name])
             else:
                 self._drop_after(resumed_step)
         self._file = path.open("ab", buffering=0)
@@ -230,9 +245,7 @@ class JsonlWriter:
         kept = [record for record in records if record["step"] <= step]
         self.dropped_records = len(records) - len(kept)
         # Rewritten even when nothing is dropped: a line cut short would spoil the next one.
-        aside = self.path.with_suffix(".jsonl.tmp")
-        aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        os.replace(aside, self.path)
+        write_whole(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def write(self, record: Record) -> None:
         """Append the record; it is in the file, whole, when this returns."""
@@ -296,9 +309,7 @@ class WandbWriter:
         directory.mkdir(parents=True, exist_ok=True)
         id_file = directory / "wandb_run_id"
         if resumed_step is None or not id_file.exists():
-            aside = id_file.with_suffix(".tmp")
-            aside.write_text(uuid.uuid4().hex, encoding="utf-8")
-            os.replace(aside, id_file)
+            write_whole(id_file, uuid.uuid4().hex)
         self._run = wandb.init(
             project=project,
             name=run_name,

@@ -79,11 +79,12 @@ class WeightedTokens:
 
     def __call__(self, losses: Tensor, batch: Batch, *, cp_group: Any) -> Outcome:
         """See Objective."""
-        losses = losses.reshape(-1).float()
-        mask = batch["loss_mask"].reshape(-1).float()
+        wide = torch.promote_types(losses.dtype, torch.float32)
+        losses = losses.reshape(-1).to(wide)
+        mask = batch["loss_mask"].reshape(-1).to(wide)
         total = counted = (losses * mask).sum()
         if self.inputs:
-            total = (losses * batch["weight"].reshape(-1).float()).sum()
+            total = (losses * batch["weight"].reshape(-1).to(wide)).sum()
         return Outcome(total, {"loss": (counted.detach(), mask.sum())})
 
 

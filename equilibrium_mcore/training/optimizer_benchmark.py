@@ -163,7 +163,7 @@ def measure(config: RunConfig, *, steps: int) -> tuple[Times, Comparison]:
             }
         )
         try:
-            place = Place(0, 1, 0, f"file://{Path(folder) / 'rendezvous'}")
+            place = Place.alone()
             run = setup(alone, place, datasets=Datasets(tokens, None, None))
             return measure_steps(run, steps=steps), compare_with_loop(run)
         finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from equilibrium_mcore.files.whole import whole_file
 from equilibrium_mcore.training.metrics import METRICS_FILE, TrainRecord, human, read_metrics
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -142,11 +142,9 @@ def plot_runs(runs: Sequence[Path], output: Path | None = None) -> Path:
         raise ValueError(f"output={output} must end in .png")
     with plt.rc_context(STYLE):
         figure = draw(curves)
-        aside = output.with_name(output.name + ".tmp")
-        output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(aside, dpi=150, format="png")
+        with whole_file(output, "wb") as stream:
+            figure.savefig(stream, dpi=150, format="png")
         plt.close(figure)
-    os.replace(aside, output)
     return output
 
 

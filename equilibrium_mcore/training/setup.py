@@ -13,7 +13,7 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
-from equilibrium_mcore.checkpoint.directory import latest_checkpoint, read_state
+from equilibrium_mcore.checkpoint.choose import Choice, choose
 from equilibrium_mcore.checkpoint.sharded import load_checkpoint, load_weights
 from equilibrium_mcore.config import rules
 from equilibrium_mcore.config.errors import ConfigError
@@ -61,6 +61,7 @@ class Run:
     datasets: Datasets
     data_parallel_size: int
     micro_batches: int
+    choice: Choice = field(default_factory=Choice)  # what it starts from, and its line
     progress: Progress = field(default_factory=Progress)
     resumed_from: Path | None = None
     stream: TrainStream | None = None  # made once the run knows where it stands
@@ -103,8 +104,9 @@ def setup(config: RunConfig, place: Place, *, datasets: Datasets | None = None) 
     if problems:
         raise ConfigError(problems, source=f"run {config.name}")
     groups = process_groups.join(place, config.parallelism, seed=config.training.seed)
+    choice = choose(config)
     if datasets is None:
-        datasets = build_run_datasets(config)
+        datasets = build_run_datasets(config, choice.progress)
     transformer, chunks = build_chunks(config, groups)
     optimizer = HybridOptimizer(chunks, groups, config)
     transformer.grad_scale_func = optimizer.scale_loss
@@ -118,6 +120,7 @@ def setup(config: RunConfig, place: Place, *, datasets: Datasets | None = None) 
         datasets=datasets,
         data_parallel_size=data_parallel_size(config, place.world_size),
         micro_batches=micro_batches_per_step(config, place.world_size),
+        choice=choice,
     )
     resume(run)
     run.stream = run.stream_of(datasets.train, consumed_samples=run.progress.samples)
@@ -127,14 +130,14 @@ def setup(config: RunConfig, place: Place, *, datasets: Datasets | None = None) 
     return run
 
 
-def build_run_datasets(config: RunConfig) -> Datasets:
+def build_run_datasets(config: RunConfig, progress: dict[str, Any] | None = None) -> Datasets:
     """The blend's splits with as many samples as the whole run takes.
 
-    The ledger goes on where the checkpoint that the config resumes from left it. Raises ConfigError
-    for data that cannot be trained on.
+    The ledger continues where `progress`, the `state.json` of a checkpoint, left it; None is a run
+    from scratch. Raises ConfigError for data that cannot be trained on.
     """
     training = config.training
-    saved = _saved_progress(config)
+    saved = _saved_progress(config, progress)
     samples = train_samples(config)
     if config.data.order == "ledger":
         # Steps that are done may have had another batch than those to come.
@@ -155,27 +158,19 @@ def build_run_datasets(config: RunConfig) -> Datasets:
     )
 
 
-def _saved_progress(config: RunConfig) -> dict[str, Any]:
-    """Step, samples and ledger of the checkpoint that a run with a ledger goes on from."""
-    path = checkpoint_to_resume(config)
-    if path is None or config.data.order != "ledger":
+def _saved_progress(config: RunConfig, progress: dict[str, Any] | None) -> dict[str, Any]:
+    """Step, samples and ledger at which the data starts."""
+    if progress is None or config.data.order != "ledger":
         return {"step": 0, "samples": 0, "ledger": None}
-    facts = read_state(path)
-    if facts.get("ledger") is None:
+    if progress.get("ledger") is None:
         raise ConfigError(
-            f"data.order='ledger', but {path} holds no ledger: it was trained in another order, in "
+            f"data.order='ledger', but the checkpoint of step {progress['step']} in "
+            f"{config.output_directory} holds no ledger: it was trained in another order, in "
             "which the documents that it has seen cannot be told. Set data.order=megatron to go "
             "on, or start a new run in another output_directory with "
-            f"checkpoint.initial_weights={path}"
+            f"checkpoint.initial_weights={config.output_directory}"
         )
-    return facts
-
-
-def checkpoint_to_resume(config: RunConfig) -> Path | None:
-    """The checkpoint that the run goes on from, if there is one and the config wants it."""
-    if config.checkpoint.resume == "never":
-        return None
-    return latest_checkpoint(config.output_directory)
+    return progress
 
 
 def build_chunks(
@@ -201,7 +196,8 @@ def build_chunks(
         if on_gpu:
             module.cuda()
         reduction = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
+            # Of gradients as wide as float64, which only proofs have, nothing is cut off.
+            grad_reduce_in_fp32=transformer.params_dtype != torch.float64,
             overlap_grad_reduce=layout.overlap_grad_reduce,
             use_distributed_optimizer=False,
         )
@@ -217,29 +213,21 @@ def build_chunks(
 
 
 def resume(run: Run) -> None:
-    """Go on from the latest checkpoint, or start from given weights, as the config says."""
-    config = run.config
-    path = checkpoint_to_resume(config)
-    if path is not None:
+    """Load what was chosen: a checkpoint to continue, or weights to start from."""
+    config, choice = run.config, run.choice
+    if choice.checkpoint is not None:
         progress = load_checkpoint(
-            path, config=config, chunks=run.chunks, optimizer=run.optimizer, groups=run.groups
-        )
-        progress.pop("ledger", None)  # the datasets were built at it
-        run.progress = Progress(**progress)
-        run.resumed_from = path
-        return
-    if config.checkpoint.resume == "must":
-        raise ConfigError(
-            f"checkpoint.resume=must, but {config.output_directory} holds no checkpoint: name the "
-            "output_directory of the run to go on with, or use checkpoint.resume=auto"
-        )
-    if config.checkpoint.initial_weights is not None:
-        load_weights(
-            config.checkpoint.initial_weights,
+            choice.checkpoint,
             config=config,
             chunks=run.chunks,
             optimizer=run.optimizer,
+            groups=run.groups,
         )
+        progress.pop("ledger", None)  # the datasets were built at it
+        run.progress = Progress(**progress)
+        run.resumed_from = choice.checkpoint.path
+    elif choice.weights is not None:
+        load_weights(choice.weights, config=config, chunks=run.chunks, optimizer=run.optimizer)
 
 
 def teardown(run: Run) -> None:

@@ -27,7 +27,7 @@ class StepOutcome:
 
     figures: dict[str, float]  # the objective's, by name: means over the global batch
     tokens: int  # positions whose label counted, in the global batch
-    aux_loss: float | None  # mean balancing loss per MoE layer; None for a model without experts
+    aux_loss: float | None  # mean balancing loss per MoE layer; None where nothing is balanced
     gradient_norm: float
     learning_rates: dict[str, float]
     skipped: bool
@@ -65,7 +65,7 @@ def train_step(run: Run, *, stop_requested: bool = False) -> StepOutcome:
     return StepOutcome(
         figures=figures,
         tokens=round(counts["loss"]),
-        aux_loss=aux / aux_scale if moe_layers else None,
+        aux_loss=aux / aux_scale if moe_layers and _balances(run) else None,
         gradient_norm=result.gradient_norm,
         learning_rates=rates,
         skipped=result.skipped,
@@ -192,6 +192,12 @@ def _sum_over_ranks(
     counts = {name: sums[2 * i + 1] for i, name in enumerate(names)}
     figures = {name: sums[2 * i] / max(counts[name], 1) for i, name in enumerate(names)}
     return figures, counts, sums[2 * len(names) :]
+
+
+def _balances(run: Run) -> bool:
+    """Whether a loss balances the experts; megatron-core computes none with a coefficient of 0."""
+    moe = run.config.model.moe
+    return moe is not None and moe.load_balancing != "none" and moe.aux_loss_coefficient > 0
 
 
 def _aux_loss_here(run: Run) -> float:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from equilibrium_mcore.checkpoint.directory import latest_checkpoint
+from equilibrium_mcore.checkpoint.safe_load import read_metadata
+from equilibrium_mcore.files.whole import whole_file, write_whole
 from equilibrium_mcore.training.metrics import METRICS_FILE, read_metrics
 
 
@@ -62,7 +62,7 @@ def read_result(
 def state_bytes_per_parameter(checkpoint: Path) -> float:
     """Bytes of optimizer state, whole, beside the weights of the model, for each parameter."""
     state = elements = 0
-    metadata = dcp.FileSystemReader(checkpoint).read_metadata()
+    metadata = read_metadata(checkpoint)
     for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
             continue
@@ -101,18 +101,12 @@ def write_report(
             replace(r, seconds=[step * step_seconds[r.variant] for step in r.steps])
             for r in results
         ]
-    _write(output / "results.json", json.dumps([asdict(r) for r in results], indent=1) + "\n")
+    write_whole(output / "results.json", json.dumps([asdict(r) for r in results], indent=1) + "\n")
     table = markdown(results, steps=steps)
-    _write(output / "table.md", table + "\n")
+    write_whole(output / "table.md", table + "\n")
     if results:
         draw(results, output / "curves.png")
     return table
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_suffix(".partial")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
 
 
 def best_runs(results: list[RunResult]) -> dict[str, list[RunResult]]:
@@ -197,7 +191,6 @@ def draw(results: list[RunResult], path: Path) -> None:
     for axis in (by_step, by_time):
         axis.grid(alpha=0.3)
     figure.tight_layout()
-    aside = path.with_name("curves.partial.png")
-    figure.savefig(aside, dpi=120)
+    with whole_file(path, "wb") as stream:
+        figure.savefig(stream, dpi=120, format="png")
     pyplot.close(figure)
-    os.replace(aside, path)

@@ -28,6 +28,8 @@ sys.path[:0] = [str(HERE), str(REPOSITORY)]
 from results import RunResult, best_rates, median_step_seconds, read_result, write_report  # noqa: E402
 from variants import GRID, MORE_RATES, VARIANTS  # noqa: E402
 
+from equilibrium_mcore.files.paths import user_path  # noqa: E402
+
 RUN_FILE = "configs/runs/quickstart.yaml"
 DATA = Path("runs/quickstart")  # what configs/data/quickstart.yaml names
 REHEARSAL = [
@@ -46,7 +48,7 @@ def make_data() -> None:
         return
     inputs = [str(text / f"{name}.jsonl") for name in sources]
     if not all(Path(path).is_file() for path in inputs):
-        python("examples/stdlib_text.py", "--output-directory", str(text))
+        python("examples/stdlib_text.py", "--output-directory", str(text), "--overwrite")
     if not tokenizer.is_file():
         python("tools/train_tokenizer.py", "--input", *inputs, "--output", str(tokenizer),
                "--vocab-size", "4096")  # fmt: skip
@@ -143,7 +145,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60, help="start no run after so long")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--no-timing", action="store_true", help="take the sweep's own times")
-    parser.add_argument("--output", type=Path, default=Path("runs/optimizer_shootout"))
+    parser.add_argument("--output", type=user_path, default=Path("runs/optimizer_shootout"))
     parser.add_argument("--rehearse", action="store_true", help="6 steps of a smaller model")
     options = parser.parse_args()
     os.chdir(REPOSITORY)

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.certify import small_faults as small
+
 
 def context_split_over_the_wrong_group() -> None:
     from types import SimpleNamespace
@@ -20,7 +22,10 @@ def context_split_over_the_wrong_group() -> None:
 
     cut = step.rank_batch
     step.rank_batch = lambda batch, run: cut(
-        batch, SimpleNamespace(config=run.config, groups=SimpleNamespace(cp=run.groups.tp))
+        batch,
+        SimpleNamespace(
+            config=run.config, objective=run.objective, groups=SimpleNamespace(cp=run.groups.tp)
+        ),
     )
 
 
@@ -125,6 +130,27 @@ def _forget_when_loading(state_of: Callable, prefix: str) -> None:
     HybridOptimizer.load_state_dict = broken
 
 
+def attention_scaled_by_half_of_the_key() -> None:
+    """Wrong in the reference too: only the witness sees it."""
+    from equilibrium_mcore.models.attention import TorchCoreAttention
+
+    build = TorchCoreAttention.__init__
+
+    def broken(self, config, *args, **kwargs):
+        build(self, config, *args, **kwargs)
+        self.softmax_scale = config.qk_head_dim**-0.5  # the part with position is left out
+
+    TorchCoreAttention.__init__ = broken
+
+
+def norms_with_an_epsilon_of_1e_6() -> None:
+    """Wrong in the reference too: only the witness sees it."""
+    from equilibrium_mcore.models.norms import RMSNorm
+
+    build = RMSNorm.__init__
+    RMSNorm.__init__ = lambda self, *args, **kwargs: build(self, *args, **{**kwargs, "eps": 1e-6})
+
+
 def healthy() -> None:
     """Nothing is broken."""
 
@@ -138,6 +164,8 @@ class Case(NamedTuple):
     overrides: tuple[str, ...] = ()  # of the run
 
 
+# One micro-batch per step, as a balancing loss over the whole batch needs.
+GLOBAL = ("training.micro_batch_size=8", "model.moe.load_balancing=global_aux_loss")
 PACKED = ("data.packing=documents", "training.micro_batch_size=1")
 EXPECTED: dict[Callable[[], None], Case] = {
     healthy: Case("tp=2,cp=2,ep=2", "", "", PACKED),
@@ -154,11 +182,34 @@ EXPECTED: dict[Callable[[], None], Case] = {
     preconditioners_not_resumed: Case(
         "tp=2", "optimizer left_basis", "decoder.layers.0.mixer", ("optimizer.matrices=soap",)
     ),
+    small.expert_gradients_a_hair_too_large_on_one_rank: Case(
+        "ep=2", "gradients", "mlp.experts.experts"
+    ),
+    small.norm_epsilon_rounded_to_bfloat16: Case("tp=2", "loss of every step", "step 1"),
+    small.rope_angles_off_by_a_millionth_under_context_parallelism: Case(
+        "cp=2", "gradients", "embedding"
+    ),
+    small.norms_compute_in_float32: Case("tp=2", "were not float64", "small_faults.py"),
+    small.expert_bias_follows_the_tokens_of_one_data_rank: Case(
+        "dp=2", "weights after 1 step", "router.expert_bias"
+    ),
+    small.global_balancing_divided_by_the_data_ranks_twice: Case(
+        "dp=2", "auxiliary loss of every step", "step 1", GLOBAL
+    ),
+    small.recomputation_gives_other_numbers: Case(
+        "ep=2", "gradients", "embedding", ("training.recompute=full",)
+    ),
+}
+
+# Wrong in every layout and on one rank alike.
+SEEN_BY_THE_WITNESS: dict[Callable[[], None], Case] = {
+    attention_scaled_by_half_of_the_key: Case("tp=2", "loss of every step", "step 1"),
+    norms_with_an_epsilon_of_1e_6: Case("", "gradients", "model."),
 }
 
 
 def main() -> int:
-    """Certify every case of EXPECTED in this process."""
+    """Certify every case of EXPECTED in this process, or those named after OUT."""
     from equilibrium_mcore.parallel import accelerator
 
     accelerator.install()
@@ -169,11 +220,22 @@ def main() -> int:
 
     root = Path(__file__).parents[2]
     said = {}
+    names = sys.argv[2:]
     for fault, case in EXPECTED.items():
+        if names and fault.__name__ not in names:
+            continue
         config = load_run(root / "configs" / "runs" / "quickstart.yaml", list(case.overrides))
         layouts = [parse_layout(case.layout, base=config.parallelism)]
         said[fault.__name__] = certify(config, layouts, prepare=fault).as_dict()
-    Path(sys.argv[1]).write_text(json.dumps(said))
+        Path(sys.argv[1]).write_text(json.dumps(said))
+    for fault, case in SEEN_BY_THE_WITNESS.items():
+        if not case.layout or (names and fault.__name__ not in names):
+            continue
+        config = load_run(root / "configs" / "runs" / "quickstart.yaml")
+        layouts = [parse_layout(case.layout, base=config.parallelism)]
+        everywhere = certify(config, layouts, prepare=fault, everywhere=True, witness=True)
+        said[fault.__name__] = everywhere.as_dict()
+        Path(sys.argv[1]).write_text(json.dumps(said))
     return 0
 
 

@@ -46,15 +46,6 @@ ATTENTION = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As in every rank of the pool; more would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_a_sound_run_passes_every_check(data, tmp_path):
     report = run_ladder(tiny_run(data, tmp_path))
     assert {c.name: str(c.verdict) for c in report.checks if c.verdict != "PASS"} == {}

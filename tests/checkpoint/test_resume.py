@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +123,7 @@ def test_a_save_that_is_killed_never_becomes_latest(ranks, data, tmp_path):
     with pytest.raises(RankError):
         ranks.run(2, _die_while_saving, config)
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert "step_00000004.partial" in left
+    assert [name.endswith(".partial") for name in left] == [False, False, True]
     assert "step_00000004" not in left
     assert directory.latest_checkpoint(tmp_path).name == "step_00000002"
     # The next save clears the remains away.
@@ -145,15 +144,6 @@ def test_resume_must_needs_a_checkpoint(ranks, data, tmp_path):
     config = tiny_run(data, tmp_path, checkpoint={"resume": "must"})
     with pytest.raises(RankError, match="checkpoint.resume=must"):
         ranks.run(1, train_steps, config, 1)
-
-
-def test_latest_that_names_a_lost_folder_is_an_error_with_a_way_out(
-    ranks, data, first_half, tmp_path
-):
-    shutil.copytree(first_half / "checkpoints", tmp_path / "checkpoints")
-    (tmp_path / "checkpoints" / "latest").write_text("step_00000099\n")
-    with pytest.raises(FileNotFoundError, match="step_00000010"):
-        directory.latest_checkpoint(tmp_path)
 
 
 def test_state_file_tells_step_layout_and_versions(first_half):

@@ -50,6 +50,22 @@ CASES = [
         ["seq_aux_loss", "micro_batch_size=2"],
         {"data.packing": "documents", "model.moe.load_balancing": "seq_aux_loss"},
     ),
+    (
+        "global_balance_sees_the_batch",
+        {
+            "model.moe.load_balancing": "global_aux_loss",
+            "training.micro_batch_size": 2,
+            "training.global_batch_size": 16,
+            "parallelism.world_size": 2,
+        },
+        ["4 micro-batches", "micro_batch_size=8", "8 data-parallel ranks"],
+        {
+            "model.moe.load_balancing": "global_aux_loss",
+            "training.micro_batch_size": 8,
+            "training.global_batch_size": 16,
+            "parallelism.world_size": 2,
+        },
+    ),
     ("letters_are_known", {"model.layer_pattern": "MXE"}, ["'X'", "E moe"], {}),
     ("letters_are_known", {"model.layer_pattern": "|"}, ["no layers"], {}),
     ("letters_have_their_sections", {"model.mamba": None}, ["uses M", "model.mamba"], {}),
@@ -357,6 +373,12 @@ CASES = [
         {"training.stop_after_steps": 100},
     ),
     (
+        "a_named_step_is_resumed",
+        {"checkpoint.resume_step": 8},
+        ["checkpoint.resume_step=8", "checkpoint.resume='auto'"],
+        {"checkpoint": {"resume_step": 8, "resume": "must"}},
+    ),
+    (
         "recompute_has_its_layers",
         {"training": {"recompute": "selective", "recompute_modules": ["mlp"]}},
         ["'mlp'", "no mlp layer"],
@@ -385,6 +407,36 @@ CASES = [
                 "recompute_modules": ["moe_act"],
                 "precision": "fp8",
             }
+        },
+    ),
+    (
+        "recompute_has_its_layers",
+        {
+            "training": {
+                "recompute": "selective",
+                "recompute_modules": ["moe_act"],
+                "backend": "torch",
+            }
+        },
+        ["'moe_act'", "backend='torch'"],
+        {
+            "training": {
+                "recompute": "selective",
+                "recompute_modules": ["moe"],
+                "backend": "torch",
+            }
+        },
+    ),
+    (
+        "host_can_do_it",
+        {
+            "training": {"recompute": "selective", "recompute_modules": ["moe_act"]},
+            "host": CPU,
+        },
+        ["'moe_act'", "needs a CUDA GPU"],
+        {
+            "training": {"recompute": "selective", "recompute_modules": ["moe_act"]},
+            "host": GPU,
         },
     ),
     (

@@ -5,8 +5,6 @@ The ledger's order has its own tests, in tests/data/ledger.
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +22,7 @@ from equilibrium_mcore.config.schema import DataConfig, SourceConfig
 from equilibrium_mcore.data.blend import build_datasets, cache_directory
 from equilibrium_mcore.data.indexed_files import read_header
 from equilibrium_mcore.data.sources import read_split_tokens, split_documents
+from equilibrium_mcore.parallel.launch import Place
 
 SEQUENCE = 32
 
@@ -266,52 +265,24 @@ def test_shipped_configs(repository):
     assert [source.name for source in configs["quickstart"].sources] == ["code", "prose"]
 
 
-RANKS = """
-import json, sys
-import torch
-from equilibrium_mcore.config.schema import DataConfig
-from equilibrium_mcore.data.blend import build_datasets
-
-def rank_main(rank, size, folder, data):
+def _first_samples(place: Place, data: DataConfig) -> list[list[np.ndarray]]:
+    """The first tokens of each split, built by this rank together with the others."""
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size
+        "gloo", init_method=place.init_method, rank=place.rank, world_size=place.world_size
     )
-    data = DataConfig.model_validate_json(data)
-    datasets = build_datasets(
-        data, sequence_length=32, train_samples=200, validation_samples=20, seed=5
-    )
-    torch.save(
-        [torch.stack([d[i]["tokens"] for i in range(20)]) for d in datasets if d is not None],
-        f"{folder}/rank{rank}.pt",
-    )
+    datasets = build(data)
     torch.distributed.destroy_process_group()
-
-if __name__ == "__main__":
-    # One import, then forks: gloo starts only after them.
-    import os
-    import megatron.core.datasets.gpt_dataset
-    folder, data = sys.argv[1:]
-    children = []
-    for rank in range(3):
-        child = os.fork()
-        if not child:
-            rank_main(rank, 3, folder, data)
-            os._exit(0)
-        children.append(child)
-    sys.exit(max(os.waitpid(child, 0)[1] for child in children))
-"""
+    return _first_tokens(datasets)
 
 
-def test_ranks_build_once_and_agree(two_sources, tmp_path, repository):
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS)
-    command = [sys.executable, script, tmp_path, two_sources.model_dump_json()]
-    environment = {**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, capture_output=True, env=environment, timeout=90)
-    alone = build(two_sources)
-    for rank in range(3):
-        train, validation = torch.load(tmp_path / f"rank{rank}.pt")
-        assert torch.equal(train, torch.stack([alone.train[i]["tokens"] for i in range(20)]))
-        assert torch.equal(
-            validation, torch.stack([alone.validation[i]["tokens"] for i in range(20)])
-        )
+def _first_tokens(datasets) -> list[list[np.ndarray]]:
+    return [[d[i]["tokens"].numpy() for i in range(20)] for d in datasets if d is not None]
+
+
+def test_ranks_build_once_and_agree(ranks, two_sources):
+    seen = ranks.run(3, _first_samples, two_sources)
+    alone = [
+        [d[i]["tokens"].numpy() for i in range(20)] for d in build(two_sources) if d is not None
+    ]
+    for splits in seen:
+        np.testing.assert_array_equal(splits, alone)

@@ -12,7 +12,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from equilibrium_mcore.data.indexed_files import read_manifest
 from equilibrium_mcore.data.merge import merge_datasets
 from equilibrium_mcore.data.partitions import preprocess_in_partitions
-from equilibrium_mcore.data.preprocess import BadLinesError, preprocess
+from equilibrium_mcore.data.preprocess import preprocess
+from equilibrium_mcore.data.preprocess_run import BadLinesError
 
 ENDINGS = ("bin", "idx", "json")
 

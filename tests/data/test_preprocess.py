@@ -12,13 +12,10 @@ import psutil
 import pytest
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from equilibrium_mcore.data.indexed_files import (
-    IndexedWriter,
-    read_header,
-    read_manifest,
-    token_dtype,
-)
-from equilibrium_mcore.data.preprocess import BadLinesError, preprocess
+from equilibrium_mcore.data.indexed_files import read_header, read_manifest, token_dtype
+from equilibrium_mcore.data.indexed_writer import IndexedWriter
+from equilibrium_mcore.data.preprocess import preprocess
+from equilibrium_mcore.data.preprocess_run import BadLinesError
 
 
 @pytest.fixture
@@ -199,7 +196,7 @@ def test_wrong_arguments(tmp_path, run, write_jsonl, tokenizer_config):
 
 
 def test_one_run_at_a_time(tmp_path, run, write_jsonl, monkeypatch):
-    monkeypatch.setattr("equilibrium_mcore.data.indexed_files.LOCK_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("equilibrium_mcore.data.indexed_writer.LOCK_PATIENCE_SECONDS", 0.2)
     source = write_jsonl(tmp_path / "a.jsonl", ["x"])
     with IndexedWriter(tmp_path / "out" / "set_text_document", np.uint16):
         with pytest.raises(FileExistsError, match="another run is writing"):

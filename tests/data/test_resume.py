@@ -11,9 +11,9 @@ import time
 
 import pytest
 
-from equilibrium_mcore.data import preprocess as module
 from equilibrium_mcore.data.indexed_files import read_manifest
-from equilibrium_mcore.data.preprocess import BadLinesError, preprocess
+from equilibrium_mcore.data.preprocess import preprocess
+from equilibrium_mcore.data.preprocess_run import BadLinesError, PreprocessRun
 from tests.data.byte_level import train_byte_level
 
 ENDINGS = ("bin", "idx", "json")
@@ -78,7 +78,7 @@ def run(tmp_path, folder, sources, tokenizer_config):
 
 def stop_behind(monkeypatch, ranges: int) -> None:
     """Ctrl-C behind so many ranges."""
-    take = module._Run._take
+    take = PreprocessRun._take
     count = 0
 
     def counting(self, *arguments):
@@ -88,7 +88,7 @@ def stop_behind(monkeypatch, ranges: int) -> None:
         if count == ranges:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(module._Run, "_take", counting)
+    monkeypatch.setattr(PreprocessRun, "_take", counting)
 
 
 def files_of(prefix) -> list[bytes]:
@@ -109,7 +109,7 @@ def test_goes_on_from_any_range(tmp_path, run, monkeypatch, capsys, stops):
         assert not (tmp_path / "set_text_document.idx").exists()
         capsys.readouterr()
         assert files_of(run(workers=2 - ranges % 2, journal_seconds=60.0)) == expected
-        assert "going on at" in capsys.readouterr().err
+        assert "resuming at" in capsys.readouterr().err
         left = [path.name for path in tmp_path.iterdir() if "partial" in path.name]
         assert left == []
         for ending in ENDINGS:
@@ -171,7 +171,7 @@ def test_a_bad_line_late_in_a_run_does_not_lose_it(tmp_path, run, sources, capsy
     assert not (tmp_path / "set_text_document.idx").exists()
     capsys.readouterr()
     prefix = run(inputs=[late], skip_bad_lines=True)
-    assert "going on at" in capsys.readouterr().err
+    assert "resuming at" in capsys.readouterr().err
     assert files_of(prefix) == files_of(run("whole", inputs=[late], skip_bad_lines=True))
     assert read_manifest(prefix).skipped_lines == 1
 

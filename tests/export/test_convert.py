@@ -70,6 +70,7 @@ def test_shards_hold_at_most_what_is_asked_and_load(saved, exported, tmp_path):
 def test_the_folder_has_what_a_release_needs(saved, exported):
     folder = exported("hybrid")
     assert {path.name for path in folder.iterdir()} == {
+        ".equilibrium_mcore.json",
         "README.md",
         "config.json",
         "configuration_equilibrium.py",
@@ -119,15 +120,58 @@ def test_a_failed_export_leaves_nothing(saved, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000020"]
 
 
-def test_an_existing_folder_is_replaced_only_when_asked(saved, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("precious")
+def test_only_what_an_export_wrote_is_replaced_and_only_when_asked(saved, tmp_path):
+    source, out = saved("mamba2").directory, tmp_path / "out"
+    for name in ("out.old", "out.partial"):  # the user's
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("precious")
+    export_hugging_face(source, out)
     with pytest.raises(FileExistsError, match="--overwrite"):
-        export_hugging_face(saved("mamba2").directory, tmp_path / "out")
-    assert (tmp_path / "out" / "mine").read_text() == "precious"
-    export_hugging_face(saved("mamba2").directory, tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "mine").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        export_hugging_face(source, out)
+    (out / "config.json").write_text("older")
+    export_hugging_face(source, out, overwrite=True)
+    assert (out / "config.json").read_text() != "older"
+    (out / "notes.txt").write_text("precious")
+    with pytest.raises(FileExistsError, match=r"holds notes\.txt, which was added"):
+        export_hugging_face(source, out, overwrite=True)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["out", "out.old", "out.partial"]
+    assert (tmp_path / "out.partial" / "mine").exists() and (out / "notes.txt").exists()
+
+
+def everything_in(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_run_a_checkpoint_and_folders_of_others_are_never_replaced(saved, tmp_path, monkeypatch):
+    run = tmp_path / "runs/mine"
+    step = run / "checkpoints/step_00000001"
+    shutil.copytree(saved("mamba2").directory, step)
+    (step / "state.json").write_text("{}")
+    (run / "checkpoints/latest").write_text("step_00000001\n")
+    (tmp_path / "other/checkpoints/step_00000001").mkdir(parents=True)
+    (tmp_path / "other/checkpoints/step_00000001/state.json").write_text("{}")
+    (tmp_path / "link").symlink_to(run)
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.chdir(run)
+    before = everything_in(tmp_path)
+    outputs = {
+        run: "is the input",
+        Path("."): "is the input",
+        Path("../mine"): "is the input",
+        tmp_path / "link": "is the input",
+        run / "checkpoints": "holds the input",
+        step: "lies in the checkpoint",
+        step / "hf": "lies in the checkpoint",
+        tmp_path / "runs": "holds the input",
+        tmp_path / "other": r"no \.equilibrium_mcore\.json",
+        tmp_path / "other/checkpoints/step_00000001": r"no \.equilibrium_mcore\.json",
+        tmp_path / "file": "is a file",
+    }
+    for output, message in outputs.items():
+        with pytest.raises(FileExistsError, match=message):
+            export_hugging_face(run, output, overwrite=True)
+    assert everything_in(tmp_path) == before and (tmp_path / "link").is_symlink()
 
 
 def test_a_folder_without_a_checkpoint_is_named(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -42,8 +41,6 @@ def train_and_note(place: Place, config: RunConfig, killed_at: int | None) -> in
     from equilibrium_mcore.training.loop import Callback, train
     from equilibrium_mcore.training.setup import setup, teardown
 
-    # The pool's processes may not have children otherwise; loader workers leave with their parent.
-    multiprocessing.current_process()._config["daemon"] = False
     run = setup(config, place)
     began, fed = run.progress.step, []
     folder = Path(config.output_directory) / "seen"
@@ -112,7 +109,7 @@ def eventful(ranks, data, tmp_path_factory) -> Path:
         if killed_at is None:
             assert ranks.run(size, train_and_note, config, None) == [began] * size
         else:
-            with pytest.raises(RankError, match="died"):
+            with pytest.raises(RankError, match="exit status 9"):
                 ranks.run(size, train_and_note, config, killed_at)
     return folder
 
@@ -165,11 +162,13 @@ def test_the_report_counts_what_was_fed(eventful):
 
 def test_sequences_to_come_are_counted_at_the_batch_to_come(eventful, data):
     """max_epochs asks how many sequences are left; the batch was another in earlier lives."""
+    from equilibrium_mcore.checkpoint.directory import latest_checkpoint, read_state
     from equilibrium_mcore.training.setup import build_run_datasets
 
     config, _, _ = lives(data, eventful)[-1]
     longer = config.training.model_copy(update={"steps": 20})
-    train = build_run_datasets(config.model_copy(update={"training": longer})).train
+    saved = read_state(latest_checkpoint(eventful))
+    train = build_run_datasets(config.model_copy(update={"training": longer}), saved).train
     done = sum(len(fed_in(eventful, step)) for step in range(1, 17))
     assert train.first_sample == done and len(train) == done + 4 * 2
 
@@ -262,12 +261,21 @@ def test_what_would_break_the_order_is_refused(ranks, data, started, changes, wo
         assert word in str(caught.value)
 
 
+def _train_without_a_model(place: Place, config: RunConfig) -> None:
+    from equilibrium_mcore.training import setup
+
+    def too_late(*_: object) -> None:
+        raise AssertionError("the model is being built")
+
+    setup.build_chunks = too_late
+    train_and_note(place, config, None)
+
+
 def test_data_made_anew_is_refused_before_the_model_is_built(ranks, data, started, tmp_path):
     first, second = data["sources"]
     swapped = {**data, "sources": [{**first, "prefix": second["prefix"]}, second]}
-    with pytest.raises(RankError, match="'first'.*is not the dataset that the run has read") as e:
-        ranks.run(1, train_and_note, tiny_run(swapped, started, model=SMALL), None)
-    assert "build_run_datasets" in str(e.value) and "build_chunks" not in str(e.value)
+    with pytest.raises(RankError, match="'first'.*is not the dataset that the run has read"):
+        ranks.run(1, _train_without_a_model, tiny_run(swapped, started, model=SMALL))
 
 
 def test_a_checkpoint_without_a_ledger_is_refused(ranks, data, tmp_path):
@@ -280,7 +288,7 @@ def test_a_checkpoint_without_a_ledger_is_refused(ranks, data, tmp_path):
         ranks.run(1, train_and_note, tiny_run(data, tmp_path, model=SMALL), None)
 
 
-def test_a_start_anew_keeps_the_old_record_aside(ranks, data, started):
+def test_a_start_from_scratch_keeps_the_old_record(ranks, data, started):
     config = tiny_run(
         data,
         started,
@@ -289,5 +297,5 @@ def test_a_start_anew_keeps_the_old_record_aside(ranks, data, started):
         checkpoint={"resume": "never"},
     )
     ranks.run(1, train_and_note, config, None)
-    assert (started / "ledger.previous.jsonl").is_file()
+    assert (started / "archive/1/ledger.jsonl").is_file()
     assert len(read_segments(started)) == 1

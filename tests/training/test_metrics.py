@@ -104,12 +104,12 @@ def test_resume_keeps_each_step_once_and_survives_a_cut_line(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_new_start_moves_the_old_file_aside(tmp_path):
+def test_a_new_start_moves_the_old_file_to_the_archive(tmp_path):
     for loss in (1.0, 2.0):
         with MetricsWriter(tmp_path, **console_of([])) as writer:
             writer.write(train_record(1, loss=loss))
     assert [r["loss"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [2.0]
-    assert [r["loss"] for r in read_metrics(tmp_path / "metrics.previous.jsonl")] == [1.0]
+    assert [r["loss"] for r in read_metrics(tmp_path / "archive/1/metrics.jsonl")] == [1.0]
 
 
 def test_reading_leaves_out_a_cut_last_line_only(tmp_path):

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from equilibrium_mcore.files.paths import user_path
 from equilibrium_mcore.parallel import accelerator
 
 
@@ -29,7 +30,7 @@ def main() -> int:
     add("--samples", type=int, default=200_000, help="samples of the run; default 200000")
     add("--sources", type=int, default=64, help="large sources; default 64")
     add("--documents", type=int, default=10**9, help="their documents in all; default 10^9")
-    add("--folder", type=Path, help="where the temporary folder is made; default the system's")
+    add("--folder", type=user_path, help="where the temporary folder is made; default the system's")
     options = vars(parser.parse_args())
     accelerator.quiet_libraries()
     accelerator.install()  # before megatron-core is imported

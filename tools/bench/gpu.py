@@ -5,11 +5,12 @@ import json
 import os
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 # Long and short tensors alternate over a step; segments that can grow keep memory from splintering.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
+from equilibrium_mcore.files.paths import report_path
+from equilibrium_mcore.files.whole import write_whole
 from equilibrium_mcore.parallel import accelerator
 
 PARTS = {"roofs": (), "bf16": ("bf16",), "fp8": ("fp8",), "all": ("bf16", "fp8")}
@@ -26,7 +27,7 @@ def main() -> int:
     parser.add_argument("--sequence-length", type=int, help="tokens per sequence; default 4096")
     parser.add_argument("--steps", type=int, help="measured steps, after the warmup; default 8")
     parser.add_argument("--rehearse", action="store_true", help="a tiny model, on any host")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures here too")
+    parser.add_argument("--json", type=report_path, metavar="OUT", help="write figures here too")
     arguments = parser.parse_args()
     accelerator.quiet_libraries()
     accelerator.install()  # before megatron-core is imported
@@ -44,9 +45,7 @@ def main() -> int:
     report = run_benchmark(plan, precisions=PARTS[arguments.part])
     print(markdown(report))
     if arguments.json:
-        aside = arguments.json.with_suffix(".partial")
-        aside.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
-        os.replace(aside, arguments.json)
+        write_whole(arguments.json, json.dumps(report.as_dict(), indent=2) + "\n")
     return 1 if report.not_run and not arguments.rehearse else 0
 
 

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from equilibrium_mcore.data.benchmark import run_benchmark
+from equilibrium_mcore.files.paths import user_path
 
 TOOL = Path(__file__).resolve().parents[1] / "preprocess_data.py"
 
@@ -26,9 +27,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--folder", type=Path, required=True, help="for text, tokenizer and outputs")
-    add("--megatron", type=Path, help="a checkout of Megatron-LM")
-    add("--input", type=Path, dest="input_path", help="JSONL; default: text of this machine")
+    add("--folder", type=user_path, required=True, help="for text, tokenizer and outputs")
+    add("--megatron", type=user_path, help="a checkout of Megatron-LM")
+    add("--input", type=user_path, dest="input_path", help="JSONL; default: text of this machine")
     add("--megabytes", type=float, default=200.0, help="of text that is collected (10^6 bytes)")
     add("--workers", type=int, default=2, help="of the tools that have workers")
     add("--repetitions", type=int, default=3, help="runs of each tool")

@@ -27,7 +27,7 @@ for archive in .gpu/*.tar.xz; do
   mkdir -p "$site" && tar -xJf "$archive" -C "$site" && touch "$done_mark" || exit 1
 done
 export PYTHONPATH="$site:$PWD${PYTHONPATH:+:$PYTHONPATH}"
-export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MPLBACKEND=Agg
+export PYTHONUNBUFFERED=1
 export CUDA_DEVICE_MAX_CONNECTIONS=1 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 
 failed=0

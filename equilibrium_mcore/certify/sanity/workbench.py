@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from equilibrium_mcore.certify.twin import shrink_model
+from equilibrium_mcore.certify.shrink import shrink_model
 from equilibrium_mcore.config.layout import train_samples
 from equilibrium_mcore.config.load import run_from_mapping
 from equilibrium_mcore.config.schema import RunConfig
@@ -118,14 +117,12 @@ def _fitting(values: dict[str, Any]) -> dict[str, Any]:
 @contextlib.contextmanager
 def opened(config: RunConfig, *, datasets: Datasets | None) -> Iterator[Run]:
     """The run, set up on this process alone; its process groups are left at the end."""
-    with tempfile.TemporaryDirectory(prefix="equilibrium_sanity_") as folder:
-        place = Place(0, 1, 0, f"file://{Path(folder) / 'rendezvous'}")
-        try:
-            run = setup(config, place, datasets=datasets)
-            yield run
-            run.stream.close()
-        finally:
-            process_groups.destroy()
+    try:
+        run = setup(config, Place.alone(), datasets=datasets)
+        yield run
+        run.stream.close()
+    finally:
+        process_groups.destroy()
 
 
 # ------------------------------------------------------------------------------- what is seen

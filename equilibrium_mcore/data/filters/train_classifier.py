@@ -13,6 +13,7 @@ from equilibrium_mcore.data.filters.linear_classifier import (
     LinearClassifier,
     train_linear_classifier,
 )
+from equilibrium_mcore.data.filters.model_file import check_output
 from equilibrium_mcore.data.filters.ngram_hashes import hash_text
 
 THRESHOLDS = (0.3, 0.5, 0.7)
@@ -45,16 +46,17 @@ def train_quality_classifier(
     held_out_share: float = 0.1,
     max_documents: int = 100_000,
     seed: int = 1234,
+    overwrite: bool = False,
 ) -> ClassifierSummary:
     """Train, measure on `held_out_share` of the documents, write `output`.
 
     `max_documents` of each kind are drawn. `baseline` is the accuracy of always saying the more
-    frequent kind. Raises FileNotFoundError, and ValueError for bad lines, another ending than
-    .safetensors, fewer than 10 documents of a kind, or one text on both sides.
+    frequent kind. Raises FileNotFoundError, FileExistsError (`check_output`), and ValueError for
+    bad lines, another ending than .safetensors, fewer than 10 documents of a kind, or one text on
+    both sides.
     """
     started = time.perf_counter()
-    if output.suffix != ".safetensors":
-        raise ValueError(f"--output {output}: must end in .safetensors")
+    check_output(output, inputs=[*positive, *negative], overwrite=overwrite)
     if not 0 < held_out_share < 1:
         raise ValueError(f"--held-out-share {held_out_share}: must be between 0 and 1")
     if not 8 <= bits <= 26:

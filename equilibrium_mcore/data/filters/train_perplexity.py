@@ -11,6 +11,7 @@ import numpy as np
 
 from equilibrium_mcore.data.filters.character_ngrams import train_character_ngrams
 from equilibrium_mcore.data.filters.jsonl import read_texts
+from equilibrium_mcore.data.filters.model_file import check_output
 
 HELD_OUT_EVERY = 20  # one document of so many is kept for the quantiles
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
@@ -36,15 +37,15 @@ def train_perplexity_model(
     order: int = 5,
     text_field: str = "text",
     max_characters: int = 50_000_000,
+    overwrite: bool = False,
 ) -> PerplexitySummary:
     """Train on the first `max_characters` of the inputs' texts and write `output`.
 
-    Raises FileNotFoundError, and ValueError for bad lines, no text, or an ending other than
-    .safetensors.
+    Raises FileNotFoundError, FileExistsError (`check_output`), and ValueError for bad lines, no
+    text, or an ending other than .safetensors.
     """
     started = time.perf_counter()
-    if output.suffix != ".safetensors":
-        raise ValueError(f"--output {output}: must end in .safetensors")
+    check_output(output, inputs=inputs, overwrite=overwrite)
     held_out: list[str] = []
     seen = [0, 0]  # documents, characters
 

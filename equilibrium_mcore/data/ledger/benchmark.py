@@ -6,10 +6,12 @@ of many documents linked under a few, whose .bin is sparse (it takes no room and
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import struct
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,10 @@ from equilibrium_mcore.data.blend import build_datasets
 from equilibrium_mcore.data.indexed_files import (
     MAGIC,
     VERSION,
-    IndexedWriter,
     Manifest,
     dataset_paths,
 )
+from equilibrium_mcore.data.indexed_writer import IndexedWriter
 from equilibrium_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from equilibrium_mcore.data.train_tokenizer import train_tokenizer
 
@@ -60,14 +62,14 @@ def measure(
     small = _small_source(folder / "small", tokenizer)
     many = _blend(folder / "many", small, prefixes, tokenizer_config)
     both = [
-        _in_a_process(lambda: _open(many, "ledger", samples, tokenizer)),
-        _in_a_process(lambda: _open(many, "megatron", samples, tokenizer)),
+        _in_a_process(many, "ledger", samples),
+        _in_a_process(many, "megatron", samples),
     ]
     large = _large_source(folder / "large", documents // sources, tokenizer)
     blend = _blend(folder / "few", large, sources, tokenizer_config)
     for path in (folder / "few").iterdir():
         _forget(path)
-    return both, [_in_a_process(lambda: _open(blend, "ledger", samples, tokenizer))]
+    return both, [_in_a_process(blend, "ledger", samples)]
 
 
 def report(both: list[Opening], large: list[Opening], **sizes: int) -> str:
@@ -97,8 +99,9 @@ def _line(opening: Opening) -> str:
 # ---------------------------------------------------------------------------------- measuring
 
 
-def _open(data: DataConfig, order: str, samples: int, tokenizer: Tokenizer) -> Opening:
+def _open(data: DataConfig, order: str, samples: int) -> Opening:
     """Open the training split and use it; to be called in a process of its own."""
+    tokenizer = load_tokenizer(data.tokenizer)
     if order == "megatron":
         import megatron.core.datasets.gpt_dataset  # noqa: F401  not a part of opening
     before, start = _resident_mib(), time.perf_counter()
@@ -114,7 +117,7 @@ def _open(data: DataConfig, order: str, samples: int, tokenizer: Tokenizer) -> O
     seconds, memory = time.perf_counter() - start, _resident_mib() - before
     if order == "megatron":
         return Opening(order, seconds, memory)
-    ledger = train.ledger_at(0)
+    ledger = train.cursor_at(0)
     planned = _rate(lambda: ledger.skip(PLANNED_SAMPLES), PLANNED_SAMPLES)
     plans = [ledger.take() for _ in range(READ_SAMPLES)]
     read = _rate(lambda: [train[plan] for plan in plans], READ_SAMPLES)
@@ -133,21 +136,10 @@ def _resident_mib() -> float:
     return psutil.Process().memory_info().rss / 2**20
 
 
-def _in_a_process(work: Callable[[], Opening]) -> Opening:
-    """What `work` returns, done by a fork, so that memory is its own."""
-    import multiprocessing
-
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=lambda: theirs.send(work()))
-    process.start()
-    theirs.close()
-    try:
-        return ours.recv()
-    except EOFError:
-        raise RuntimeError("the measuring process died; its message is above") from None
-    finally:
-        process.join()
+def _in_a_process(*arguments: Any) -> Opening:
+    """What `_open` returns, in a fresh process: memory is its own, and no thread is missing."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as apart:
+        return apart.submit(_open, *arguments).result()
 
 
 def _forget(path: Path) -> None:
@@ -199,7 +191,8 @@ def _small_source(prefix: Path, tokenizer: Tokenizer) -> Path:
     with IndexedWriter(prefix, np.uint16) as writer:
         writer.add(tokens.tobytes(), lengths)
         writer.finish()
-        writer.publish(_manifest(tokenizer, lengths.size, tokens.size))
+        writer.stage(_manifest(tokenizer, lengths.size, tokens.size))
+        writer.publish()
     return prefix
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -14,19 +14,15 @@ from equilibrium_mcore.config.schema import DataConfig
 from equilibrium_mcore.data.indexed_files import IndexHeader
 from equilibrium_mcore.data.ledger.lanes import padded
 from equilibrium_mcore.data.ledger.ledger import Ledger, Plan
-from equilibrium_mcore.data.ledger.maps import OpenMaps
 from equilibrium_mcore.data.ledger.source import SourceDocuments
-from equilibrium_mcore.data.samples import Samples
+from equilibrium_mcore.data.open_files import OpenFiles
+from equilibrium_mcore.data.samples import PlannedSamples
 
 Packing = Literal["stream", "documents"]
 
 
-class LedgerDataset(Samples):
-    """Samples of the run by number, or by the plan that a ledger made.
-
-    The loader's main process plans (`ledger_at`), its workers read tokens. Asking by number is for
-    checks and tests: numbers that go up are cheap, a step back plans from the start again.
-    """
+class LedgerDataset(PlannedSamples):
+    """Samples of the run by number, or by the plan that a ledger made."""
 
     cursor_name = "ledger"
 
@@ -49,55 +45,15 @@ class LedgerDataset(Samples):
         """
         self.sources = list(sources)
         self.sequence_length, self.packing = sequence_length, packing
-        self._samples, self._vocab_size = samples, vocab_size
-        self.first_sample = first_sample
-        self._start = Ledger(
+        self._vocab_size = vocab_size
+        ledger = Ledger(
             sources,
             weights,
             sequence_length=sequence_length,
             document_multiple=document_multiple,
             state=state,
         )
-        self._walker, self._next_sample = self._start.copy(), first_sample
-
-    def __len__(self) -> int:
-        """How many samples the run takes in all; the ledger itself has no end."""
-        return self._samples
-
-    def ledger_at(self, sample: int) -> Ledger:
-        """A ledger whose next sample is the run's number `sample`.
-
-        Raises ValueError for a sample before the state that this dataset started from.
-        """
-        if sample < self.first_sample:
-            raise ValueError(
-                f"sample {sample} lies before sample {self.first_sample}, at which this run went "
-                "on from a checkpoint: load an earlier checkpoint to go back"
-            )
-        ledger = self._start.copy()
-        ledger.skip(sample - self.first_sample)
-        return ledger
-
-    def cursor_at(self, sample: int) -> Ledger:
-        """See `ledger_at`."""
-        return self.ledger_at(sample)
-
-    def micro_batches(
-        self,
-        *,
-        consumed_samples: int,
-        micro_batch_size: int,
-        data_parallel_rank: int,
-        data_parallel_size: int,
-    ) -> Iterator[list[Plan]]:
-        """Plans of one rank's micro-batches without end; those of other ranks are passed over."""
-        ledger = self.ledger_at(consumed_samples)
-        before = data_parallel_rank * micro_batch_size
-        after = (data_parallel_size - 1) * micro_batch_size - before
-        while True:
-            ledger.skip(before)
-            yield [ledger.take() for _ in range(micro_batch_size)]
-            ledger.skip(after)
+        super().__init__(ledger, samples=samples, first_sample=first_sample)
 
     def __getitem__(self, item: int | Plan) -> dict[str, Tensor]:
         """int64 `tokens`, `labels`, `position_ids` and float32 `loss_mask`, each [sequence_length].
@@ -105,16 +61,7 @@ class LedgerDataset(Samples):
         `dataset_id` is the source's place in the blend. Raises ValueError for damaged files and
         for an id beyond the model's vocabulary.
         """
-        return self._sample(item if isinstance(item, Plan) else self._plan(int(item)))
-
-    def _plan(self, number: int) -> Plan:
-        if not 0 <= number < self._samples:
-            raise IndexError(f"sample {number} of a run of {self._samples} samples")
-        if number < self._next_sample:
-            self._walker, self._next_sample = self.ledger_at(number), number
-        self._walker.skip(number - self._next_sample)
-        self._next_sample = number + 1
-        return self._walker.take()
+        return self._sample(self.plan_of(item))
 
     def _sample(self, plan: Plan) -> dict[str, Tensor]:
         source = self.sources[plan.source]
@@ -177,10 +124,10 @@ def build_ledger_dataset(
     Raises ConfigError where a source's data is not that of `state`, and where the run would go
     through a source's training documents more often than its `max_epochs`.
     """
-    maps = OpenMaps()
+    files = OpenFiles()
     sources = [
         SourceDocuments(
-            source, headers[source.name], split=data.split, part=part, seed=seed, maps=maps
+            source, headers[source.name], split=data.split, part=part, seed=seed, files=files
         )
         for source in data.sources
     ]
@@ -203,7 +150,7 @@ def build_ledger_dataset(
 
 
 def _too_many_epochs(data: DataConfig, dataset: LedgerDataset) -> list[str]:
-    ledger = dataset.ledger_at(dataset.first_sample)
+    ledger = dataset.cursor_at(dataset.first_sample)
     left = len(dataset) - dataset.first_sample
     problems = []
     for place, wanted in enumerate(data.sources):

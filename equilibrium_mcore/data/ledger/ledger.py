@@ -140,6 +140,7 @@ def describe(source: SourceDocuments) -> dict[str, Any]:
     """What tells the source's data from other data, and how large an epoch is."""
     return {
         "fingerprint": source.fingerprint,
+        "content": source.content,
         "documents": source.documents,
         "tokens": source.tokens,
     }
@@ -172,7 +173,7 @@ def check_state(sources: Sequence[SourceDocuments], state: dict[str, Any]) -> No
                 f"position {state['cursors'][old]['position']:,}; under a new name it would "
                 f"begin again: call it {old!r} as before"
             )
-        elif known is not None and known["fingerprint"] != now["fingerprint"]:
+        elif known is not None and _is_other_data(known, now):
             problems.append(
                 f"data source {source.name!r}: {source.prefix} is not the dataset that the run has "
                 f"read so far ({_words(known)}; now {_words(now)}): put that dataset back, or give "
@@ -182,8 +183,15 @@ def check_state(sources: Sequence[SourceDocuments], state: dict[str, Any]) -> No
         raise ConfigError(problems, source="going on in the data")
 
 
+def _is_other_data(known: dict[str, Any], now: dict[str, Any]) -> bool:
+    """By the hashes of all content where both have them, and by the fingerprint of a sample."""
+    contents = {facts.get("content") for facts in (known, now)} - {None}
+    return known["fingerprint"] != now["fingerprint"] or len(contents) > 1
+
+
 def _words(facts: dict[str, Any]) -> str:
+    content = facts.get("content")
     return (
         f"{facts['documents']:,} documents for training, {facts['tokens']:,} tokens, fingerprint "
-        f"{facts['fingerprint']}"
+        f"{facts['fingerprint']}{f', content {content[:16]}' if content else ''}"
     )

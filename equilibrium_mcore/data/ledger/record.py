@@ -21,8 +21,9 @@ from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import RunConfig, SourceConfig
 from equilibrium_mcore.data.indexed_files import read_header
 from equilibrium_mcore.data.ledger.ledger import Ledger, Plan, check_version
-from equilibrium_mcore.data.ledger.maps import OpenMaps
 from equilibrium_mcore.data.ledger.source import SourceDocuments
+from equilibrium_mcore.data.open_files import OpenFiles
+from equilibrium_mcore.files.archive import move_to_archive
 
 LEDGER_FILE = "ledger.jsonl"
 
@@ -58,14 +59,14 @@ class LedgerFile:
     """Appends to a run's `ledger.jsonl`. One rank."""
 
     def __init__(self, run_directory: Path, *, goes_on: bool) -> None:
-        """A run that starts anew moves an older file to `ledger.previous.jsonl`."""
+        """A run that starts from scratch moves an older file to the folder's archive."""
         self.path = Path(run_directory) / LEDGER_FILE
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             if goes_on:
                 _drop_cut_line(self.path)
             else:
-                os.replace(self.path, self.path.with_name("ledger.previous.jsonl"))
+                move_to_archive(self.path.parent, [self.path.name])
 
     def start(self, *, step: int, samples: int, settings: dict, state: dict) -> None:
         """A process begins behind `step` steps and `samples` samples."""
@@ -199,7 +200,7 @@ def open_sources(settings: dict[str, Any]) -> list[SourceDocuments]:
 
     Raises ConfigError with every source whose files are gone or damaged.
     """
-    opened, problems, maps = [], [], OpenMaps()
+    opened, problems, files = [], [], OpenFiles()
     for values in settings["sources"]:
         source = SourceConfig(
             name=values["name"], prefix=Path(values["prefix"]), weight=values["weight"]
@@ -212,7 +213,7 @@ def open_sources(settings: dict[str, Any]) -> list[SourceDocuments]:
                     split=settings["split"],
                     part="train",
                     seed=settings["seed"],
-                    maps=maps,
+                    files=files,
                 )
             )
         except (OSError, ValueError) as error:

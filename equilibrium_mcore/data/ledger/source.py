@@ -20,10 +20,11 @@ from equilibrium_mcore.data.indexed_files import (
     IndexHeader,
     dataset_paths,
     fingerprint,
+    read_manifest,
     tokens_before,
 )
-from equilibrium_mcore.data.ledger.maps import OpenMaps
 from equilibrium_mcore.data.ledger.permutation import Permutation
+from equilibrium_mcore.data.open_files import OpenFiles
 from equilibrium_mcore.data.sources import SPLITS, split_documents
 
 BLOCK = 1024  # documents whose lengths are looked up together
@@ -85,9 +86,9 @@ class SourceDocuments:
         split: str,
         part: str,
         seed: int,
-        maps: OpenMaps | None = None,
+        files: OpenFiles | None = None,
     ) -> None:
-        """`split` is the run's shares, `part` one of SPLITS; sources of a blend share `maps`.
+        """`split` is the run's shares, `part` one of SPLITS; sources of a blend share `files`.
 
         Raises ValueError where the split holds no token, or the index does not fit its data.
         """
@@ -101,7 +102,9 @@ class SourceDocuments:
         """How many tokens an epoch has."""
         if not self.tokens:
             raise ValueError(f"{self.prefix}: the split {split!r} leaves no token for {part}")
-        self._maps = maps or OpenMaps()
+        self._files = files or OpenFiles()
+        self._files.expect(self._data_file)
+        self._files.expect(self._index_file)
         # The name stands for the source, so a moved or renumbered one keeps its order.
         self._key = f"{seed}|{source.name}|{part}"
         self._blocks: dict[tuple[int, int], _Block] = {}
@@ -114,6 +117,12 @@ class SourceDocuments:
     def fingerprint(self) -> str:
         """Tells the dataset from others; see `indexed_files.fingerprint`."""
         return fingerprint(self.prefix, self.header)
+
+    @cached_property
+    def content(self) -> str | None:
+        """Tells any byte of it from others; None where the dataset's manifest holds no hashes."""
+        manifest = read_manifest(self.prefix)
+        return manifest.hashes.content if manifest and manifest.hashes else None
 
     # ------------------------------------------------------------------------------ the order
 
@@ -173,11 +182,17 @@ class SourceDocuments:
     def _read_block(self, epoch: int, number: int) -> _Block:
         first = number * BLOCK
         documents = self.order(epoch, first, min(first + BLOCK, self.documents))
-        lengths = self._lengths()[documents].astype(np.int64)
+        lengths = self._files.gather(
+            self._index_file,
+            np.int32,
+            offset=HEADER_BYTES,
+            count=self.header.sequences,
+            places=documents,
+        ).astype(np.int64)
         if lengths.min() < 0:
             raise ValueError(
                 f"{self._index_file} is damaged: document "
-                f"{documents[lengths.argmin()]} has {lengths.min()} tokens. Make the dataset anew"
+                f"{documents[lengths.argmin()]} has {lengths.min()} tokens. Make the dataset again"
             )
         starts = np.zeros(lengths.size + 1, np.int64)
         np.cumsum(lengths, out=starts[1:])
@@ -185,36 +200,31 @@ class SourceDocuments:
 
     # ------------------------------------------------------------------------------ the tokens
 
-    def _lengths(self) -> np.ndarray:
-        return self._index(np.int32, HEADER_BYTES)
-
-    def _index(self, dtype: type, offset: int) -> np.ndarray:
-        return self._maps.array(self._index_file, dtype, offset=offset, count=self.header.sequences)
-
     def length(self, document: int) -> int:
         """Tokens of a document."""
-        return int(self._lengths()[document])
+        return self._of_index(np.int32, HEADER_BYTES, document)
+
+    def _of_index(self, dtype: type, offset: int, document: int) -> int:
+        at = offset + document * np.dtype(dtype).itemsize
+        return int(self._files.read(self._index_file, dtype, offset=at, count=1)[0])
 
     def read(self, span: Span) -> np.ndarray:
-        """The span's token ids, [tokens], mapped.
+        """The span's token ids, [tokens].
 
-        Raises ValueError where the index leads outside of the .bin.
+        Raises ValueError where the index leads outside of the .bin, and where a file has changed
+        since the run opened it.
         """
         itemsize = self.header.dtype.itemsize
-        offsets = self._index(np.int64, HEADER_BYTES + 4 * self.header.sequences)
-        start = int(offsets[span.document]) // itemsize + span.offset
+        offsets = HEADER_BYTES + 4 * self.header.sequences
+        start = self._of_index(np.int64, offsets, span.document) // itemsize + span.offset
         if start < 0 or start + span.tokens > self.header.tokens:
             raise ValueError(
                 f"{self._index_file} does not fit its data: document {span.document} "
                 f"would lie at tokens {start:,} to {start + span.tokens:,} of "
-                f"{self.header.tokens:,}. Make the dataset anew"
+                f"{self.header.tokens:,}. Make the dataset again"
             )
-        return self._maps.array(
-            self._data_file,
-            self.header.dtype,
-            offset=start * itemsize,
-            count=span.tokens,
-            scattered=True,
+        return self._files.read(
+            self._data_file, self.header.dtype, offset=start * itemsize, count=span.tokens
         )
 
 

@@ -13,8 +13,9 @@ from equilibrium_mcore.data.mixtures.plan import make_plan, open_sources
 from equilibrium_mcore.data.mixtures.prepare import Options, prepare
 
 POSTTRAIN_NOTE = (
-    "These are JSONL files in one form. equilibrium_mcore.pretrain does not train on them: masking "
-    "of prompts, preference losses and reward models are not part of this project yet."
+    "These are JSONL files in one form. equilibrium_mcore.pretrain does not train on them. "
+    "docs/fine_tuning.md says what becomes of conversations; preference losses and reward models "
+    "are not part of this project yet."
 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from equilibrium_mcore.data.mixtures.analyze import MixtureAnalysis
+from equilibrium_mcore.files.whole import whole_file
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette: told apart with every kind of colour vision."""
@@ -35,10 +35,9 @@ def _save(
     figure, axes = plt.subplots(figsize=(8, 1.4 + 0.42 * max(rows, 3)), layout="constrained")
     fill(axes, analysis)
     axes.spines[["top", "right"]].set_visible(False)
-    aside = path.with_name(f".{path.stem}.{os.getpid()}.png")
-    figure.savefig(aside, dpi=150)
+    with whole_file(path, "wb") as stream:
+        figure.savefig(stream, dpi=150, format="png")
     plt.close(figure)
-    os.replace(aside, path)
     return path.name
 
 

@@ -55,6 +55,7 @@ from equilibrium_mcore.data.mixtures.shards import (
 from equilibrium_mcore.data.mixtures.workers import ShardWorkers
 from equilibrium_mcore.data.mixtures.write import OutputSet, blend_texts
 from equilibrium_mcore.data.tokenizer import load_tokenizer
+from equilibrium_mcore.files.replace import refuse_sources
 from equilibrium_mcore.files.whole import write_whole
 
 # Settings of a dataset that do not change its shards: with other values the work is used again.
@@ -102,6 +103,8 @@ def prepare(
             options.skip_bad_rows,
             encoder and encoder.fingerprint,
         )
+        read = [Path(str(entry["path"])) for source in plan.sources for entry in source.inputs]
+        refuse_sources(_final_places(options.output), read, option="--output")
         done = _already_there(options, request)
         if done is not None:
             say(f"{options.output} holds exactly this already")
@@ -308,9 +311,12 @@ def _tokenizer_facts(encoder: EncoderPlan | None) -> dict | None:
 
 def _already_there(options: Options, request: str) -> MixtureManifest | None:
     """The manifest of the same request; raises FileExistsError for that of another."""
-    if not (options.output / NAME).is_file() or options.overwrite:
+    if not (options.output / NAME).is_file():
         return None
+    # Of another tool, it raises: not even --overwrite replaces what this one did not write.
     manifest = read_mixture_manifest(options.output)
+    if options.overwrite:
+        return None
     if manifest.request == request:
         return manifest
     raise FileExistsError(
@@ -320,18 +326,27 @@ def _already_there(options: Options, request: str) -> MixtureManifest | None:
 
 
 def _check_final_names(options: Options, work: Path, request: str) -> None:
-    """Final names may be taken only by what --overwrite replaces, or by a publication cut short."""
+    """Final names may be taken only where this tool wrote: by a publication that was cut short.
+
+    That of another request is replaced with --overwrite alone.
+    """
     marker = work / "publishing"
-    cut_short = marker.is_file() and marker.read_text() == request
-    if options.overwrite or cut_short or (options.output / NAME).exists():
+    cut_short = marker.is_file() and (options.overwrite or marker.read_text() == request)
+    if cut_short or (options.output / NAME).exists():
         return
-    there = sorted((options.output / "data").glob("*"))
+    data, *others = _final_places(options.output)
+    there = sorted(data.glob("*")) + [path for path in others if path.exists()]
     taken = [str(path) for path in there if not path.name.endswith((".partial", ".lengths"))]
     if taken:
         raise FileExistsError(
-            f"{', '.join(taken[:4])} exists already and no manifest says what it is; choose "
-            f"another --output, or pass --overwrite"
+            f"{', '.join(taken[:4])} exists already and no manifest says what it is, so not even "
+            f"--overwrite replaces it; choose another --output, or move it away"
         )
+
+
+def _final_places(output: Path) -> list[Path]:
+    """The folder of the datasets, and the files beside it."""
+    return [output / "data", output / NAME, output / "mixture.yaml", output / "blend.yaml"]
 
 
 @contextlib.contextmanager

@@ -73,7 +73,7 @@ def local_files(dataset: DatasetConfig) -> list[Path]:
 
     Raises FileNotFoundError when there are none, ValueError when their format is not known.
     """
-    source = Path(dataset.source).expanduser()
+    source = Path(dataset.source)
     if _is_saved_dataset(source):
         return [source]
     if source.is_file():

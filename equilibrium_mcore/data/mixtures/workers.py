@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
-import sys
-import threading
-import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 
 from equilibrium_mcore.data.mixtures.readers import Part
 from equilibrium_mcore.data.mixtures.shards import Shard, ShardMaker, WorkSpec, read_shard
+from equilibrium_mcore.data.process_pool import (
+    deaths_told,
+    leave_with_parent,
+    pool_context,
+    start_pool,
+)
 
 POLL_SECONDS = 0.02
 PARTS_AHEAD_PER_WORKER = 2
 
 
 class ShardWorkers:
-    """A pool that makes shards. Start it before threads and locks: its processes are forked."""
+    """A pool that makes shards. Start it before threads and locks: its processes are then forked.
+
+    After threads they are fresh interpreters: a fork would wait for threads that it does not have.
+    """
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
         self._pool: ProcessPoolExecutor | None = None
         self._turn = 0
         if workers > 1:
-            context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-            # Jobs of a turn up to this one are to stop: the dataset has given enough.
-            self._stopped_turn = context.Value("q", 0)
-            self._pool = ProcessPoolExecutor(
-                workers,
-                mp_context=context,
-                initializer=_start_worker,
-                initargs=(os.getpid(), self._stopped_turn),
-            )
-            for job in [self._pool.submit(os.getpid) for _ in range(workers)]:
-                job.result()
+            # Jobs of a turn up to this one are to stop: the dataset has given enough. No lock: a
+            # worker that is killed would keep it.
+            self._stopped_turn = pool_context().Value("q", 0, lock=False)
+            self._pool = start_pool(workers, _start_worker, os.getpid(), self._stopped_turn)
 
     def __enter__(self) -> ShardWorkers:
         return self
@@ -48,19 +45,28 @@ class ShardWorkers:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def shards(self, spec: WorkSpec, parts: list[tuple[int, Part]]) -> Iterator[Shard]:
-        """The shards of these (number, part), in order. Closing the iterator stops the work."""
+        """The shards of these (number, part), in order. Closing the iterator stops the work.
+
+        Raises ChildProcessError where a worker dies; the shards that are whole are used again.
+        """
         if self._pool is None:
             maker = ShardMaker(spec)
             for number, part in parts:
                 yield from maker.make(number, part)
             return
         self._turn += 1
+        with deaths_told():
+            yield from self._in_pool(self._pool, spec, parts)
+
+    def _in_pool(
+        self, pool: ProcessPoolExecutor, spec: WorkSpec, parts: list[tuple[int, Part]]
+    ) -> Iterator[Shard]:
         waiting, jobs = deque(parts), deque()
         try:
             while waiting or jobs:
                 while waiting and len(jobs) < self._workers * PARTS_AHEAD_PER_WORKER:
                     number, part = waiting.popleft()
-                    job = self._pool.submit(_make_in_worker, self._turn, spec, number, part)
+                    job = pool.submit(_make_in_worker, self._turn, spec, number, part)
                     jobs.append((number, job))
                 number, job = jobs.popleft()
                 yield from _as_they_come(spec, number, job)
@@ -95,19 +101,11 @@ _makers: dict[tuple, ShardMaker] = {}
 
 
 def _start_worker(parent: int, stopped_turn) -> None:
-    """Note the shared number, and leave when the parent is gone: a killed parent cannot say so."""
+    """Note the shared number, and leave when the parent is gone."""
     global _stopped_turn
     _stopped_turn = stopped_turn
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
-
-
-def _exit_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
+    leave_with_parent(parent)
 
 
 def _make_in_worker(turn: int, spec: WorkSpec, number: int, part: Part) -> None:

@@ -12,7 +12,8 @@ import numpy as np
 from equilibrium_mcore.config.schema import DataConfig, SourceConfig
 from equilibrium_mcore.config.yaml_io import to_yaml
 from equilibrium_mcore.data.encode import EncoderPlan
-from equilibrium_mcore.data.indexed_files import IndexedWriter, Manifest
+from equilibrium_mcore.data.indexed_files import Manifest
+from equilibrium_mcore.data.indexed_writer import IndexedWriter
 from equilibrium_mcore.data.mixtures.manifest import OutputFacts, SourceFacts
 from equilibrium_mcore.data.mixtures.merge import (
     Chosen,
@@ -31,7 +32,7 @@ class OutputSet:
         self.folder = folder
         self.encoder = encoder
         self._stack = ExitStack()
-        self._writers: list[tuple[IndexedWriter, Manifest]] = []
+        self._writers: list[IndexedWriter] = []
         self._lines: list[_LinesWriter] = []
 
     def __enter__(self) -> OutputSet:
@@ -47,8 +48,8 @@ class OutputSet:
 
     def publish(self) -> None:
         """Rename into place, each dataset as a whole."""
-        for writer, manifest in self._writers:
-            writer.publish(manifest)
+        for writer in self._writers:
+            writer.publish()
         for lines in self._lines:
             lines.publish()
 
@@ -71,7 +72,8 @@ class OutputSet:
             written = write_output(stages, output, lambda p, n, _: writer.add(p, n))
             writer.finish()
             bad = stages.chosen.counts["bad"]
-            self._writers.append((writer, _manifest(writer, self.encoder, stages, bad, inputs)))
+            writer.stage(_manifest(writer, self.encoder, stages, bad, inputs))
+            self._writers.append(writer)
         held_out = output.validation_documents
         return OutputFacts(
             prefix=prefix,

@@ -15,8 +15,8 @@ from equilibrium_mcore.config.schema import DataConfig, SourceConfig
 from equilibrium_mcore.data.blend import build_datasets
 from equilibrium_mcore.data.indexed_files import fingerprint, read_header
 from equilibrium_mcore.data.ledger.dataset import LedgerDataset
-from equilibrium_mcore.data.ledger.maps import OpenMaps
 from equilibrium_mcore.data.loader import batches
+from equilibrium_mcore.data.open_files import OpenFiles
 from tests.data.ledger.support import laned, open_source, write_source
 
 SEQUENCE = 32
@@ -92,7 +92,7 @@ def test_splits_have_documents_of_their_own(blend):
 
 
 def test_going_back_before_the_checkpoint_is_an_error(blend):
-    ledger = build(blend).train.ledger_at(50)
+    ledger = build(blend).train.cursor_at(50)
     later = build(blend, ledger_state=ledger.state(), consumed_samples=50).train
     assert torch.equal(later[50]["tokens"], build(blend).train[50]["tokens"])
     with pytest.raises(ValueError, match="sample 49 lies before sample 50"):
@@ -149,7 +149,7 @@ def test_padded_documents_hold_the_same_text(sources, name):
         sample = {key: value.numpy() for key, value in padded[number].items()}
         starts = np.flatnonzero(sample["position_ids"] == 0)
         assert not (starts % 8).any() and starts[0] == 0
-        plan = padded.ledger_at(number).take()
+        plan = padded.cursor_at(number).take()
         held_in_samples.append(sum(span.tokens for span in plan.spans))
         for begin, end, span in zip(starts, [*starts[1:], 32], plan.spans, strict=True):
             held, rest = begin + span.tokens, slice(begin + span.tokens, end)
@@ -202,7 +202,7 @@ def test_what_was_read_counts_towards_max_epochs(blend):
     data = capped(blend, 1.0)
     tokens = build(blend).train.sources[0].tokens
     enough = int(tokens / SEQUENCE / 0.75)
-    half = build(blend).train.ledger_at(enough // 2)
+    half = build(blend).train.cursor_at(enough // 2)
     going_on = {"ledger_state": half.state(), "consumed_samples": enough // 2}
     build(data, train_samples=enough, **going_on)
     with pytest.raises(ConfigError, match="tokens taken so far"):
@@ -273,15 +273,15 @@ def test_a_fingerprint_tells_datasets_apart_and_not_places(tmp_path):
 
 
 def test_few_files_are_open_however_many_sources(sources, tmp_path):
-    maps = OpenMaps(limit=3)
+    files = OpenFiles(limit=3)
     paths = [tmp_path / f"{i}" for i in range(9)]
     for number, path in enumerate(paths):
         path.write_bytes(np.full(10, number, np.int32).tobytes())
     for _ in range(2):
         for number, path in enumerate(paths):
-            values = maps.array(path, np.int32, offset=4, count=9, scattered=number % 2 == 0)
+            values = files.read(path, np.int32, offset=4, count=9)
             assert values.tolist() == [number] * 9
-            assert len(maps._open) <= 3
-    assert len(pickle.dumps(maps)) < 200
+            assert len(files._open) <= 3
+    assert pickle.loads(pickle.dumps(files))._open == {}
     allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    assert OpenMaps().limit <= max(1, allowed // 4) or allowed == resource.RLIM_INFINITY
+    assert OpenFiles().limit <= max(1, allowed // 4) or allowed == resource.RLIM_INFINITY

@@ -88,7 +88,7 @@ def test_no_schedule_of_changes_repeats_or_skips_a_token(sources, seed, monkeypa
             )
             for rank in range(ranks)
         ]
-        trained = dataset.ledger_at(position)
+        trained = dataset.cursor_at(position)
         steps = rng.randint(1, 6)
         for _ in range(steps):
             for _ in range(micro_steps):

@@ -89,11 +89,11 @@ def test_every_step_is_replayed_as_it_was_trained_at_last(tmp_path, prefixes):
 
 def test_a_run_that_was_killed_before_any_checkpoint(tmp_path, prefixes):
     Life(tmp_path, settings(prefixes, sequence_length=8)).train(3)
-    second = Life(tmp_path, settings(prefixes)).train(3)  # moves the first record aside
+    second = Life(tmp_path, settings(prefixes)).train(3)  # moves the first record away
     segments = read_segments(tmp_path)
     assert len(segments) == 1
     assert plans_of(segments[0], 2)[1] == second.plans[2]
-    assert (tmp_path / "ledger.previous.jsonl").exists()
+    assert (tmp_path / "archive/1/ledger.jsonl").exists()
 
 
 def test_going_back_two_checkpoints_forgets_the_steps_between(tmp_path, prefixes):

@@ -27,7 +27,7 @@ def commands(repository) -> list[list[str]]:
 
 def call(words: list[str], folder) -> str:
     assert words[0] == "python"
-    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
     done = subprocess.run(
         [sys.executable, *words[1:]], cwd=folder, env=environment, capture_output=True, text=True
     )

@@ -1,0 +1,177 @@
+"""Which checkpoint a run continues: chosen once, before anything is built, for all ranks."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from equilibrium_mcore.checkpoint import directory
+from equilibrium_mcore.checkpoint.lineage import Line
+from equilibrium_mcore.checkpoint.manifest import (
+    Damage,
+    DamagedCheckpointError,
+    shares,
+    wrong_hashes,
+)
+from equilibrium_mcore.checkpoint.opened import Opened, inspect, with_way_out
+from equilibrium_mcore.checkpoint.publish import left_alone
+from equilibrium_mcore.checkpoint.together import on_every_rank, on_first_rank
+from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.schema import RunConfig
+
+Note = tuple[str, dict[str, Any]]  # an event of metrics.jsonl: its name, its details
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a run starts from, the same on every rank."""
+
+    checkpoint: Opened | None = None  # to resume
+    weights: Opened | None = None  # to start from, where nothing is resumed
+    line: Line = field(default_factory=Line.new)  # of the run that begins
+    notes: tuple[Note, ...] = ()  # what has to be said of the choice
+
+    @property
+    def progress(self) -> dict[str, Any] | None:
+        """`state.json` of the checkpoint that is resumed: step, samples, ledger."""
+        return None if self.checkpoint is None else self.checkpoint.facts
+
+
+def choose(config: RunConfig) -> Choice:
+    """The newest checkpoint that verifies, of those that the config wants. Collective.
+
+    Raises ConfigError where one must be resumed and none is there, and DamagedCheckpointError
+    where none that is there, or none that was asked for, can be used.
+    """
+    order, notes = on_first_rank(lambda: _order(config))
+    broken: list[DamagedCheckpointError] = []
+    for path in order:
+        start = time.perf_counter()
+        try:
+            opened = open_together(path, needs_state=True, verify=config.checkpoint.verify)
+        except DamagedCheckpointError as error:
+            broken.append(error)
+            continue
+        notes += [_damage_note(error) for error in broken]
+        return _chosen(config, opened, notes + _verified(opened, config, start))
+    if broken:
+        raise _none_left(config, broken)
+    return _from_scratch(config, notes)
+
+
+def _order(config: RunConfig) -> tuple[list[Path], list[Note]]:
+    """The checkpoints to try, and what is to be said of how they were found."""
+    settings, folder = config.checkpoint, config.output_directory
+    if settings.resume == "never":
+        return [], []
+    order, wrong = directory.resume_order(folder)
+    if settings.resume_step is not None:
+        order, wrong = [directory.checkpoint_path(folder, settings.resume_step)], None
+        if not order[0].is_dir():
+            others = ", ".join(p.name for p in directory.list_checkpoints(folder)) or "none"
+            raise ConfigError(
+                f"checkpoint.resume_step={settings.resume_step}, but {order[0]} is not there: "
+                f"name the step of one that is ({others}), or null"
+            )
+    elif wrong is not None and not order and directory.list_checkpoints(folder):
+        others = ", ".join(path.name for path in directory.list_checkpoints(folder))
+        raise ConfigError(
+            f"{directory.checkpoints_directory(folder)}/latest {wrong}, and nothing before it is "
+            f"there: write the name of one that is ({others}) into it, or set "
+            "checkpoint.resume=never to start from scratch"
+        )
+    elif settings.resume == "must" and not order:
+        raise ConfigError(
+            f"checkpoint.resume=must, but {folder} holds no checkpoint: name the "
+            "output_directory of the run to go on with, or use checkpoint.resume=auto"
+        )
+    pointer = directory.checkpoints_directory(folder) / directory.LATEST
+    return order, [
+        ("latest_lost", {"file": str(pointer), "what": wrong})
+    ] if wrong and order else []
+
+
+def open_together(path: Path, *, needs_state: bool, verify: bool) -> Opened:
+    """The checkpoint, its data hashed by all ranks, each a share. Collective."""
+    opened = on_first_rank(lambda: inspect(path, needs_state=needs_state, verify=verify))
+    if verify and opened.files is not None:
+        lists = shares(opened.data_files, torch.distributed.get_world_size())
+        mine = lists[torch.distributed.get_rank()]
+        found = on_every_rank(lambda: wrong_hashes(path, opened.files, mine))
+        if damages := [damage for some in found for damage in some]:
+            raise DamagedCheckpointError(path, damages)
+    return opened
+
+
+def _chosen(config: RunConfig, opened: Opened, notes: list[Note]) -> Choice:
+    line = on_first_rank(lambda: Line.after(opened.facts))
+    return Choice(opened, None, line, (*notes, *_left(config, line)))
+
+
+def _from_scratch(config: RunConfig, notes: list[Note]) -> Choice:
+    line, weights = on_first_rank(Line.new), None
+    if config.checkpoint.initial_weights is not None:
+        start = time.perf_counter()
+        path = on_first_rank(lambda: find_weights(config.checkpoint.initial_weights))
+        try:
+            weights = open_together(path, needs_state=False, verify=config.checkpoint.verify)
+        except DamagedCheckpointError as error:
+            raise with_way_out(error) from None
+        notes = notes + _verified(weights, config, start)
+    return Choice(None, weights, line, (*notes, *_left(config, line)))
+
+
+def find_weights(path: Path) -> Path:
+    """The checkpoint folder that `checkpoint.initial_weights` names. Raises ConfigError."""
+    found = directory.latest_checkpoint(path)
+    if found is None:
+        raise ConfigError(
+            f"checkpoint.initial_weights={path}: there is no checkpoint. Name a run's output "
+            "directory, or one of its checkpoints/step_... folders"
+        )
+    return found
+
+
+def _left(config: RunConfig, line: Line) -> list[Note]:
+    left = on_first_rank(lambda: left_alone(config.output_directory, line))
+    named = "; ".join(f"{name} ({reason})" for name, reason in left.items())
+    return [("left_alone", {"checkpoints": named})] if left else []
+
+
+def _verified(opened: Opened, config: RunConfig, start: float) -> list[Note]:
+    checkpoint = {"checkpoint": opened.path.name}
+    if opened.files is None:
+        reason = "it is from before there were manifests, so its bits are not checked"
+    elif not config.checkpoint.verify:
+        reason = "checkpoint.verify=false, so its bits are not checked"
+    else:
+        seconds = round(time.perf_counter() - start, 3)
+        return [("verified", {**checkpoint, "gib": round(opened.gib, 3), "seconds": seconds})]
+    return [("unverified", {**checkpoint, "reason": reason})]
+
+
+def _damage_note(error: DamagedCheckpointError) -> Note:
+    return "damaged", {
+        "checkpoint": error.checkpoint.name,
+        "what": "; ".join(map(str, error.damages)),
+    }
+
+
+def _none_left(config: RunConfig, broken: list[DamagedCheckpointError]) -> DamagedCheckpointError:
+    """The error for the first that was tried, which also tells of the others."""
+    first, *others = broken
+    damages = list(first.damages)
+    for error in others:
+        damages += [Damage(f"{error.checkpoint.name}/{d.file}", d.what) for d in error.damages]
+    way_out = (
+        "bring it back from a copy, or name another with checkpoint.resume=must "
+        "checkpoint.resume_step=N"
+        if config.checkpoint.resume_step is not None
+        else "none before it can be used either. Bring one back from a copy, or start from scratch "
+        "in another output_directory"
+    )
+    return DamagedCheckpointError(first.checkpoint, damages, way_out=way_out)

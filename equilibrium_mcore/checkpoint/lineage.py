@@ -1,0 +1,140 @@
+"""Which checkpoints belong to a run's own line: those that led to where it stands.
+
+Every process that trains has a run id, which its checkpoints carry in `state.json` with the ids
+that it came from and the step at which each was left:
+
+    "run": {"id": "5f0c...", "ancestors": [{"id": "91ab...", "step": 8}], "saved_at": 1764...}
+
+A run that went back to step 8 has 8 and what came before on its line, and not the 12 of the run
+that it left. Only the standard library is used here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from equilibrium_mcore.files.whole import write_whole
+
+WRITER_FILE = "writer.json"
+
+
+@dataclass(frozen=True)
+class Line:
+    """The id of a run, and the runs that it continues, each up to a step; oldest first.
+
+    The id of a checkpoint from before there were ids is None.
+    """
+
+    run: str | None
+    ancestors: tuple[tuple[str | None, int], ...] = ()
+
+    @classmethod
+    def new(cls) -> Line:
+        """The line of a run that starts from scratch."""
+        return cls(secrets.token_hex(6))
+
+    @classmethod
+    def of(cls, facts: dict[str, Any]) -> Line:
+        """The line of the run that wrote a checkpoint, from its `state.json`."""
+        run = facts.get("run") or {}
+        before = [(entry["id"], entry["step"]) for entry in run.get("ancestors", [])]
+        return cls(run.get("id"), tuple(before))
+
+    @classmethod
+    def after(cls, facts: dict[str, Any]) -> Line:
+        """The line of a new run that continues a checkpoint."""
+        parent = cls.of(facts)
+        return cls(secrets.token_hex(6), (*parent.ancestors, (parent.run, facts["step"])))
+
+    def holds(self, facts: dict[str, Any]) -> bool:
+        """Whether the checkpoint of this `state.json` is on the line."""
+        if not isinstance(facts.get("step"), int):
+            return False
+        run = Line.of(facts).run
+        if run is not None and run == self.run:
+            return True
+        return any(run == owner and facts["step"] <= step for owner, step in self.ancestors)
+
+    @property
+    def runs(self) -> set[str]:
+        """The ids on the line."""
+        return {run for run in (self.run, *(run for run, _ in self.ancestors)) if run is not None}
+
+    def facts(self) -> dict[str, Any]:
+        """What `state.json` says of it."""
+        before = [{"id": run, "step": step} for run, step in self.ancestors]
+        return {"id": self.run, "ancestors": before, "saved_at": time.time()}
+
+
+def write_writer(folder: Path, line: Line) -> None:
+    """Note in a partial checkpoint who writes it."""
+    write_whole(folder / WRITER_FILE, json.dumps({"run": line.run, **_process()}) + "\n")
+
+
+def writer_is_done(folder: Path, line: Line) -> bool:
+    """Whether a partial checkpoint was left by the run's own line, or by a process that is dead.
+
+    Where that cannot be known (another host, no note) it is not.
+    """
+    try:
+        writer = json.loads((folder / WRITER_FILE).read_text(encoding="utf-8"))
+        if writer["run"] in line.runs:
+            return True
+        here = _process()
+        if writer["job"] is not None and writer["job"] == here["job"]:
+            return writer["restarts"] < here["restarts"]  # Slurm started the job again
+        if any(writer[key] != here[key] for key in ("host", "boot", "processes")):
+            return False
+        return writer["pid"] == os.getpid() or not _lives(writer["pid"], writer["started"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _process() -> dict[str, Any]:
+    """This process among all: where it runs, and which Slurm job it belongs to."""
+    return {
+        "host": socket.gethostname(),
+        "boot": _text("/proc/sys/kernel/random/boot_id"),
+        "processes": _link("/proc/self/ns/pid"),
+        "pid": os.getpid(),
+        "started": _started(os.getpid()),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "restarts": int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+    }
+
+
+def _lives(pid: int, started: str | None) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return started is None or _started(pid) == started  # another start: the number was reused
+
+
+def _started(pid: int) -> str | None:
+    """When a process was started, in the kernel's ticks; None where that is not told."""
+    text = _text(f"/proc/{pid}/stat")
+    return text.rpartition(")")[2].split()[19] if text else None
+
+
+def _text(path: str) -> str | None:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+
+
+def _link(path: str) -> str | None:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return None

@@ -1,0 +1,99 @@
+"""Conversations to train on: files, chat template, what happens to long ones, packing.
+
+Plain values, as in `schema.py`. What they become is in `data/chat/`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
+
+from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.problems import parse
+from equilibrium_mcore.config.schema import (
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    TokenizerConfig,
+    setting,
+)
+
+
+class JinjaTemplateConfig(Section):
+    """A chat template of your own, as `tokenizer.apply_chat_template` takes it."""
+
+    jinja: Path = setting(doc="the Jinja file; {% generation %} marks what the assistant produces")
+
+
+BUILT_IN = ("chatml", "llama3", "plain")
+
+
+def _known_template(value: object) -> object:
+    # One message for both kinds, where the union would give one for each.
+    own = isinstance(value, JinjaTemplateConfig) or (
+        isinstance(value, dict) and set(value) == {"jinja"} and isinstance(value["jinja"], str)
+    )
+    if value in BUILT_IN or own:
+        return value
+    raise ValueError(f"{value!r} is none of {', '.join(BUILT_IN)} and no {{jinja: FILE}}")
+
+
+TemplateChoice = Annotated[
+    Literal["chatml", "llama3", "plain"] | JinjaTemplateConfig, BeforeValidator(_known_template)
+]
+
+
+class ConversationSourceConfig(Section):
+    """One set of conversations."""
+
+    name: str = setting(doc="what logs and error messages call it")
+    train: list[Path] = setting(
+        doc="JSONL files, plain, .gz or .zst; tools/prepare_dataset.py writes NAME.train.jsonl",
+        min_length=1,
+    )
+    validation: list[Path] = setting([], "JSONL files to validate on, e.g. NAME.validation.jsonl")
+
+
+class ConversationsConfig(Section):
+    """Conversations for supervised fine-tuning."""
+
+    name: str = setting(doc="what the data is called")
+    tokenizer: TokenizerConfig = setting(doc="the tokenizer of the model")
+    sources: list[ConversationSourceConfig] = setting(doc="the sets", min_length=1)
+    template: TemplateChoice = setting(
+        "chatml", "chat template: a built-in one, or {jinja: FILE} for your own"
+    )
+    max_tokens: PositiveInt | None = setting(
+        None, "longest example; null: as long as a sequence (training.sequence_length)"
+    )
+    too_long: Literal["refuse", "cut", "drop"] = setting(
+        "refuse",
+        "longer examples: refuse the data; cut after the last answer that fits; drop them. What "
+        "was cut and dropped is counted",
+    )
+    window: PositiveInt = setting(
+        1024, "examples that are packed together; more waste fewer tokens, and are less shuffled"
+    )
+    document_multiple: PositiveInt = setting(
+        1,
+        "each example is padded to a multiple of so many tokens, which do not count in the loss; "
+        "context parallelism needs a multiple of 2 * parallelism.context",
+    )
+    epochs: PositiveFloat | None = setting(
+        None, "times that all examples are trained on; null: as often as the steps need"
+    )
+    cache_directory: Path | None = setting(
+        None, "where encoded examples are kept for the next start; null: nowhere"
+    )
+    num_workers: NonNegativeInt = setting(0, "loader processes per rank")
+
+
+def parse_conversations(values: object, *, source: object = None) -> ConversationsConfig:
+    """`values`, plain ones, as settings. Raises ConfigError with every problem."""
+    parsed = parse(ConversationsConfig, values)
+    if isinstance(parsed, ConversationsConfig):
+        return parsed
+    raise ConfigError([problem.text for problem in parsed], source=source)

@@ -1,0 +1,1 @@
+"""Conversations: templates, masks, packed batches of fixed size, an order that resumes."""

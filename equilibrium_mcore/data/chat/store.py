@@ -1,0 +1,102 @@
+"""Encoded examples on disk, so that the next start need not encode them again.
+
+A folder of arrays, one file each, and `facts.json`, which is written last: without it the folder is
+unfinished. Ranks that write at once write the same, each file whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from equilibrium_mcore.config.chat import ConversationsConfig
+from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.data.chat.encode import EncodingReport, SourceCounts, encode_sources
+from equilibrium_mcore.data.chat.examples import Examples
+from equilibrium_mcore.data.chat.render import Renderer
+from equilibrium_mcore.files.whole import whole_file, write_whole
+
+FACTS_FILE = "facts.json"
+FORMAT = 1  # another number where the same conversations become other examples
+
+
+def load_or_encode(
+    config: ConversationsConfig,
+    renderer: Renderer,
+    *,
+    part: Literal["train", "validation"],
+    max_tokens: int,
+) -> tuple[Examples, EncodingReport]:
+    """The examples of a part, from the cache where they are in it, and how many were left out.
+
+    They are in it while files (size and time of change), tokenizer, template, `max_tokens` and
+    `too_long` are those of before. Raises ConfigError as `encode_sources` does.
+    """
+    folder = None
+    if config.cache_directory is not None:
+        key = _key(config, renderer, part, max_tokens)
+        folder = config.cache_directory / f"{config.name}-{part}-{key}"
+        found = load_examples(folder)
+        if found is not None:
+            return found
+    examples, report = encode_sources(
+        config.sources, renderer, part=part, max_tokens=max_tokens, too_long=config.too_long
+    )
+    if folder is not None:
+        save_examples(folder, examples, report)
+    return examples, report
+
+
+def save_examples(folder: Path, examples: Examples, report: EncodingReport) -> None:
+    """Write the arrays, then the facts."""
+    for name in Examples.ARRAYS:
+        with whole_file(folder / f"{name}.npy", "wb") as stream:
+            np.save(stream, getattr(examples, name))
+    facts = {
+        "fingerprint": examples.fingerprint,
+        "names": list(examples.names),
+        "sources": {name: asdict(counts) for name, counts in report.sources.items()},
+    }
+    write_whole(folder / FACTS_FILE, json.dumps(facts, indent=2) + "\n")
+
+
+def load_examples(folder: Path) -> tuple[Examples, EncodingReport] | None:
+    """What was saved, mapped and not read; None where there is nothing, or not all of it."""
+    if not (folder / FACTS_FILE).is_file():
+        return None
+    facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in Examples.ARRAYS}
+    examples = Examples(**arrays, names=tuple(facts["names"]))
+    # The hash was taken of what was encoded; to take it again would read everything.
+    examples.__dict__["fingerprint"] = facts["fingerprint"]
+    sources = {name: SourceCounts(**counts) for name, counts in facts["sources"].items()}
+    return examples, EncodingReport(sources)
+
+
+def _key(config: ConversationsConfig, renderer: Renderer, part: str, max_tokens: int) -> str:
+    files = [_files(getattr(source, part)) for source in config.sources]
+    values = {
+        "format": FORMAT,
+        "tokenizer": renderer.vocabulary.tokenizer.unique_identifiers,
+        "template": renderer.jinja(),
+        "max_tokens": max_tokens,
+        "too_long": config.too_long,
+        "sources": [source.name for source in config.sources],
+        "files": files,
+    }
+    return hashlib.blake2b(json.dumps(values).encode(), digest_size=8).hexdigest()
+
+
+def _files(paths: Sequence[Path]) -> list[list]:
+    try:
+        return [[str(path), (s := path.stat()).st_size, s.st_mtime_ns] for path in paths]
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{error.filename}: no such file; name the JSONL files of the conversations"
+        ) from None

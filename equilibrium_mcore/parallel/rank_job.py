@@ -1,0 +1,119 @@
+"""What is said between a tool, the process that starts its ranks, and a rank."""
+
+from __future__ import annotations
+
+import functools
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from equilibrium_mcore.config.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands among the ranks."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    init_method: str  # how torch.distributed finds the others; "" for a rank that is alone
+
+    @classmethod
+    def alone(cls) -> Place:
+        """The place of a process that is the only rank: it meets nobody, and leaves no file."""
+        return cls(rank=0, world_size=1, local_rank=0, init_method="")
+
+
+def place_from_environment(environment: Mapping[str, str]) -> Place | None:
+    """This process's place when torchrun or srun started it; None when it was started plainly."""
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return Place(
+            rank=int(environment["RANK"]),
+            world_size=int(environment["WORLD_SIZE"]),
+            local_rank=int(environment.get("LOCAL_RANK", 0)),
+            init_method="env://",
+        )
+    if "SLURM_STEP_NUM_TASKS" in environment and "SLURM_PROCID" in environment:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if name not in environment:
+                raise ConfigError(
+                    f"{name} is not set, so {environment['SLURM_STEP_NUM_TASKS']} Slurm tasks "
+                    "cannot find each other: export it in the batch script, as "
+                    "slurm/pretrain_3b.sh does"
+                )
+        return Place(
+            rank=int(environment["SLURM_PROCID"]),
+            world_size=int(environment["SLURM_STEP_NUM_TASKS"]),
+            local_rank=int(environment.get("SLURM_LOCALID", 0)),
+            init_method="env://",
+        )
+    return None
+
+
+@dataclass(frozen=True)
+class TimeLimit:
+    """How long a phase of several ranks may take before it counts as hung.
+
+    Attributes:
+        phase: what the ranks do, in the words of a message.
+        raised_by: what a user does to raise the limit.
+    """
+
+    minutes: float
+    phase: str
+    raised_by: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """Work for `world_size` ranks.
+
+    Attributes:
+        work: the pickled function and what it takes after its Place.
+        modules: what it needs; imported once, before ranks are forked.
+        folder: for the rendezvous, results, tracebacks and stacks of the ranks.
+        threads: of each rank.
+    """
+
+    world_size: int
+    work: bytes
+    modules: tuple[str, ...]
+    folder: Path
+    threads: int
+    limit: TimeLimit | None = None
+
+    def place(self, rank: int) -> Place:
+        return Place(rank, self.world_size, rank, f"file://{self.folder / 'rendezvous'}")
+
+    def file(self, rank: int, kind: str) -> Path:
+        """A rank's `result`, `traceback` or `stack`."""
+        return self.folder / f"rank_{rank}.{kind}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended: the pickled result of every rank, or what went wrong."""
+
+    results: tuple[bytes, ...] = ()
+    failure: str | None = None
+
+
+class RankError(RuntimeError):
+    """Ranks failed, were killed or did not end; the message has tracebacks or stacks."""
+
+
+def pack(work: Callable[..., Any], arguments: tuple[object, ...]) -> tuple[bytes, str]:
+    """Both pickled, and the function's module. Raises TypeError for what has no name in one."""
+    function = work
+    while isinstance(function, functools.partial):
+        function = function.func
+    try:
+        return pickle.dumps((work, arguments)), function.__module__
+    except (AttributeError, pickle.PicklingError) as error:
+        raise TypeError(
+            f"{function!r} cannot be sent to ranks ({error}): pass a function of a module, or "
+            f"functools.partial of one"
+        ) from None

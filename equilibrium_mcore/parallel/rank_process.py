@@ -1,0 +1,52 @@
+"""What one rank does: its signals, its threads, its work, and what is left of it in files."""
+
+from __future__ import annotations
+
+import pickle
+import signal
+import sys
+import time
+import traceback
+
+from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.parallel.rank_job import Job
+from equilibrium_mcore.processes.parents import end_with_parent
+from equilibrium_mcore.processes.stacks import print_stacks_on_signal
+
+# Ignored by the host: they come from the asker alone. A rank takes them as any process does.
+ASKERS_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+
+def play(job: Job, rank: int, *, host: int) -> int:
+    """Do the work of a rank that was just forked from process `host`; its exit status.
+
+    Leaves `result`, or `traceback` with its time in the first line, in the job's folder.
+    """
+    end_with_parent(host)
+    signal.set_wakeup_fd(-1)
+    for number in (*ASKERS_SIGNALS, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    stacks = job.file(rank, "stack").open("w", encoding="utf-8")
+    print_stacks_on_signal(stacks)
+    try:
+        job.file(rank, "result").write_bytes(_work(job, rank))
+        code = 0
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    except BaseException as error:
+        # A setting that cannot be is told in its own words; anything else with its traceback.
+        text = str(error) if isinstance(error, ConfigError) else traceback.format_exc()
+        job.file(rank, "traceback").write_text(f"{time.time()}\n{text}", encoding="utf-8")
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+def _work(job: Job, rank: int) -> bytes:
+    import torch
+
+    torch.set_num_threads(job.threads)
+    work, arguments = pickle.loads(job.work)
+    # Plain pickling copies tensors; sharing their memory would end with this process.
+    return pickle.dumps(work(job.place(rank), *arguments))

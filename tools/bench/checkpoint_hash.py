@@ -1,0 +1,69 @@
+"""Print how fast files are hashed here, and what verifying a checkpoint takes.
+
+Hashes are measured on a temporary file of random bytes that was just written, so from memory, not
+from the disk: what one process adds to reading. The best of --repeats is printed.
+
+Examples:
+    python tools/bench/checkpoint_hash.py
+    python tools/bench/checkpoint_hash.py --checkpoint runs/quickstart/run
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import tempfile
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+from equilibrium_mcore.checkpoint.opened import open_weights
+
+
+def seconds(work: Callable[[], object], repeats: int) -> float:
+    """The least seconds that `work` took."""
+    taken = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - start)
+    return min(taken)
+
+
+def digest(path: Path, name: str) -> None:
+    """Hash a file as the manifest does, or with zlib's checksum."""
+    with path.open("rb") as stream:
+        if name != "crc32":
+            hashlib.file_digest(stream, name).hexdigest()
+            return
+        value = 0
+        while block := stream.read(1 << 18):
+            value = zlib.crc32(block, value)
+
+
+def main() -> None:
+    """Parse the command line, measure, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--mib", type=int, default=256, help="size of the file; default 256")
+    add("--repeats", type=int, default=5, help="default 5")
+    add("--checkpoint", type=Path, help="a checkpoint, or a run's output directory")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "bytes"
+        path.write_bytes(os.urandom(options.mib << 20))
+        for name in ("sha256", "blake2b", "sha512", "crc32"):
+            taken = seconds(lambda name=name: digest(path, name), options.repeats)
+            print(f"{name:8} {options.mib / 1024 / taken:5.2f} GiB/s, one thread")
+    if options.checkpoint is not None:
+        opened = open_weights(options.checkpoint)
+        taken = seconds(lambda: open_weights(opened.path), options.repeats)
+        print(f"{opened.path}: {opened.gib:.3f} GiB verified in {taken:.3f} s by one process")
+
+
+if __name__ == "__main__":
+    main()

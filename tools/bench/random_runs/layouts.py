@@ -1,0 +1,37 @@
+"""A random layout of few ranks, by short names, and the same as a run's own settings."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from equilibrium_mcore.certify.twin import parse_layout
+from equilibrium_mcore.config.schema import ParallelismConfig
+
+MAX_RANKS = 4
+
+
+def random_layout(rng: random.Random) -> dict[str, int]:
+    """Sizes by short name, on 2 to MAX_RANKS ranks."""
+    while True:
+        sizes = {name: rng.choice((1, 1, 2)) for name in ("tp", "cp", "pp", "ep", "etp", "dp")}
+        if rng.random() < 0.15:
+            sizes[rng.choice(tuple(sizes))] = 4
+        if sizes["pp"] > 1:
+            sizes["vpp"] = rng.choice((1, 1, 2))
+        dense = sizes["tp"] * sizes["cp"] * sizes["pp"] * sizes["dp"]
+        experts = sizes["ep"] * sizes["etp"] * sizes["pp"]
+        small = dense < MAX_RANKS and rng.random() < 0.5  # rather more ranks than fewer
+        if 1 < dense <= MAX_RANKS and dense % experts == 0 and not small:
+            break
+    layout = {name: size for name, size in sizes.items() if size > 1}
+    if layout.get("tp", 1) > 1 and rng.random() < 0.2:
+        layout["sp"] = 0
+    return layout
+
+
+def own_layout(text: str, parallelism: dict[str, Any]) -> dict[str, Any]:
+    """The layout as the run's own, so that the rules see it with the run's sizes too."""
+    kept = {name: parallelism[name] for name in ("moe_dispatcher", "distributed_optimizer")}
+    layout = parse_layout(text, base=ParallelismConfig(**kept))
+    return {**ParallelismConfig().model_dump(), **layout.settings, "world_size": layout.world_size}
