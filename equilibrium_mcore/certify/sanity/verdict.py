@@ -6,10 +6,9 @@ import os
 import textwrap
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
-from equilibrium_mcore.config.yaml_io import write_text
+from equilibrium_mcore.files.whole import write_whole
 
 
 class Verdict(StrEnum):
@@ -108,4 +107,4 @@ class SanityReport:
             "changes": self.changes,
             "checks": [asdict(check) for check in self.checks],
         }
-        write_text(json.dumps(values, indent=2) + "\n", Path(path))
+        write_whole(path, json.dumps(values, indent=2) + "\n")
