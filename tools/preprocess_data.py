@@ -4,9 +4,8 @@ Example:
     python tools/preprocess_data.py --input code.jsonl --output-prefix data/code \\
         --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model \\
         --append-eod
-writes data/code_text_document.bin, .idx and .json (the manifest). Killed, the same command resumes.
-With --partitions 16 --partition 3 a host makes its share; without --partition they are merged.
---verify data/code_text_document only checks that its files are still what was written.
+writes data/code_text_document.bin, .idx and .json (the manifest). Killed, it resumes when it is
+called again. With --partitions 16 --partition 3 a host makes its share; without, they are merged.
 """
 
 from __future__ import annotations
@@ -25,8 +24,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    types = ("SentencePieceTokenizer", "HuggingFaceTokenizer")
-    needed = not any(word.startswith("--verify") for word in sys.argv)
+    types, needed = ("SentencePieceTokenizer", "HuggingFaceTokenizer"), "--verify" not in sys.argv
     add = parser.add_argument
     add("--input", type=user_path, nargs="+", required=needed, help="JSONL (.gz, .zst), in order")
     add("--output-prefix", type=user_path, required=needed, help="path without _<key>_document.bin")
@@ -42,9 +40,7 @@ def main() -> int:
     add("--skip-bad-lines", action="store_true", help="leave out lines that are no documents")
     add("--overwrite", action="store_true", help="replace an existing dataset")
     add("--restart", action="store_true", help="forget what a stopped run left, do not resume")
-    add(
-        "--verify", type=user_path, nargs="+", metavar="PREFIX", help="only compare with the hashes"
-    )
+    add("--verify", type=user_path, nargs="+", metavar="PREFIX", help="only check these datasets")
     options = vars(parser.parse_args())
     if (prefixes := options.pop("verify")) is not None:
         return 0 if verify_datasets(prefixes) else 1

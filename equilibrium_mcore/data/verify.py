@@ -62,10 +62,11 @@ def check_sample(files: dict[str, list[FileBlocks]], *, seed: str) -> list[str]:
 def verify_datasets(prefixes: Sequence[Path], *, out: Callable[[str], object] = print) -> bool:
     """Compare every block of these datasets; a line of `out` for each, and for each damage.
 
-    Returns whether all of them are whole. One without hashes is not: nobody can know.
+    A prefix may be given as the name of its .bin, which is what a shell's wildcard finds. Returns
+    whether all of them are whole. One without hashes is not: nobody can know.
     """
     whole = True
-    for prefix in prefixes:
+    for prefix in (Path(str(given).removesuffix(".bin")) for given in prefixes):
         started = time.perf_counter()
         try:
             problems, count, size = _verify(prefix)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from equilibrium_mcore.config.schema import DataConfig, SourceConfig, TokenizerC
 from equilibrium_mcore.data.indexed_writer import IndexedWriter
 from equilibrium_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from equilibrium_mcore.data.train_tokenizer import train_tokenizer
+from tests.data.made_up_text import made_up_code
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -25,12 +25,8 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
-    """Paragraphs of this project's own sources: real code, some hundred documents."""
-    documents = []
-    for path in sorted((REPOSITORY / "equilibrium_mcore").rglob("*.py")):
-        documents += [part for part in path.read_text().split("\n\n\n") if part]
-    random.Random(0).shuffle(documents)
-    return documents[:400]
+    """Some hundred documents of code. Not this project's: tests must not change with it."""
+    return made_up_code(400)
 
 
 @pytest.fixture(scope="session")

@@ -122,7 +122,7 @@ def test_the_tool_checks_all_and_says_which(write, repository):
     os.truncate(dataset_paths(gone)[0], 1000)
     dataset_paths(bare)[2].unlink()
     tool = [sys.executable, str(repository / "tools" / "preprocess_data.py"), "--verify"]
-    done = subprocess.run([*tool, good], capture_output=True, text=True, cwd=good.parent)
+    done = subprocess.run([*tool, f"{good}.bin"], capture_output=True, text=True, cwd=good.parent)
     assert done.returncode == 0 and f"{good}: whole (2 blocks" in done.stdout
     done = subprocess.run([*tool, good, bad, gone, bare, "no"], capture_output=True, text=True)
     lines = done.stdout.splitlines()

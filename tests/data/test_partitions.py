@@ -122,8 +122,11 @@ def test_merged_as_megatron_core_merges(tmp_path):
         assert ours == (tmp_path / f"theirs.{ending}").read_bytes()
     assert len(IndexedDataset(str(tmp_path / "ours"))) == 4
     assert read_manifest(tmp_path / "ours") is None
+    before = (tmp_path / "ours.idx").stat().st_mtime_ns
+    merge_datasets(prefixes=parts, output_prefix=tmp_path / "ours")  # found
+    assert (tmp_path / "ours.idx").stat().st_mtime_ns == before
     with pytest.raises(FileExistsError, match="--overwrite"):
-        merge_datasets(prefixes=parts, output_prefix=tmp_path / "ours")
+        merge_datasets(prefixes=parts[::-1], output_prefix=tmp_path / "ours")
 
 
 def test_what_does_not_fit_is_not_merged(tmp_path, settings):

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import psutil
@@ -16,6 +15,15 @@ from equilibrium_mcore.data.indexed_files import read_header, read_manifest, tok
 from equilibrium_mcore.data.indexed_writer import IndexedWriter
 from equilibrium_mcore.data.preprocess import preprocess
 from equilibrium_mcore.data.preprocess_run import BadLinesError
+from tests.data.faults import (
+    HOLD,
+    KILL_A_WORKER,
+    PATIENCE_SECONDS,
+    SMALL_RANGES,
+    environment,
+    wait_for,
+    with_fault,
+)
 
 
 @pytest.fixture
@@ -209,63 +217,76 @@ def test_one_run_at_a_time(tmp_path, run, write_jsonl, monkeypatch):
     run([source])
 
 
+def words_of(tokenizer_config, source, folder, *more):
+    """The tool's command line for `source`, with two workers."""
+    words = ["--input", source, "--output-prefix", folder / "set", "--workers", "2", *more]
+    kind, model = tokenizer_config.type, tokenizer_config.model
+    return [*words, "--tokenizer-type", kind, "--tokenizer-model", model, "--append-eod"]
+
+
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
-def test_stopped_midway_leaves_no_final_file(
-    tmp_path, repository, tokenizer_config, texts, write_jsonl, stop
-):
-    source = write_jsonl(tmp_path / "long.jsonl", texts * 40)
-    command = [sys.executable, str(repository / "tools" / "preprocess_data.py"), "--input", source]
-    command += ["--output-prefix", tmp_path / "out" / "set", "--workers", "2", "--append-eod"]
-    command += ["--tokenizer-type", tokenizer_config.type]
-    command += ["--tokenizer-model", tokenizer_config.model]
-    environment = {**os.environ, "PYTHONPATH": str(repository)}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
-    partial = tmp_path / "out" / "set_text_document.bin.partial"
-    deadline = time.monotonic() + 30
-    while not (partial.exists() and partial.stat().st_size):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
+def test_stopped_midway_leaves_no_final_file(tmp_path, tokenizer_config, texts, write_jsonl, stop):
+    source, folder = write_jsonl(tmp_path / "long.jsonl", texts), tmp_path / "out"
+    words = words_of(tokenizer_config, source, folder)
+    hold = SMALL_RANGES.format(seconds=60) + HOLD.format(at=100_000, go=str(tmp_path / "go"))
+    process = subprocess.Popen(
+        with_fault(hold, "preprocess_data.py", *words), env=environment(), stderr=subprocess.PIPE
+    )
+    partial = folder / "set_text_document.bin.partial"
+    wait_for(
+        lambda: partial.exists() and partial.stat().st_size, alive=lambda: process.poll() is None
+    )
     workers = psutil.Process(process.pid).children(recursive=True)
     assert len(workers) == 2
     process.send_signal(stop)
-    assert process.wait(timeout=20) == (-9 if stop == signal.SIGKILL else 143)
+    if stop == signal.SIGTERM:
+        (tmp_path / "go").touch()
+    assert process.wait(timeout=PATIENCE_SECONDS) == (-9 if stop == signal.SIGKILL else 143)
     process.stderr.close()
-    _, alive = psutil.wait_procs(workers, timeout=10)
+    _, alive = psutil.wait_procs(workers, timeout=PATIENCE_SECONDS)
     assert not alive
-    assert not [name for name in endings(tmp_path / "out") if not name.endswith(".partial")]
-    prefix = tmp_path / "out" / "set_text_document"
+    assert not [name for name in endings(folder) if not name.endswith(".partial")]
+    prefix = folder / "set_text_document"
     journal = prefix.with_name(f"{prefix.name}.journal.partial")
     assert journal.exists() == (stop == signal.SIGTERM)  # the killed one had no time for any
-    # With a journal, other inputs are an error; without one, the next run begins anew.
+    # With a journal, other inputs are an error; without one, the next run starts from scratch.
     write_jsonl(source, texts[:20])
+    again = with_fault("", "preprocess_data.py", *words)
     if stop == signal.SIGTERM:
-        refused = subprocess.run(command, env=environment, capture_output=True, text=True)
+        refused = subprocess.run(again, env=environment(), capture_output=True, text=True)
         assert refused.returncode == 1 and f"{source} changed" in refused.stderr
-        command.append("--restart")
-    subprocess.run(command, env=environment, check=True, capture_output=True)
-    assert endings(tmp_path / "out") == [f"{prefix.name}.{e}" for e in ("bin", "idx", "json")]
+        again.append("--restart")
+    subprocess.run(again, env=environment(), check=True, capture_output=True)
+    assert endings(folder) == [f"{prefix.name}.{e}" for e in ("bin", "idx", "json")]
     assert len(IndexedDataset(str(prefix))) == 20
 
 
+@pytest.mark.parametrize("at", [-1, 0, 200_000])
 def test_a_worker_that_is_killed_ends_the_run(
-    tmp_path, repository, tokenizer_config, texts, write_jsonl
+    tmp_path, tokenizer_config, texts, write_jsonl, run, at
 ):
-    source = write_jsonl(tmp_path / "long.jsonl", texts * 100)
-    command = [sys.executable, str(repository / "tools" / "preprocess_data.py"), "--input", source]
-    command += ["--output-prefix", tmp_path / "out" / "set", "--workers", "2"]
-    command += ["--tokenizer-type", tokenizer_config.type]
-    command += ["--tokenizer-model", tokenizer_config.model]
-    environment = {**os.environ, "PYTHONPATH": str(repository)}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 30
-    while not (children := psutil.Process(process.pid).children()):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    children[0].kill()
-    _, shown = process.communicate(timeout=30)
-    assert process.returncode == 1
-    assert "a worker process was ended from outside" in shown and "Traceback" not in shown
-    assert endings(tmp_path / "out") == []
+    source, folder = write_jsonl(tmp_path / "long.jsonl", texts), tmp_path / "out"
+    words = words_of(tokenizer_config, source, folder)
+    fault = SMALL_RANGES.format(seconds=60) + KILL_A_WORKER.format(at=at)
+    done = subprocess.run(
+        with_fault(fault, "preprocess_data.py", *words),
+        env=environment(), capture_output=True, text=True, timeout=PATIENCE_SECONDS,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: a worker process died: it was killed, most often because")
+    assert "Traceback" not in done.stderr
+    if at <= 0:
+        assert endings(folder) == []
+        return
+    # What was written before it died is kept, and the same command resumes from there.
+    assert "set_text_document.journal.partial" in endings(folder)
+    again = with_fault("", "preprocess_data.py", *words)
+    done = subprocess.run(again, env=environment(), capture_output=True, text=True, check=True)
+    assert "resuming at" in done.stderr
+    whole = run([source], output_prefix=tmp_path / "whole" / "set")
+    for ending in ("bin", "idx"):
+        ours = folder / f"set_text_document.{ending}"
+        assert ours.read_bytes() == whole.with_name(ours.name).read_bytes()
 
 
 def test_tool_reports_errors_and_starts_fast(tmp_path, repository, tokenizer_config):

@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -15,16 +14,26 @@ from equilibrium_mcore.data.indexed_files import read_manifest
 from equilibrium_mcore.data.preprocess import preprocess
 from equilibrium_mcore.data.preprocess_run import BadLinesError, PreprocessRun
 from tests.data.byte_level import train_byte_level
+from tests.data.faults import PATIENCE_SECONDS, environment
 
 ENDINGS = ("bin", "idx", "json")
-# The tool with a journal behind every range, and ranges of a few kilobytes.
+# Kills itself, with its workers, after so many ranges; every range has its journal.
 CHILD = """
-import sys
+import os, signal, sys
 from pathlib import Path
 from equilibrium_mcore.config.schema import TokenizerConfig
 from equilibrium_mcore.data.preprocess import preprocess
+from equilibrium_mcore.data.preprocess_run import PreprocessRun
+take, left = PreprocessRun._take, int(sys.argv[4])
+def killed(self, *arguments):
+    global left
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    take(self, *arguments)
+PreprocessRun._take = killed
 preprocess(
-    inputs=[Path(path) for path in sys.argv[4:]],
+    inputs=[Path(path) for path in sys.argv[5:]],
     output_prefix=Path(sys.argv[1]),
     tokenizer=TokenizerConfig(type="HuggingFaceTokenizer", model=Path(sys.argv[2])),
     append_eod=True, workers=int(sys.argv[3]), range_bytes=50_000, journal_seconds=0.0,
@@ -116,28 +125,17 @@ def test_goes_on_from_any_range(tmp_path, run, monkeypatch, capsys, stops):
             (tmp_path / f"set_text_document.{ending}").unlink()
 
 
-def test_killed_again_and_again(tmp_path, repository, run, folder, sources):
+def test_killed_again_and_again(tmp_path, run, folder, sources):
     expected = files_of(run("whole", journal_seconds=60.0))
-    command = [sys.executable, "-c", CHILD, tmp_path / "set", folder, "2", *sources]
-    environment = {**os.environ, "PYTHONPATH": str(repository)}
-    generator = random.Random(5)
-    journal = tmp_path / "set_text_document.journal.partial"
-    kills = 0
-    for _ in range(12):
-        before = journal.stat().st_mtime_ns if journal.exists() else 0
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 30
-        while process.poll() is None and time.monotonic() < deadline and kills < 3:
-            if journal.exists() and journal.stat().st_mtime_ns > before:
-                time.sleep(generator.random() * 0.05)
-                break
-            time.sleep(0.002)
-        if kills < 3 and process.poll() is None:
-            process.kill()
-            kills += 1
-        if process.wait(timeout=60) == 0:
-            break
-    assert process.returncode == 0 and kills >= 2
+    for after in (1, 2, 9, 25, 0, 0):  # 0: never; the last one finds what the one before made
+        words = [tmp_path / "set", folder, "2", after, *sources]
+        process = subprocess.run(
+            [sys.executable, "-c", CHILD, *map(str, words)],
+            env=environment(), capture_output=True, text=True, timeout=PATIENCE_SECONDS,
+        )  # fmt: skip
+        assert process.returncode == (-signal.SIGKILL if after else 0), process.stderr
+        assert (tmp_path / "set_text_document.idx").exists() == (not after)
+    assert "there already, made of the same" in process.stderr
     assert files_of(tmp_path / "set_text_document") == expected
     assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
 

@@ -124,6 +124,16 @@ def write_run(run: Path, records: list[dict]) -> None:
     (run / "metrics.jsonl").write_text(text, encoding="utf-8")
 
 
+def test_a_start_that_was_killed_before_it_saved_counts_as_an_attempt(tmp_path: Path) -> None:
+    """Its record is in the archive; the next start is not taken for it."""
+    records = resumed_run()[:11]
+    write_run(tmp_path / "archive/1", records)
+    assert quickstart_summary.attempts(tmp_path) == 1
+    write_run(tmp_path, records)
+    reached = {"step": 10, "pid": os.getpid()}
+    assert quickstart_summary.wait_for_step(tmp_path, after_attempts=1, **reached) is None
+
+
 def test_a_good_run_has_no_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path, resumed_run())
     assert quickstart_summary.was_stopped(tmp_path)

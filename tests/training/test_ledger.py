@@ -15,6 +15,7 @@ from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.ledger.record import open_sources, plans_of, read_segments, segment_of
 from equilibrium_mcore.data.ledger.report import documents_of_step, report
 from equilibrium_mcore.parallel.launch import Place
+from equilibrium_mcore.training.run_folder import owned_run_folder
 from tests.data.ledger.support import laned
 from tests.support.pool import RankError
 from tests.support.runs import MODEL, tiny_run
@@ -294,8 +295,10 @@ def test_a_start_from_scratch_keeps_the_old_record(ranks, data, started):
         started,
         model=SMALL,
         training={"stop_after_steps": 1},
-        checkpoint={"resume": "never"},
+        checkpoint={"resume": "never", "used_directory": "archive"},
     )
-    ranks.run(1, train_and_note, config, None)
-    assert (started / "archive/1/ledger.jsonl").is_file()
+    with owned_run_folder(config, is_first_rank=True):
+        ranks.run(1, train_and_note, config, None)
+    for name in ("ledger.jsonl", "metrics.jsonl", "checkpoints/latest"):
+        assert (started / "archive/1" / name).is_file()
     assert len(read_segments(started)) == 1

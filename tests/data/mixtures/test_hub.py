@@ -16,12 +16,24 @@ def dataset(source, **changes) -> DatasetConfig:
 
 
 @pytest.fixture
-def folder(tmp_path, rows, write_rows, monkeypatch):
-    """A folder that `load_dataset` takes like a name on the Hub, in three files."""
+def offline(monkeypatch):
+    """No network, also where the libraries were imported before: they read the variable then."""
+    import datasets
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    hub._load.cache_clear()
+    yield
+    hub._load.cache_clear()
+
+
+@pytest.fixture
+def folder(tmp_path, rows, write_rows, offline):
+    """A folder that `load_dataset` takes like a name on the Hub, in three files."""
     for number in range(3):
         write_rows(tmp_path / f"hub/train-{number}.jsonl", rows[number::3])
-    hub._load.cache_clear()
     return tmp_path / "hub"
 
 
@@ -48,11 +60,9 @@ def test_preparing_a_stream_stops_when_there_is_enough(folder, mixture, run):
         assert facts.inputs[0]["streaming"] is True
 
 
-def test_a_name_that_is_not_there_is_told_with_ways_out(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_name_that_is_not_there_is_told_with_ways_out(offline):
     config = dataset("nobody/nothing", format=None)
     assert is_hub(config)
-    hub._load.cache_clear()
     with pytest.raises(ValueError, match=r"(?s)nobody/nothing is not a file.*--local a=PATH"):
         parts_of(config)
 

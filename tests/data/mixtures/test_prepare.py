@@ -2,12 +2,10 @@
 
 import hashlib
 import json
-import os
 import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,7 @@ from equilibrium_mcore.data.indexed_files import read_manifest
 from equilibrium_mcore.data.mixtures.manifest import read_mixture_manifest
 from equilibrium_mcore.data.mixtures.readers import BadRowError
 from equilibrium_mcore.data.sources import check_sources, split_documents
+from tests.data.faults import PATIENCE_SECONDS, environment
 
 FORMATS = ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.arrow", "a.feather", "folder"]
 ALL = 10**9
@@ -167,62 +166,87 @@ def test_result_does_not_depend_on_workers_or_shards(tmp_path, rows, write_rows,
 
 
 KILLED = """
-import sys, time
+import os, signal, sys
 from pathlib import Path
 from equilibrium_mcore.config.mixture import load_mixture
-from equilibrium_mcore.config.problems import parse
-from equilibrium_mcore.data.mixtures import shards
-from equilibrium_mcore.data.mixtures.prepare import Options, prepare
+from equilibrium_mcore.data.mixtures import prepare, shards, workers
 
-write = shards._Draft.write
-def slowly(self, *arguments, **options):
-    time.sleep(0.05)
-    return write(self, *arguments, **options)
-shards._Draft.write = slowly
+ready, left, main = shards._Draft.write, int(sys.argv[4]), os.getpid()
+def counted(self, *arguments, **options):
+    global left
+    left -= 1
+    if left == 0:  # in this process or in a worker; in either the run ends
+        os.kill(main if sys.argv[5] == "run" else os.getpid(), signal.SIGKILL)
+    return ready(self, *arguments, **options)
+shards._Draft.write = counted
+if sys.argv[5] == "start":
+    workers._start_worker = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
 if __name__ == "__main__":
-    prepare(load_mixture(sys.argv[1]), Options(Path(sys.argv[2]), workers=int(sys.argv[3]),
-                                               shard_characters=20_000))
+    options = prepare.Options(Path(sys.argv[2]), workers=int(sys.argv[3]), shard_characters=20_000)
+    try:
+        prepare.prepare(load_mixture(sys.argv[1]), options)
+    except (ValueError, OSError) as error:  # as the tool does
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
 """
 
 
-def test_killed_and_called_again_it_writes_the_same_bytes(
-    tmp_path, rows, write_rows, mixture, run, repository
-):
+@pytest.fixture
+def killed_run(tmp_path):
+    """`prepare` in a process that is killed, or whose worker is, at its N-th shard (0: never)."""
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+
+    def call(output, *, workers, after, who="run"):
+        words = [script, tmp_path / "mixture.yaml", output, workers, after, who]
+        return subprocess.run(
+            [sys.executable, *map(str, words)],
+            env=environment(), capture_output=True, text=True, timeout=PATIENCE_SECONDS,
+        )  # fmt: skip
+
+    return call
+
+
+@pytest.fixture
+def two_datasets(tmp_path, rows, write_rows, mixture):
     dataset = {"max_epochs": 1e6, "filters": [{"type": "deduplication"}]}
-    config = mixture(
+    return mixture(
         ("a", write_rows(tmp_path / "a.jsonl.gz", rows[:300]), 0.6, dataset),
         ("b", write_rows(tmp_path / "b.parquet", rows[200:]), 0.4, dataset),
         total_tokens=ALL,
     )
-    assert config == load_mixture(tmp_path / "mixture.yaml")
-    run(config)
+
+
+def test_killed_and_called_again_it_writes_the_same_bytes(tmp_path, two_datasets, run, killed_run):
+    assert two_datasets == load_mixture(tmp_path / "mixture.yaml")
+    run(two_datasets)
     expected = tree(tmp_path / "out")
-    script = tmp_path / "killed.py"
-    script.write_text(KILLED)
-    output, kills = tmp_path / "again", 0
-    for number in range(40):
-        words = [script, tmp_path / "mixture.yaml", output, 1 + number % 2]
-        process = subprocess.Popen(
-            [sys.executable, *map(str, words)],
-            env={**os.environ, "PYTHONPATH": str(repository)},
-            stderr=subprocess.DEVNULL,
-        )
-        before = len(list(output.glob(".work/*/*.json")))
-        while process.poll() is None and len(list(output.glob(".work/*/*.json"))) < before + 5:
-            time.sleep(0.01)
-        if process.poll() is not None:
-            break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        kills += 1
+    output = tmp_path / "again"
+    for workers, after in ((1, 5), (2, 4), (1, 5), (2, 3)):
+        assert killed_run(output, workers=workers, after=after).returncode == -signal.SIGKILL
         assert not (output / "manifest.json").exists()
-    assert process.returncode == 0 and kills >= 2
+    assert list(output.glob(".work/*/*.json"))
+    assert killed_run(output, workers=2, after=0).returncode == 0
     found = tree(output)
+    assert killed_run(output, workers=2, after=0).returncode == 0  # finds its finished work
+    assert tree(output) == found
     for name in ("manifest.json", "blend.yaml"):  # they name their folder, or the versions
         assert found.pop(name) and expected.pop(name)
     assert found == expected
     one, two = (read_mixture_manifest(folder) for folder in (tmp_path / "out", output))
     assert one == two
+
+
+def test_a_worker_that_is_killed_ends_the_run_and_loses_no_shard(
+    tmp_path, two_datasets, killed_run
+):
+    output = tmp_path / "again"
+    for who, after in (("start", 0), ("worker", 4)):
+        done = killed_run(output, workers=2, after=after, who=who)
+        assert done.returncode == 1 and "error: a worker process died" in done.stderr
+        assert "Traceback" not in done.stderr
+    assert list(output.glob(".work/*/*.json"))
+    assert killed_run(output, workers=2, after=0).returncode == 0
 
 
 def test_other_shares_use_the_shards_that_are_there(tmp_path, rows, write_rows, mixture, run):
