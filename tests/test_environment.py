@@ -16,6 +16,7 @@ ALLOWED = {
     "tests/data/mixtures/test_hub.py": "what is said to users who set it is tested",
     "tests/parallel/test_rank_server.py": "ranks with several threads are what is tested",
     "tests/processes/test_processes.py": "that it is heeded is tested",
+    "tools/bench/certificates.py": "the number of threads is what the campaign varies",
     "tests/slurm/local_cluster.sh": "it is taken away",
 }
 

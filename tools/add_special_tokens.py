@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from equilibrium_mcore.config.schema import TokenizerConfig
 from equilibrium_mcore.data.chat.special_tokens import add_special_tokens
 from equilibrium_mcore.data.chat.templates import TEMPLATES
+from equilibrium_mcore.files.paths import user_path
 
 
 def main() -> int:
@@ -27,8 +27,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("tokenizer", type=Path, help=".model, tokenizer.json, or the folder that holds it")
-    add("--output", type=Path, required=True, help="a new .model file; a new folder otherwise")
+    add("tokenizer", type=user_path, help=".model, tokenizer.json, or the folder that holds it")
+    add("--output", type=user_path, required=True, help="a new .model file; a new folder otherwise")
     add("--overwrite", action="store_true", help="replace an --output that exists")
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--tokens", nargs="+", metavar="TOKEN", help="control tokens to add")

@@ -17,10 +17,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 
 from equilibrium_mcore.checkpoint.verify import as_text, verify_directory
-from equilibrium_mcore.files.paths import expand_path
+from equilibrium_mcore.files.paths import user_path
 
 
 def main() -> int:
@@ -29,14 +28,14 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("directory", type=Path, help="a run's output_directory, or one checkpoint's folder")
+    add("directory", type=user_path, help="a run's output_directory, or one checkpoint's folder")
     workers = os.cpu_count() or 1
     add("--workers", type=int, default=workers, help=f"files hashed at a time ({workers})")
     options = parser.parse_args()
     if options.workers < 1:
         parser.error(f"--workers {options.workers}: at least 1 is needed")
     try:
-        verdicts = verify_directory(expand_path(options.directory), workers=options.workers)
+        verdicts = verify_directory(options.directory, workers=options.workers)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

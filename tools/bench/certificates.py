@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.yaml_io import to_yaml
+from equilibrium_mcore.files.paths import report_path
 from tools.bench.random_runs import cases, table
 from tools.bench.random_runs.draw import draw
 
@@ -40,7 +41,7 @@ def main() -> int:
     add("--seed", type=int, default=0, help="what cases are drawn from; default 0")
     add("--case", type=int, metavar="N", help="certify case N alone, in this process")
     add("--show", action="store_true", help="with --case: print its run as YAML, start nothing")
-    add("--json", type=Path, metavar="OUT", help="results so far, or the case's certificate")
+    add("--json", type=report_path, metavar="OUT", help="results so far, or the case's certificate")
     add("--jobs", type=int, default=1, help="cases at a time; default 1")
     add("--limit-seconds", type=float, default=300, help="a longer case hangs; default 300")
     add(

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from equilibrium_mcore.checkpoint.opened import open_weights
+from equilibrium_mcore.files.paths import user_path
 
 
 def seconds(work: Callable[[], object], repeats: int) -> float:
@@ -51,7 +52,7 @@ def main() -> None:
     add = parser.add_argument
     add("--mib", type=int, default=256, help="size of the file; default 256")
     add("--repeats", type=int, default=5, help="default 5")
-    add("--checkpoint", type=Path, help="a checkpoint, or a run's output directory")
+    add("--checkpoint", type=user_path, help="a checkpoint, or a run's output directory")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bytes"

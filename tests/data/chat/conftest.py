@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 import pytest
 
 from equilibrium_mcore.config.schema import TokenizerConfig
