@@ -11,13 +11,19 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from equilibrium_mcore.config.problems import section_of
+from equilibrium_mcore.config.problems import sections_in
 from equilibrium_mcore.config.schema import RunConfig
 
 COEFFICIENTS = ("simple", "quintic", "polar_express", "cans", "aol")
 PRECISIONS = ("highest", "high", "medium")
 # Small models: a twin keeps ratios and kinds, and shrinks sizes itself.
 DRAWN: dict[str, tuple[Any, ...]] = {
+    "objective": (
+        {"type": "next_token"},
+        {"type": "sft", "reduction": "token_mean", "constant_length": None},
+        {"type": "sft", "reduction": "sequence_mean", "constant_length": None},
+        {"type": "sft", "reduction": "constant_length", "constant_length": 32},
+    ),
     "model.hidden_size": (64, 96, 128),
     "model.vocab_size": (250, 256, 500),
     "model.vocab_size_multiple": (64, 128),
@@ -167,11 +173,11 @@ EXEMPT: dict[str, str] = {
 def leaves(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
     """Every setting of the schema: `model.moe.top_k`; of a list its items', without an index."""
     for name, field in section.model_fields.items():
-        inside = section_of(field.annotation)
-        if inside is None:
+        inside = sections_in(field.annotation)
+        if len(inside) == 1:
+            yield from leaves(inside[0], f"{prefix}{name}.")
+        else:  # a value, or one of several sections, which is drawn whole
             yield prefix + name
-        else:
-            yield from leaves(inside, f"{prefix}{name}.")
 
 
 def is_exempt(key: str) -> bool:
