@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def _compare(folder: Path, before: Path, options: argparse.Namespace) -> int:
-    settings = [*_make_data(folder), *options.overrides, f"training.steps={options.steps}"]
+    settings = [*_make_data(before, folder), *options.overrides, f"training.steps={options.steps}"]
     expected = _train(before, folder / "before", settings)
     if options.resume:
         half = f"training.stop_after_steps={options.steps // 2}"
@@ -82,19 +82,21 @@ def _compare(folder: Path, before: Path, options: argparse.Namespace) -> int:
     return 0
 
 
-def _make_data(folder: Path) -> list[str]:
-    """Make what examples/quickstart.sh makes, smaller; the settings that name it."""
+def _make_data(tree: Path, folder: Path) -> list[str]:
+    """Make what examples/quickstart.sh makes, smaller; the settings that name it.
+
+    By the tools of `tree`, the earlier one: a later version reads what an earlier one wrote.
+    """
     data, tokenizer = folder / "data", folder / "tokenizer.model"
-    _tool("examples/stdlib_text.py", "--output-directory", data, "--max-megabytes", "1.5")
+    text = ("--output-directory", data, "--max-megabytes", "1.5")
+    _python(tree, tree / "examples/stdlib_text.py", *text)
     texts = [data / "code.jsonl", data / "prose.jsonl"]
-    _tool(
-        "tools/train_tokenizer.py", "--input", *texts, "--output", tokenizer, "--vocab-size", 1024
-    )
+    trained = ("--input", *texts, "--output", tokenizer, "--vocab-size", 1024)
+    _python(tree, tree / "tools/train_tokenizer.py", *trained)
     kind = ("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tokenizer)
     for text in texts:
-        prefix = text.with_suffix("")
-        _tool("tools/preprocess_data.py", "--input", text, "--output-prefix", prefix, *kind,
-              "--append-eod")  # fmt: skip
+        places = ("--input", text, "--output-prefix", text.with_suffix(""))
+        _python(tree, tree / "tools/preprocess_data.py", *places, *kind, "--append-eod")
     return [
         *SMALL,
         f"data.tokenizer.model={tokenizer}",
@@ -115,10 +117,6 @@ def _train(tree: Path, output: Path, settings: list[str]) -> list[dict]:
 
 def _speed(records: list[dict]) -> float:
     return statistics.median(record["tokens_per_second"] for record in records)
-
-
-def _tool(script: str, *arguments: object) -> None:
-    _python(ROOT, ROOT / script, *arguments)
 
 
 def _python(tree: Path, *arguments: object) -> None:
