@@ -47,8 +47,8 @@ def witness(ranks, twin, folder: Path, *, prepare=None, steps: int = 3):
 def test_training_here_is_training_by_the_witness(ranks, tmp_path, model):
     found = witness(ranks, twin_of(model, tmp_path, *SETTINGS), tmp_path)
     assert all(v.passed for v in found), found
-    # Two programs were compared: their rounding differs.
-    assert all(v.difference > 0 for v in found), found
+    # Two programs were compared: their rounding differs, if not in every line.
+    assert any(v.difference > 0 for v in found), found
 
 
 @pytest.mark.parametrize("fault", SEEN_BY_THE_WITNESS, ids=lambda fault: fault.__name__)
