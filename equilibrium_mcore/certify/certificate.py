@@ -160,11 +160,23 @@ def certify_run(
         check_layout(config, layout)
     return certify(
         config,
-        own + named,
+        each_once([*own, *named]),
         witness=witness,
         time_limit_minutes=time_limit_minutes,
         progress=progress,
     )
+
+
+def each_once(layouts: Sequence[Layout]) -> list[Layout]:
+    """Without those that were named before, by whatever text."""
+    kept: list[Layout] = []
+    for layout in layouts:
+        if not any(
+            (layout.settings, layout.world_size) == (other.settings, other.world_size)
+            for other in kept
+        ):
+            kept.append(layout)
+    return kept
 
 
 def certify(

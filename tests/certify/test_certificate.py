@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from equilibrium_mcore.certify.bench import Bench
+from equilibrium_mcore.certify.certificate import each_once
 from equilibrium_mcore.certify.shrink import shrink_pattern
 from equilibrium_mcore.certify.twin import (
     check_layout,
@@ -224,3 +225,10 @@ def test_tool_tells_a_phase_that_takes_too_long():
     told = "certificate, reference on 1 ranks: they did not end within 0.0001 minutes"
     assert told in late.stderr and "--time-limit MINUTES" in late.stderr
     assert "rank 0 (pid " in late.stderr
+
+
+def test_a_layout_that_is_named_twice_is_certified_once(run_3b):
+    own = shrink_layout(run_3b)
+    named = [parse_layout(text, base=run_3b.parallelism) for text in ("ep=2,dp=2", "tp=2")]
+    assert own[0].name == "ep=2,dp=2"
+    assert [layout.name for layout in each_once([*own, *named])] == ["ep=2,dp=2", "tp=2"]
