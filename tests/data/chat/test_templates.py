@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import random
 
 import numpy as np
 import pytest
@@ -11,11 +12,13 @@ from transformers import AutoTokenizer
 
 from equilibrium_mcore.config.chat import JinjaTemplateConfig
 from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.schema import TokenizerConfig
 from equilibrium_mcore.data.chat.render import build_renderer
 from equilibrium_mcore.data.chat.segments import Turn, joined
 from equilibrium_mcore.data.chat.templates import TEMPLATES
 from equilibrium_mcore.data.chat.vocabulary import ChatVocabulary
 from equilibrium_mcore.data.tokenizer import load_tokenizer
+from equilibrium_mcore.data.train_tokenizer import train_tokenizer
 from equilibrium_mcore.export.chat_files import check_same_chats
 from equilibrium_mcore.export.tokenizer_files import write_tokenizer
 from tests.data.chat.conftest import TOKENIZERS
@@ -121,14 +124,18 @@ def test_trap_2_ids_change_at_the_border(renderer_of, released, name, template):
                 )
 
 
-def test_trap_2_is_real(chat_tokenizers):
-    """Encoded as one text, a header and a content do grow together here."""
-    tokenizer = chat_tokenizers["sentencepiece"]
+def test_trap_2_is_real(tmp_path):
+    """Encoded as one text, a header and a content do grow together."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefgh", k=6)) for _ in range(300)]
+    lines = [f"assistant\n\n    return {word}\n" for word in words]
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": line * 3}) + "\n" for line in lines))
+    train_tokenizer(inputs=[text], output=tmp_path / "t.model", vocab_size=512, threads=1)
+    kind = {"type": "SentencePieceTokenizer", "model": tmp_path / "t.model"}
+    tokenizer = load_tokenizer(TokenizerConfig(**kind))
     header = tokenizer.encode("assistant\n")
-    assert any(
-        tokenizer.encode("assistant\n" + text)[: len(header)] != header
-        for text in ("(x)", "\n", "\n    return", "# a", "\t", '"""')
-    )
+    assert tokenizer.encode("assistant\n\n    return x")[: len(header)] != header
 
 
 def test_trap_3_ids_are_made_once():

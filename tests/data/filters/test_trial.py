@@ -167,7 +167,8 @@ def test_trainers_as_commands(repository, tmp_path, stdlib_files):
     done = command(repository, "tools/train_perplexity_model.py", *arguments)
     assert done.returncode == 0, done.stderr
     assert f"{model}: " in done.stdout and "held-out documents: perplexity <= " in done.stdout
-    done = command(repository, "tools/train_perplexity_model.py", *arguments[:-1], 99)
+    arguments[3], arguments[5] = tmp_path / "others.safetensors", 99
+    done = command(repository, "tools/train_perplexity_model.py", *arguments)
     assert done.returncode == 1 and "order 99: must be 1 to 8" in done.stderr
     sides = ["--positive", stdlib_files["prose"], "--negative", stdlib_files["code"]]
     scores = tmp_path / "prose.bin"
