@@ -168,6 +168,17 @@ CASES = {
             "{pattern: 'output_layer.weight', optimizer: soap}]",
         ),
     ),
+    "small_epsilons": Case(
+        "tp=2,ep=2",
+        (
+            "optimizer.matrices=soap",
+            "optimizer.soap.epsilon=1e-12",
+            "optimizer.adamw.epsilon=1e-12",
+            "optimizer.cosmos.epsilon=1e-12",
+            "optimizer.overrides=[{pattern: output_layer.weight, optimizer: soap}, "
+            "{pattern: '*.local_experts.*', optimizer: cosmos}]",
+        ),
+    ),
     "free_muon": Case("tp=2,dp=2", FREE),
     "free_adamw": Case("cp=2,dp=2", (*FREE, "optimizer.matrices=adamw")),
     "free_soap": Case(
@@ -184,7 +195,7 @@ CASES = {
         ("model=mamba2_1.3b", "parallelism.expert=1", "parallelism.tensor=1")
         + ("parallelism.sequence=false",),
     ),
-    "deepseek": Case("tp=2,ep=2,pp=2", ("model=deepseek_v2_lite_16b",)),
+    "deepseek": Case("tp=2,ep=2,dp=2", ("model=deepseek_v2_lite_16b",)),
     "pretrain_3b": Case("tp=2,ep=2", (), "pretrain_3b"),
 }
 
