@@ -13,7 +13,7 @@ from collections.abc import Callable
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.layout import resolve_world_size
 from equilibrium_mcore.config.schema import ParallelismConfig
-from equilibrium_mcore.parallel.rank_job import Place, RankError, place_from_environment
+from equilibrium_mcore.parallel.rank_job import REFUSED, Place, RankError, place_from_environment
 from equilibrium_mcore.parallel.rank_server import RankServer
 from equilibrium_mcore.processes.stacks import print_stacks_on_signal
 
@@ -50,7 +50,7 @@ def launch(layout: ParallelismConfig, run_rank: Callable[[Place], None]) -> int:
             server.run(world_size, run_rank, forward_signals=True)
     except RankError as failed:
         print(failed, file=sys.stderr, flush=True)
-        return 1
+        return REFUSED if failed.refused else 1
     return 0
 
 

@@ -161,7 +161,7 @@ class _Ranks:
         if hang:
             return Outcome(failure=hang)
         if self._failed:
-            return Outcome(failure=failures(self._job, self._failed))
+            return failures(self._job, self._failed)
         return Outcome(results=tuple(_result(self._job, r) for r in range(self._job.world_size)))
 
     def _wait(self) -> str | None:

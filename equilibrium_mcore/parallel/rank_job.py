@@ -99,10 +99,21 @@ class Outcome:
 
     results: tuple[bytes, ...] = ()
     failure: str | None = None
+    refused: bool = False  # the rank that failed first met a setting that cannot be
+
+
+REFUSED = 2  # the exit status of a rank, and of a tool, for what a setting asks and cannot be
 
 
 class RankError(RuntimeError):
-    """Ranks failed, were killed or did not end; the message has tracebacks or stacks."""
+    """Ranks failed, were killed or did not end; the message has tracebacks or stacks.
+
+    `refused` says that the first of them met a setting that cannot be.
+    """
+
+    def __init__(self, message: str, *, refused: bool = False) -> None:
+        super().__init__(message)
+        self.refused = refused
 
 
 def pack(work: Callable[..., Any], arguments: tuple[object, ...]) -> tuple[bytes, str]:

@@ -9,7 +9,7 @@ import time
 import traceback
 
 from equilibrium_mcore.config.errors import ConfigError
-from equilibrium_mcore.parallel.rank_job import Job
+from equilibrium_mcore.parallel.rank_job import REFUSED, Job
 from equilibrium_mcore.processes.parents import end_with_parent
 from equilibrium_mcore.processes.stacks import print_stacks_on_signal
 
@@ -35,9 +35,10 @@ def play(job: Job, rank: int, *, host: int) -> int:
         code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except BaseException as error:
         # A setting that cannot be is told in its own words; anything else with its traceback.
-        text = str(error) if isinstance(error, ConfigError) else traceback.format_exc()
+        refused = isinstance(error, ConfigError)
+        text = str(error) if refused else traceback.format_exc()
         job.file(rank, "traceback").write_text(f"{time.time()}\n{text}", encoding="utf-8")
-        code = 1
+        code = REFUSED if refused else 1
     sys.stdout.flush()
     sys.stderr.flush()
     return code

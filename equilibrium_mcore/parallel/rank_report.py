@@ -8,18 +8,20 @@ import signal
 import time
 from collections.abc import Iterable, Mapping
 
-from equilibrium_mcore.parallel.rank_job import Job
+from equilibrium_mcore.parallel.rank_job import REFUSED, Job, Outcome
 from equilibrium_mcore.processes.stacks import STACKS_SIGNAL
 
 ANSWER_SECONDS = 5.0
 SETTLED_SECONDS = 0.2
 
 
-def failures(job: Job, failed: Iterable[tuple[int, int]]) -> str:
+def failures(job: Job, failed: Iterable[tuple[int, int]]) -> Outcome:
     """Failures, earliest first: a rank's own error comes before the broken connections.
 
-    `failed` holds (rank, exit code). The first has its traceback, the others a line each.
+    `failed` holds (rank, exit code). The first has its traceback, the others a line each; a setting
+    that the first refused is told alone, as it would be by a process without ranks.
     """
+    failed = list(failed)
     stories = []
     for rank, code in failed:
         path = job.file(rank, "traceback")
@@ -31,10 +33,12 @@ def failures(job: Job, failed: Iterable[tuple[int, int]]) -> str:
             stories.append((0.0, rank, f"it ended by {reason} without a traceback"))
     stories.sort()
     (_, first, text), *others = stories
+    if dict(failed)[first] == REFUSED:
+        return Outcome(failure=text, refused=True)
     lines = [f"rank {first} failed first:", text]
     lines += [f"rank {rank} then failed: {said.splitlines()[-1][:200]}" for _, rank, said in others]
     lines.append(f"the other ranks were stopped ({len(stories)} failed)")
-    return "\n".join(lines)
+    return Outcome(failure="\n".join(lines))
 
 
 def stacks(job: Job, running: Mapping[int, int]) -> str:

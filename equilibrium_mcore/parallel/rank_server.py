@@ -117,7 +117,7 @@ class RankServer:
             self.close()
             raise
         if outcome.failure is not None:
-            raise RankError(outcome.failure)
+            raise RankError(outcome.failure, refused=outcome.refused)
         return [pickle.loads(result) for result in outcome.results]
 
     @contextlib.contextmanager

@@ -27,7 +27,7 @@ def dataset(prefix: Path, tokens: list[int]) -> Path:
     with IndexedWriter(prefix, np.uint16) as writer:
         writer.add(np.array(tokens, np.uint16).tobytes(), np.array([len(tokens)], np.int32))
         writer.finish()
-        writer.publish(None)
+        writer.publish()
     return prefix
 
 

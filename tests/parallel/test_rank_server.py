@@ -53,7 +53,6 @@ def _one_fails(place: Place, how: str) -> None:
     ("how", "told"),
     [
         ("error", "rank 1 failed first:\nTraceback (most recent call last)"),
-        ("config", "rank 1 failed first:\n1 problem:\n  1. planted=1 cannot be\n"),
         ("SIGKILL", "rank 1 failed first:\nit ended by signal SIGKILL without a traceback"),
     ],
 )
@@ -62,6 +61,13 @@ def test_a_rank_that_fails_is_told_first_and_ends_the_others(ranks, how, told):
         ranks.run(3, _one_fails, how)
     assert told in str(caught.value)
     assert "the other ranks were stopped" in str(caught.value)
+
+
+def test_a_setting_that_a_rank_refuses_is_told_alone(ranks):
+    """As a process without ranks would, with the status of a wrong setting."""
+    with pytest.raises(RankError) as caught:
+        ranks.run(3, _one_fails, "config")
+    assert caught.value.refused and str(caught.value) == "1 problem:\n  1. planted=1 cannot be"
 
 
 def test_work_without_a_name_is_refused(ranks):
