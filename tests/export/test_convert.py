@@ -147,7 +147,6 @@ def test_a_run_a_checkpoint_and_folders_of_others_are_never_replaced(saved, tmp_
     run = tmp_path / "runs/mine"
     step = run / "checkpoints/step_00000001"
     shutil.copytree(saved("mamba2").directory, step)
-    (step / "state.json").write_text("{}")
     (run / "checkpoints/latest").write_text("step_00000001\n")
     (tmp_path / "other/checkpoints/step_00000001").mkdir(parents=True)
     (tmp_path / "other/checkpoints/step_00000001/state.json").write_text("{}")

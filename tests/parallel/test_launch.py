@@ -96,6 +96,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(started):
         "start",
         "signal",
         "resume",
+        "verified",
         "stop",
     ]
 
