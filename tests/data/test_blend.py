@@ -307,7 +307,7 @@ def test_ranks_build_once_and_agree(two_sources, tmp_path, repository):
     script.write_text(RANKS)
     command = [sys.executable, script, tmp_path, two_sources.model_dump_json()]
     environment = {**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, capture_output=True, env=environment, timeout=90)
+    subprocess.run(command, check=True, capture_output=True, env=environment, timeout=300)
     alone = build(two_sources)
     for rank in range(3):
         train, validation = torch.load(tmp_path / f"rank{rank}.pt")
