@@ -164,7 +164,7 @@ def test_says_what_changed(tmp_path, run, sources, tokenizer_config, monkeypatch
 def test_a_bad_line_late_in_a_run_does_not_lose_it(tmp_path, run, sources, capsys):
     late = tmp_path / "late.jsonl"
     late.write_bytes(sources[0].read_bytes() + b'{"text": 1}\n' + sources[3].read_bytes())
-    with pytest.raises(BadLinesError, match="goes on from there"):
+    with pytest.raises(BadLinesError, match="the run resumes from there"):
         run(inputs=[late])
     assert not (tmp_path / "set_text_document.idx").exists()
     capsys.readouterr()
