@@ -9,6 +9,7 @@ like any other. A Range ends with the position behind it, from which a later run
 from __future__ import annotations
 
 import os
+import stat
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -92,6 +93,12 @@ def list_inputs(paths: Sequence[Path]) -> list[Input]:
 
 
 def _look_at(path: Path) -> Input:
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise ValueError(
+            f"--input {path} is no file but a pipe or a device, which can be read only once: a run "
+            f"reads its inputs in pieces and may have to resume. Write it to a file first"
+        )
     with path.open("rb", buffering=0) as stream:
         status = os.fstat(stream.fileno())
         head = stream.read(4)

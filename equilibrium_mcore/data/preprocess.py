@@ -96,34 +96,18 @@ def preprocess(
         # First of all: workers are forked, and later there are locked files and threads.
         pool = stack.enter_context(Workers(workers))
         plan = plan_encoder(tokenizer, choice=encoder)
-        share = f"{partition} of {partitions}"
-        journal = Journal(
-            Path(f"{next(iter(prefixes.values()))}.journal.partial"),
-            describe_run(
-                items,
-                tokenizer={"sha256": plan.fingerprint, "end of document": plan.eod},
-                options={
-                    "--json-keys": list(json_keys),
-                    "--append-eod": append_eod,
-                    "partition": share,
-                },
-            ),
-        )
         request = Request(
             inputs=items,
             tokenizer_sha256=plan.fingerprint,
             eod=plan.eod,
             append_eod=append_eod,
-            partition=share if partitions > 1 else None,
+            partition=f"{partition} of {partitions}" if partitions > 1 else None,
             skip_bad_lines=skip_bad_lines,
         )
-        completed = not restart and _complete(journal, prefixes)
-        found = {} if overwrite and not completed else find_finished(prefixes, request)
-        if len(found) == len(prefixes):
-            return summary_of(prefixes, found, time.perf_counter() - started, found=True)
+        journal = _journal_of(request, prefixes)
+        found = _find(request, prefixes, journal, overwrite=overwrite, restart=restart)
         if found:
-            others = ", ".join(map(repr, set(prefixes) - set(found)))
-            raise refusal([str(prefixes[key]) for key in found], f"{others} is missing beside it")
+            return summary_of(prefixes, found, time.perf_counter() - started, found=True)
         writers = {
             key: stack.enter_context(IndexedWriter(prefix, plan.dtype.type, overwrite=overwrite))
             for key, prefix in prefixes.items()
@@ -172,6 +156,38 @@ def summary_of(
         seconds=seconds,
         found=found,
     )
+
+
+def _journal_of(request: Request, prefixes: dict[str, Path]) -> Journal:
+    facts = describe_run(
+        request.inputs,
+        tokenizer={"sha256": request.tokenizer_sha256, "end of document": request.eod},
+        options={
+            "--json-keys": list(prefixes),
+            "--append-eod": request.append_eod,
+            "partition": request.partition or "1 of 1",
+        },
+    )
+    return Journal(Path(f"{next(iter(prefixes.values()))}.journal.partial"), facts)
+
+
+def _find(
+    request: Request,
+    prefixes: dict[str, Path],
+    journal: Journal,
+    *,
+    overwrite: bool,
+    restart: bool,
+) -> dict[str, Manifest]:
+    """The finished datasets of the request, or none; raises FileExistsError for some of them."""
+    completed = not restart and _complete(journal, prefixes)
+    if overwrite and not completed:
+        return {}
+    found = find_finished(prefixes, request)
+    if 0 < len(found) < len(prefixes):
+        others = ", ".join(repr(key) for key in prefixes if key not in found)
+        raise refusal([str(prefixes[key]) for key in found], f"{others} is missing beside it")
+    return found
 
 
 def _complete(journal: Journal, prefixes: dict[str, Path]) -> bool:

@@ -154,7 +154,7 @@ class PreprocessRun:
             self.lines[span.number] = self.lines.get(span.number, 0) + lines
 
     def line_number(self, number: int, line: int) -> int:
-        """Number within its file of a line that is the `line`-th behind what was taken so far."""
+        """Number within its file of a line that is the `line`-th after what was taken so far."""
         begin = self.windows[number][0]
         before = 0
         if begin:  # lines of other partitions are counted when there is something to say
@@ -208,7 +208,7 @@ class _BadLines:
             print(f"... and {self.count - len(self.shown):,} more", file=sys.stderr)
         if self.fatal:
             written = (
-                "What was written before it is kept aside: with --skip-bad-lines the run goes on "
+                "What was written before it is kept: with --skip-bad-lines the run resumes "
                 "from there"
                 if kept
                 else "Nothing was written. Repair them, or leave them out with --skip-bad-lines"

@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import os
 
 import pytest
 import zstandard
@@ -149,3 +150,9 @@ def test_missing_and_double_inputs(tmp_path):
         list_inputs([tmp_path / "a", *(tmp_path / f"b{n}" for n in range(8))])
     with pytest.raises(ValueError, match="more than once"):
         list_inputs([tmp_path / "a", tmp_path / "a"])
+
+
+def test_a_pipe_is_refused_by_name(tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer
+    with pytest.raises(ValueError, match=f"--input {tmp_path / 'pipe'} is no file but a pipe"):
+        list_inputs([tmp_path / "pipe"])

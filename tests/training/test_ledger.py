@@ -182,7 +182,7 @@ def test_the_tool_names_and_shows_documents(eventful):
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
         )
         assert done.returncode == (1 if "--step=99" in arguments else 0), done.stderr
         return done.stdout + done.stderr

@@ -24,14 +24,15 @@ When summer comes the fields are green again, and nobody speaks of the weeks tha
 @pytest.fixture(scope="session")
 def chain() -> Callable[..., FilterChain]:
     """`chain(type="length", min_length=3)`, or several settings as mappings; built once each."""
-    built: dict[str, FilterChain] = {}
+    built: dict[str, tuple[FilterChain, object]] = {}  # with the tokenizer, so that its id stays
 
     def build(*filters: dict, tokenizer=None, **settings) -> FilterChain:
         values = list(filters) or [settings]
         key = json.dumps([values, id(tokenizer)], default=str)
         if key not in built:
-            built[key] = build_filters(parse_filters(values), tokenizer=tokenizer)
-        return built[key]
+            made = build_filters(parse_filters(values), tokenizer=tokenizer)
+            built[key] = made, tokenizer
+        return built[key][0]
 
     return build
 
