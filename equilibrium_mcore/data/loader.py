@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import weakref
 from collections.abc import Iterator
 from functools import partial
+from multiprocessing import util
 
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -74,7 +77,10 @@ def _until_exhausted(
     loader: DataLoader, total: int, consumed: int, per_micro_step: int
 ) -> Iterator[dict[str, Tensor]]:
     steps = 0
-    for batch in loader:
+    drawn = iter(loader)
+    for worker in getattr(drawn, "_workers", ()):
+        util.Finalize(None, _kill, (weakref.ref(worker),), exitpriority=100)
+    for batch in drawn:
         yield batch
         steps += 1
     used = consumed + steps * per_micro_step
@@ -83,6 +89,16 @@ def _until_exhausted(
         f"micro-step needs {per_micro_step:,} (micro batch times data-parallel size). Build the "
         f"datasets for all samples of the run: training.steps * training.global_batch_size"
     )
+
+
+def _kill(worker: weakref.ref[multiprocessing.Process]) -> None:
+    """End a worker that is left when this process ends, after an error for example.
+
+    multiprocessing would send SIGTERM, which workers ignore, and wait for them for ever.
+    """
+    left = worker()
+    if left is not None and left.is_alive():
+        left.kill()
 
 
 def _start_worker(trainer: int, worker: int) -> None:

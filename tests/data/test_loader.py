@@ -3,12 +3,17 @@
 import os
 import random
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from equilibrium_mcore.data.loader import batches
 from equilibrium_mcore.data.samples import Samples
+
+ROOT = Path(__file__).parents[2]
 
 
 class Numbers(Samples):
@@ -133,3 +138,25 @@ def test_senseless_sizes_fail_at_once(change):
     (name,) = change
     with pytest.raises(ValueError, match=f"{name}={change[name]}"):
         batches(Numbers(10), **(arguments | change))
+
+
+LEFT = """
+import torch
+from equilibrium_mcore.data.loader import batches
+from equilibrium_mcore.data.samples import NumberedSamples
+
+whole = NumberedSamples(torch.arange(64))
+ranks = {"data_parallel_rank": 0, "data_parallel_size": 1}
+left = batches(whole, consumed_samples=0, micro_batch_size=1, num_workers=2, **ranks)
+next(left)
+raise ValueError("planted")
+"""
+
+
+def test_a_process_ends_though_workers_are_left(tmp_path):
+    """They ignore the signal by which multiprocessing would end them."""
+    (tmp_path / "left.py").write_text(LEFT)
+    command = [sys.executable, "-W", "ignore", tmp_path / "left.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "ValueError: planted" in done.stderr
