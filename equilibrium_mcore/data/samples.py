@@ -9,6 +9,7 @@ the samples consumed: no sample is repeated or skipped when R or B changes.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -32,7 +33,7 @@ class Cursor(Protocol):
         """Plain values, from which the same dataset continues."""
 
 
-class Samples(Dataset):
+class Samples(Dataset, ABC):
     """A dataset in a global order; by itself, that of its numbers.
 
     What has another way to name a sample than a number overrides `micro_batches`; what needs more
@@ -42,8 +43,9 @@ class Samples(Dataset):
     cursor_name: str | None = None
     """The key under which checkpoints hold the cursor's state; None when there is no cursor."""
 
+    @abstractmethod
     def __len__(self) -> int:
-        raise NotImplementedError
+        """How many samples the run may ask for."""
 
     def micro_batches(
         self,
