@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 
@@ -19,6 +20,22 @@ def threads_per_rank(ranks: int, environment: Mapping[str, str] = os.environ) ->
     if asked.isdigit() and int(asked) > 0:
         return int(asked)
     return max(1, available_cores() // ranks)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Tensor operations of this process on one thread: small ones would only wait for each other.
+
+    On a busy host each such wait takes a turn of the scheduler, and a minute becomes ten.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def fork_is_safe() -> bool:

@@ -17,6 +17,7 @@ from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.blend import Datasets
 from equilibrium_mcore.data.tokenizer import Tokenizer, load_tokenizer
+from equilibrium_mcore.processes.threads import one_thread
 from equilibrium_mcore.training.setup import build_run_datasets
 
 OBSERVED_STEPS = 4
@@ -49,7 +50,8 @@ def run_ladder(
     unknown = sorted(set(only) - set(NAMES))
     if unknown:
         raise ConfigError(f"check {unknown[0]!r} is unknown; there are {', '.join(NAMES)}")
-    with tempfile.TemporaryDirectory(prefix="equilibrium_sanity_") as folder:
+    # The model is tiny: more threads would only wait for each other.
+    with one_thread(), tempfile.TemporaryDirectory(prefix="equilibrium_sanity_") as folder:
         small, changes = sanity_config(config, folder=Path(folder), made_up_tokens=made_up_tokens)
         if made_up_tokens:
             changes.append("made-up tokens instead of the run's data")
