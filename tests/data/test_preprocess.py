@@ -154,11 +154,11 @@ def test_bad_lines_fail_the_run(tmp_path, run, bad_file, write_jsonl, capsys, wo
 
 def test_bad_lines_are_left_out_on_request(run, bad_file, tokenizer, capsys):
     prefix = run([bad_file], skip_bad_lines=True)
+    assert len(capsys.readouterr().err.splitlines()) == 7  # before others warn
     dataset = IndexedDataset(str(prefix))
     good = [*tokenizer.encode("good line"), tokenizer.eod]
     assert [dataset[i].tolist() for i in range(len(dataset))] == [good] * 5
     assert read_manifest(prefix).skipped_lines == 7
-    assert len(capsys.readouterr().err.splitlines()) == 7
 
 
 def test_only_the_first_bad_lines_are_shown(tmp_path, run, capsys):
