@@ -12,14 +12,13 @@ that it left. Only the standard library is used here.
 from __future__ import annotations
 
 import json
-import os
 import secrets
-import socket
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from equilibrium_mcore.files.owner import Owner
 from equilibrium_mcore.files.whole import write_whole
 
 WRITER_FILE = "writer.json"
@@ -75,7 +74,8 @@ class Line:
 
 def write_writer(folder: Path, line: Line) -> None:
     """Note in a partial checkpoint who writes it."""
-    write_whole(folder / WRITER_FILE, json.dumps({"run": line.run, **_process()}) + "\n")
+    owner = Owner.of_this_process(line.run or "")
+    write_whole(folder / WRITER_FILE, json.dumps({"run": line.run, "owner": asdict(owner)}) + "\n")
 
 
 def writer_is_done(folder: Path, line: Line) -> bool:
@@ -85,56 +85,13 @@ def writer_is_done(folder: Path, line: Line) -> bool:
     """
     try:
         writer = json.loads((folder / WRITER_FILE).read_text(encoding="utf-8"))
-        if writer["run"] in line.runs:
+        run, owner = writer["run"], Owner(**writer["owner"])
+        here = Owner.of_this_process(line.run or "")
+        if run in line.runs:
             return True
-        here = _process()
-        if writer["job"] is not None and writer["job"] == here["job"]:
-            return writer["restarts"] < here["restarts"]  # Slurm started the job again
-        if any(writer[key] != here[key] for key in ("host", "boot", "processes")):
-            return False
-        return writer["pid"] == os.getpid() or not _lives(writer["pid"], writer["started"])
+        if owner.slurm_job and owner.slurm_job == here.slurm_job:  # did Slurm start it again?
+            return int(owner.slurm_restarts or 0) < int(here.slurm_restarts or 0)
+        # This process saves here no more; another one must have ended.
+        return owner.is_dead() or (owner.is_alive_here() and owner.pid == here.pid)
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def _process() -> dict[str, Any]:
-    """This process among all: where it runs, and which Slurm job it belongs to."""
-    return {
-        "host": socket.gethostname(),
-        "boot": _text("/proc/sys/kernel/random/boot_id"),
-        "processes": _link("/proc/self/ns/pid"),
-        "pid": os.getpid(),
-        "started": _started(os.getpid()),
-        "job": os.environ.get("SLURM_JOB_ID"),
-        "restarts": int(os.environ.get("SLURM_RESTART_COUNT") or 0),
-    }
-
-
-def _lives(pid: int, started: str | None) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return started is None or _started(pid) == started  # another start: the number was reused
-
-
-def _started(pid: int) -> str | None:
-    """When a process was started, in the kernel's ticks; None where that is not told."""
-    text = _text(f"/proc/{pid}/stat")
-    return text.rpartition(")")[2].split()[19] if text else None
-
-
-def _text(path: str) -> str | None:
-    try:
-        return Path(path).read_text(encoding="utf-8").strip()
-    except OSError:
-        return None
-
-
-def _link(path: str) -> str | None:
-    try:
-        return os.readlink(path)
-    except OSError:
-        return None

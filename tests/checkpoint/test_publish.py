@@ -15,6 +15,7 @@ from equilibrium_mcore.checkpoint import directory, publish
 from equilibrium_mcore.checkpoint.lineage import WRITER_FILE, Line
 from equilibrium_mcore.checkpoint.manifest import describe_file, write_manifest
 from equilibrium_mcore.files import whole
+from equilibrium_mcore.files.owner import process_start
 
 
 def save(run: Path, step: int, line: Line, *, keep_last: int = 2) -> str | None:
@@ -158,14 +159,23 @@ def test_what_a_killed_process_left_is_removed(run):
     assert publish.remove_partial(run, line) == [left.name]
 
 
+def test_a_killed_process_is_dead_before_anybody_has_waited_for_it(run):
+    final = directory.checkpoint_path(run, 16)
+    killed = subprocess.Popen([sys.executable, "-c", KILLED.format(final=final)])
+    os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is a zombie
+    (left,) = (run / "checkpoints").glob("*.partial")
+    assert publish.remove_partial(run, Line.new()) == [left.name]
+    killed.wait()
+
+
 @pytest.mark.parametrize(
     ("change", "stays"),
     [
         ({"pid": os.getppid()}, True),  # alive
-        ({"pid": os.getppid(), "started": "1"}, False),  # another process has the number now
+        ({"pid": os.getppid(), "process_start": 1}, False),  # another process has the number now
         ({"host": "another"}, True),
-        ({"boot": "another"}, True),
-        ({"job": "7", "host": "another"}, True),
+        ({"machine": "another"}, True),
+        ({"slurm_job": "7", "host": "another"}, True),
         ({}, False),  # this process: its save is over
     ],
 )
@@ -173,10 +183,9 @@ def test_a_partial_folder_stays_while_its_writer_may_live(run, change, stays):
     publish.start_partial(directory.checkpoint_path(run, 16), Line.new())
     (partial,) = (run / "checkpoints").glob("*.partial")
     note = json.loads((partial / WRITER_FILE).read_text())
-    if change.get("pid") and "started" not in change:
-        stat = Path(f"/proc/{change['pid']}/stat").read_text()
-        change = {**change, "started": stat.rpartition(")")[2].split()[19]}
-    (partial / WRITER_FILE).write_text(json.dumps({**note, **change}))
+    if change.get("pid") and "process_start" not in change:
+        change = {**change, "process_start": process_start(change["pid"])}
+    (partial / WRITER_FILE).write_text(json.dumps({**note, "owner": note["owner"] | change}))
     assert bool(publish.remove_partial(run, Line.new())) != stays
     assert partial.exists() == stays
 
@@ -186,7 +195,8 @@ def test_a_requeued_job_removes_what_it_left_on_another_host(run, monkeypatch):
     publish.start_partial(directory.checkpoint_path(run, 16), Line.new())
     (partial,) = (run / "checkpoints").glob("*.partial")
     note = json.loads((partial / WRITER_FILE).read_text())
-    (partial / WRITER_FILE).write_text(json.dumps({**note, "host": "another"}))
+    other = note["owner"] | {"host": "another"}
+    (partial / WRITER_FILE).write_text(json.dumps({**note, "owner": other}))
     assert not publish.remove_partial(run, Line.new())  # the same start of the job
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert publish.remove_partial(run, Line.new()) == [partial.name]

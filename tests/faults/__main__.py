@@ -2,7 +2,7 @@
 
 Each case starts a real run (two ranks, on the CPU), does something to it, runs the same command
 again, and asks that the curve is bit for bit that of a run to which nothing happened, that nothing
-is left behind and nothing is lost. The status is 1 when a promise did not hold; the case is then
+is left over and nothing is lost. The status is 1 when a promise did not hold; the case is then
 printed with the command that repeats it.
 
 Examples:
