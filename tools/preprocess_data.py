@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from equilibrium_mcore.config.schema import TokenizerConfig
+from equilibrium_mcore.config.data import TokenizerConfig
 from equilibrium_mcore.data.partitions import preprocess_in_partitions
 from equilibrium_mcore.data.verify import verify_datasets
 from equilibrium_mcore.files.paths import user_path

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from equilibrium_mcore.config.chat import ConversationsConfig
+from equilibrium_mcore.config.data import DataConfig
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.layout import train_samples
 from equilibrium_mcore.config.pattern import layers_of
@@ -20,6 +22,7 @@ BALANCING = {
 FREE = {"model.name", "model.mamba.chunk_size", *BALANCING}
 # Why a setting of the data must not change, where it is not plain.
 REASONS = {
+    "stage": "another stage is another run, which starts from the weights of this one",
     "data.order": "the two orders have nothing in common, so documents would come twice",
     "data.split": "documents would move between training and validation",
     "training.seed": "it orders the documents, and another order would bring some of them twice",
@@ -31,7 +34,7 @@ def check_resumable(saved: RunConfig, wanted: RunConfig, *, checkpoint: str) -> 
     problems = []
     before, now = _bound(saved), _bound(wanted)
     horizon, asked = train_samples(saved), train_samples(wanted)
-    baked = saved.data.order == wanted.data.order == "megatron"
+    baked = _is_baked(saved) and _is_baked(wanted)
     if baked:
         before, now = {**before, **_baked(saved)}, {**now, **_baked(wanted)}
     if baked and horizon != asked:
@@ -81,9 +84,21 @@ def _bound(config: RunConfig) -> dict[str, Any]:
         **_optimizer_state(config),
         "training.precision": config.training.precision,
         "training.seed": config.training.seed,
-        "data.order": config.data.order,
-        "data.split": config.data.split,
+        "stage": config.stage,
+        "data.type": config.data.type,
+        **_data_order(config.data),
     }
+
+
+def _data_order(data: DataConfig | ConversationsConfig) -> dict[str, Any]:
+    """Conversations are told by their hash, when the datasets are built."""
+    if isinstance(data, ConversationsConfig):
+        return {}
+    return {"data.order": data.order, "data.split": data.split}
+
+
+def _is_baked(config: RunConfig) -> bool:
+    return isinstance(config.data, DataConfig) and config.data.order == "megatron"
 
 
 def _baked(config: RunConfig) -> dict[str, Any]:

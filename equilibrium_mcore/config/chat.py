@@ -5,19 +5,18 @@ Plain values, as in `schema.py`. What they become is in `data/chat/`.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator
 
+from equilibrium_mcore.config.data import TokenizerConfig
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.problems import parse
-from equilibrium_mcore.config.schema import (
+from equilibrium_mcore.config.section import (
     NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
     Section,
-    TokenizerConfig,
+    UserPath,
     setting,
 )
 
@@ -25,7 +24,9 @@ from equilibrium_mcore.config.schema import (
 class JinjaTemplateConfig(Section):
     """A chat template of your own, as `tokenizer.apply_chat_template` takes it."""
 
-    jinja: Path = setting(doc="the Jinja file; {% generation %} marks what the assistant produces")
+    jinja: UserPath = setting(
+        doc="the Jinja file; {% generation %} marks what the assistant produces"
+    )
 
 
 BUILT_IN = ("chatml", "llama3", "plain")
@@ -50,16 +51,19 @@ class ConversationSourceConfig(Section):
     """One set of conversations."""
 
     name: str = setting(doc="what logs and error messages call it")
-    train: list[Path] = setting(
+    train: list[UserPath] = setting(
         doc="JSONL files, plain, .gz or .zst; tools/prepare_dataset.py writes NAME.train.jsonl",
         min_length=1,
     )
-    validation: list[Path] = setting([], "JSONL files to validate on, e.g. NAME.validation.jsonl")
+    validation: list[UserPath] = setting(
+        [], "JSONL files to validate on, e.g. NAME.validation.jsonl"
+    )
 
 
 class ConversationsConfig(Section):
     """Conversations for supervised fine-tuning."""
 
+    type: Literal["conversations"] = setting("conversations", "which kind of data")
     name: str = setting(doc="what the data is called")
     tokenizer: TokenizerConfig = setting(doc="the tokenizer of the model")
     sources: list[ConversationSourceConfig] = setting(doc="the sets", min_length=1)
@@ -82,13 +86,15 @@ class ConversationsConfig(Section):
         "each example is padded to a multiple of so many tokens, which do not count in the loss; "
         "context parallelism needs a multiple of 2 * parallelism.context",
     )
-    epochs: PositiveFloat | None = setting(
-        None, "times that all examples are trained on; null: as often as the steps need"
-    )
-    cache_directory: Path | None = setting(
-        None, "where encoded examples are kept for the next start; null: nowhere"
+    cache_directory: UserPath | None = setting(
+        None,
+        "where encoded examples are kept for all ranks and the next start; null: conversations/ in "
+        "the run's output_directory",
     )
     num_workers: NonNegativeInt = setting(0, "loader processes per rank")
+    prefetch_factor: PositiveInt = setting(2, "micro-batches that each loader process has ready")
+
+    packing: ClassVar[str] = "documents"  # each example is one; see DataConfig.packing
 
 
 def parse_conversations(values: object, *, source: object = None) -> ConversationsConfig:

@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from equilibrium_mcore.config.chat import ConversationsConfig
 from equilibrium_mcore.config.filters import FILTER_CLASSES
 from equilibrium_mcore.config.mixture import MixtureConfig
 from equilibrium_mcore.config.problems import sections_in
@@ -24,7 +23,6 @@ from equilibrium_mcore.files.whole import write_whole
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 FILTERS_DOCUMENT = DOCUMENT.with_name("filters.md")
 MIXTURES_DOCUMENT = DOCUMENT.with_name("mixtures.md")
-CONVERSATIONS_DOCUMENT = DOCUMENT.with_name("fine_tuning.md")
 BEGIN = "<!-- settings: written by equilibrium_mcore/config/describe.py -->"
 END = "<!-- end of settings -->"
 
@@ -32,11 +30,19 @@ _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 _NAMES = {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path"}
 
 
-def describe(kind: type[BaseModel] = RunConfig, *, key: str = "", choice: str = "") -> str:
+def describe(
+    kind: type[BaseModel] = RunConfig,
+    *,
+    key: str = "",
+    choice: str = "",
+    seen: set[tuple[str, type]] | None = None,
+) -> str:
     """Markdown: one table per section, depth first, with key, type, default and meaning.
 
-    `choice` is the section's `type` where several may stand at `key`.
+    `choice` is the section's `type` where several may stand at `key`, or that of the section which
+    holds it; `seen` are keys and kinds that have a table already.
     """
+    seen = set() if seen is None else seen
     title = (f"### `{key}`" if key else "### A run") + (f", type `{choice}`" if choice else "")
     lines = [title, "", _cell(kind.__doc__ or ""), "", "| key | type | default | meaning |"]
     lines.append("|---|---|---|---|")
@@ -49,8 +55,10 @@ def describe(kind: type[BaseModel] = RunConfig, *, key: str = "", choice: str = 
         place = ".".join(part for part in (key, name) if part) + (".0" if is_list else "")
         meaning = field.description or _first_line(next(iter(sections), None))
         for section in sections:
-            choice = section.model_fields["type"].default if len(sections) > 1 else ""
-            inner.append(describe(section, key=place, choice=choice))
+            own = section.model_fields["type"].default if len(sections) > 1 else choice
+            if (place, section) not in seen:
+                seen.add((place, section))
+                inner.append(describe(section, key=place, choice=own, seen=seen))
         if sections:
             meaning += f" (see `{place}`)"
         cells = [f"`{name}`", type_text(field), default_text(field), meaning]
@@ -66,11 +74,6 @@ def describe_filters() -> str:
 def describe_mixture() -> str:
     """Markdown: the tables of a mixture."""
     return describe(MixtureConfig).replace("### A run", "### A mixture", 1)
-
-
-def describe_conversations() -> str:
-    """Markdown: the tables of conversations to train on."""
-    return describe(ConversationsConfig).replace("### A run", "### Conversations", 1)
 
 
 def type_text(field: FieldInfo) -> str:
@@ -152,7 +155,6 @@ def main() -> None:
         (DOCUMENT, describe),
         (FILTERS_DOCUMENT, describe_filters),
         (MIXTURES_DOCUMENT, describe_mixture),
-        (CONVERSATIONS_DOCUMENT, describe_conversations),
     )
     for path, settings in documents:
         write_whole(path, up_to_date(path.read_text(encoding="utf-8"), settings))

@@ -73,7 +73,8 @@ def global_batch_tokens(config: RunConfig) -> int:
 def train_samples(config: RunConfig) -> int:
     """Sequences that the order of the training data is made for."""
     training = config.training
-    return config.data.train_samples or training.steps * training.global_batch_size
+    asked = getattr(config.data, "train_samples", None)
+    return asked or training.steps * training.global_batch_size
 
 
 def divisors(number: int) -> list[int]:

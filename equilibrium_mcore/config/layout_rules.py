@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from equilibrium_mcore.config import layout
 from equilibrium_mcore.config.layout import divisors
@@ -151,6 +151,11 @@ def experts_divide(subject: Subject) -> Iterator[str]:
         )
 
 
+def _packed(data: Any) -> str:
+    kind = "data.packing: documents"
+    return kind if data.type == "indexed" else f"data.type: {data.type}"
+
+
 @rule("data", "parallelism", "training")
 def packed_documents_divide(subject: Subject) -> Iterator[str]:
     """Each document is cut over CP ranks by itself."""
@@ -160,7 +165,7 @@ def packed_documents_divide(subject: Subject) -> Iterator[str]:
     multiple, chunks = data.document_multiple, 2 * p.context if p.context > 1 else 1
     if multiple % chunks:
         yield (
-            f"data.document_multiple={multiple} with data.packing: documents and "
+            f"data.document_multiple={multiple} with {_packed(data)} and "
             f"parallelism.context={p.context}: each document is cut into {chunks} equal chunks, so "
             f"use a multiple of {chunks}. It decides where documents end, so choose one that fits "
             "every layout that the run may have"
@@ -177,15 +182,15 @@ def packed_documents_divide(subject: Subject) -> Iterator[str]:
 @rule("data", "model", "training")
 def packing_keeps_sequences_apart(subject: Subject) -> Iterator[str]:
     """A packed micro-batch is one sequence to the model."""
-    batch = subject.config.training.micro_batch_size
+    data, batch = subject.config.data, subject.config.training.micro_batch_size
     if (
-        subject.config.data.packing == "documents"
+        data.packing == "documents"
         and uses(subject, "moe")
         and subject.config.model.moe.load_balancing == "seq_aux_loss"
         and batch > 1
     ):
         yield (
-            f"model.moe.load_balancing='seq_aux_loss' with data.packing: documents and "
+            f"model.moe.load_balancing='seq_aux_loss' with {_packed(data)} and "
             f"training.micro_batch_size={batch}: packed sequences are one to the router, so the "
             "loss would depend on the micro-batch; use training.micro_batch_size: 1, or "
             "load_balancing: aux_loss"

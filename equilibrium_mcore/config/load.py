@@ -11,10 +11,11 @@ from typing import Any
 from equilibrium_mcore.config import rules
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.layout import launched_world_size
-from equilibrium_mcore.config.problems import parse
+from equilibrium_mcore.config.problems import parse, parse_field
 from equilibrium_mcore.config.references import FOLDERS, resolve
 from equilibrium_mcore.config.rule_kit import Host
 from equilibrium_mcore.config.schema import ModelConfig, RunConfig
+from equilibrium_mcore.config.stages import with_stage_defaults
 from equilibrium_mcore.config.yaml_io import parse_yaml, read_mapping, to_yaml
 from equilibrium_mcore.files.paths import expand_path
 from equilibrium_mcore.files.whole import write_whole
@@ -171,6 +172,7 @@ def _finish(
             unread.add(kind)
         if values[kind] is None:
             del values[kind]
+    values = with_stage_defaults(values)
     sections = _parse_sections(values, unread, problems)
     problems += rules.check_sections(sections, world_size=world_size, host=host)
     if problems:
@@ -202,10 +204,8 @@ def _parse_sections(
             continue
         if name not in values:
             sections[name] = field.get_default()
-        elif isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
-            sections[name] = parse(field.annotation, values[name], key=name)
         else:
-            sections[name] = values[name]
+            sections[name] = parse_field(RunConfig, name, values[name])
     return sections
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
+from equilibrium_mcore.config.data import TokenizerConfig
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.filters import FilterConfig
 from equilibrium_mcore.config.load import apply_override
@@ -23,7 +24,6 @@ from equilibrium_mcore.config.schema import (
     PositiveFloat,
     PositiveInt,
     Section,
-    TokenizerConfig,
     setting,
 )
 from equilibrium_mcore.config.yaml_io import read_mapping

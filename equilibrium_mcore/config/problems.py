@@ -6,9 +6,9 @@ import difflib
 import json
 import math
 from types import UnionType
-from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 _WANTED = {
     "int_type": "a whole number",
@@ -57,6 +57,12 @@ def parse[SectionType: BaseModel](
         problems += [_explain(item, kind, key) for item in error.errors(include_url=False)]
         return problems
     return problems or section
+
+
+def parse_field(kind: type[BaseModel], name: str, value: Any) -> Any:
+    """`value` as the field `name` of `kind` holds it; the value must be right."""
+    hint = get_type_hints(kind, include_extras=True)[name]
+    return TypeAdapter(hint).validate_json(json.dumps(_plain(value, name, [])))
 
 
 def _plain(value: Any, key: str, problems: list[Problem]) -> Any:

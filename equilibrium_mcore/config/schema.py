@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from equilibrium_mcore.config.data_kinds import DataChoice
 from equilibrium_mcore.config.objectives import NextTokenConfig, ObjectiveConfig
 from equilibrium_mcore.config.section import (
     Fraction,
@@ -113,74 +114,6 @@ class ModelConfig(Section):
         """Rows of the embedding table."""
         multiple = self.vocab_size_multiple
         return -(-self.vocab_size // multiple) * multiple
-
-
-# ---------------------------------------------------------------------------------- the data
-
-
-class TokenizerConfig(Section):
-    """Which tokenizer made the data, and goes with the release."""
-
-    type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer"] = setting(
-        doc="Megatron-LM's names: a SentencePiece .model, or a Hugging Face tokenizer.json"
-    )
-    model: UserPath = setting(
-        doc="the .model file, the tokenizer.json, or the folder that holds it"
-    )
-    end_of_document: str | None = setting(
-        None, "the token that ends a document; null: the tokenizer's own end of text"
-    )
-
-
-class SourceConfig(Section):
-    """One indexed dataset of the blend."""
-
-    name: str = setting(doc="what logs call it")
-    prefix: UserPath = setting(doc="path of the .bin/.idx pair without its ending")
-    weight: PositiveFloat = setting(doc="share in the blend; weights are scaled to sum to 1")
-    max_epochs: PositiveFloat | None = setting(
-        None, "a run that would go through its training documents more often is refused"
-    )
-
-
-class DataConfig(Section):
-    """A blend of indexed datasets."""
-
-    name: str = setting(doc="what the blend is called")
-    tokenizer: TokenizerConfig = setting(doc="the tokenizer of the data")
-    sources: list[SourceConfig] = setting(doc="the datasets", min_length=1)
-    split: str = setting(
-        "98,1,1", "shares of documents for train, validation and test, e.g. 98,1,1"
-    )
-    order: Literal["ledger", "megatron"] = setting(
-        "ledger",
-        "who decides which document comes next: ledger keeps a cursor per source; megatron bakes "
-        "megatron-core's order for a given number of sequences",
-    )
-    packing: Literal["stream", "documents"] = setting(
-        "stream",
-        "stream: a document sees what stands before it in its sequence; documents: attention, "
-        "Mamba's state and positions begin anew at each, and no label belongs to the next one",
-    )
-    document_multiple: PositiveInt = setting(
-        1,
-        "packing documents: each is padded to a multiple of so many tokens, which do not count in "
-        "the loss; context parallelism needs a multiple of 2 * parallelism.context",
-    )
-    train_samples: PositiveInt | None = setting(
-        None,
-        "order megatron: sequences that the order of the data is made for; null: training.steps * "
-        "training.global_batch_size. Set it higher at the start of a run that may be prolonged",
-    )
-    cache_directory: UserPath | None = setting(
-        None, "order megatron: where index caches go; null: beside the data"
-    )
-    num_workers: NonNegativeInt = setting(0, "loader processes per rank")
-
-    @property
-    def padding_multiple(self) -> int:
-        """What documents are padded to in a sequence; 1 where they follow each other as one."""
-        return self.document_multiple if self.packing == "documents" else 1
 
 
 # ----------------------------------------------------------------------------------- the run
@@ -362,7 +295,15 @@ class TrainingConfig(Section):
     sequence_length: PositiveInt = setting(doc="tokens per sequence")
     micro_batch_size: PositiveInt = setting(1, "sequences per forward pass on a DP rank")
     global_batch_size: PositiveInt = setting(doc="sequences per optimizer step, over all ranks")
-    steps: PositiveInt = setting(doc="optimizer steps of the whole run; the schedule ends there")
+    steps: PositiveInt | None = setting(
+        None,
+        "optimizer steps of the whole run; the schedule ends there. Or give `epochs`",
+    )
+    epochs: PositiveFloat | None = setting(
+        None,
+        "instead of `steps`: so often what the data holds for training; how many steps that is "
+        "is computed and printed when the run starts",
+    )
     stop_after_steps: PositiveInt | None = setting(
         None, "save and stop at this step, to be resumed later; null: run to the end"
     )
@@ -416,18 +357,25 @@ class LoggingConfig(Section):
     interval_steps: PositiveInt = setting(1, "steps between two log lines")
     tensorboard: bool = setting(True, "write TensorBoard events")
     wandb_project: str | None = setting(None, "log to this Weights & Biases project")
+    wandb_run_name: str | None = setting(None, "the run's name there; null: `name`")
     peak_tflops_per_device: PositiveFloat | None = setting(
         None, "dense peak of one device in TFLOP/s, to print utilisation"
     )
 
 
+Stage = Literal["pretrain", "midtrain", "sft"]  # `stages.py` says what they are
+
+
 class RunConfig(Section):
     """A whole run."""
 
+    stage: Stage = setting("pretrain", "what the run is; it sets defaults of the other sections")
     name: str = setting(doc="name of the run")
+    description: str = setting("", "what the run is for; kept with its config")
+    tags: list[str] = setting([], "words to find the run by, here and in Weights & Biases")
     output_directory: UserPath = setting(doc="checkpoints, logs and the effective config go here")
     model: ModelConfig
-    data: DataConfig
+    data: DataChoice = setting(doc="what is trained on, told apart by its `type`")
     parallelism: ParallelismConfig = ParallelismConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig

@@ -16,9 +16,26 @@ FP8_MULTIPLE = 16  # Transformer Engine: inner widths of FP8 products are multip
 FP8_CAPABILITY = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 
 
+@rule("training")
+def steps_or_epochs(subject: Subject) -> Iterator[str]:
+    training = subject.config.training
+    if training.steps is not None and training.epochs is not None:
+        yield (
+            f"training.steps={training.steps} and training.epochs={training.epochs:g}: a run has "
+            "one length; leave one of them out (null)"
+        )
+    if training.steps is None and training.epochs is None:
+        yield (
+            "training.steps: missing (optimizer steps of the whole run); give it, or "
+            "training.epochs, from which steps are computed"
+        )
+
+
 @rule("optimizer", "training")
 def schedule_fits_steps(subject: Subject) -> Iterator[str]:
     schedule, steps = subject.config.optimizer.schedule, subject.config.training.steps
+    if steps is None:  # known when the data has been read: `training/run_data.py`
+        return
     decay = schedule.decay_steps if schedule.kind == "wsd" else 0
     if schedule.kind == "wsd" and not decay:
         yield (
@@ -82,7 +99,7 @@ def overrides_change_something(subject: Subject) -> Iterator[str]:
 def stop_is_within_the_run(subject: Subject) -> Iterator[str]:
     training = subject.config.training
     stop = training.stop_after_steps
-    if stop is not None and stop > training.steps:
+    if None not in (stop, training.steps) and stop > training.steps:
         yield (
             f"training.stop_after_steps={stop} is after the end, training.steps={training.steps}: "
             f"use 1 to {training.steps}, or null"
@@ -103,9 +120,12 @@ def a_named_step_is_resumed(subject: Subject) -> Iterator[str]:
 @rule("data", "training")
 def data_lasts_the_run(subject: Subject) -> Iterator[str]:
     """The order of the data has to be made for at least as many sequences as the run takes."""
-    training, samples = subject.config.training, subject.config.data.train_samples
+    training, data = subject.config.training, subject.config.data
+    samples = getattr(data, "train_samples", None)
+    if samples is None or training.steps is None or data.order != "megatron":
+        return
     needed = training.steps * training.global_batch_size
-    if subject.config.data.order == "megatron" and samples is not None and samples < needed:
+    if samples < needed:
         yield (
             f"data.train_samples={samples} is less than training.steps={training.steps} * "
             f"training.global_batch_size={training.global_batch_size} = {needed}: use {needed} or "
@@ -116,7 +136,7 @@ def data_lasts_the_run(subject: Subject) -> Iterator[str]:
 @rule("data")
 def ledger_settings_have_a_ledger(subject: Subject) -> Iterator[str]:
     data = subject.config.data
-    if data.order == "ledger":
+    if data.type != "indexed" or data.order == "ledger":
         return
     asked = [f"data.packing={data.packing!r}"] if data.packing != "stream" else []
     asked += [
@@ -165,14 +185,14 @@ def recompute_has_its_layers(subject: Subject) -> Iterator[str]:
 
 @rule("data")
 def sources_are_told_apart(subject: Subject) -> Iterator[str]:
-    sources = subject.config.data.sources
-    for name, count in Counter(source.name for source in sources).items():
+    data = subject.config.data
+    for name, count in Counter(source.name for source in data.sources).items():
         if count > 1:
             yield (
                 f"data.sources: {count} sources have the name {name!r}; logs tell sources apart "
                 "by name: give each its own"
             )
-    for index, source in enumerate(sources):
+    for index, source in enumerate(data.sources if data.type == "indexed" else ()):
         if source.prefix.suffix in (".bin", ".idx"):
             yield (
                 f"data.sources.{index}.prefix='{source.prefix}' has an ending, but it names the "
@@ -193,6 +213,8 @@ def split_shares(split: str) -> list[float] | None:
 
 @rule("data")
 def split_is_good(subject: Subject) -> Iterator[str]:
+    if subject.config.data.type != "indexed":
+        return
     split = subject.config.data.split
     shares = split_shares(split)
     if shares is None:
@@ -206,12 +228,22 @@ def split_is_good(subject: Subject) -> Iterator[str]:
 
 @rule("data", "training")
 def validation_has_documents(subject: Subject) -> Iterator[str]:
-    split, interval = subject.config.data.split, subject.config.training.validation_interval_steps
-    shares = split_shares(split)
-    if interval and shares is not None and shares[1] <= 0:
+    data, interval = subject.config.data, subject.config.training.validation_interval_steps
+    if not interval:
+        return
+    if data.type == "conversations":
+        if not any(source.validation for source in data.sources):
+            yield (
+                f"training.validation_interval_steps={interval}, but no source of {data.name!r} "
+                "has files to validate on: name them in data.sources.0.validation, or set the "
+                "interval to 0"
+            )
+        return
+    shares = split_shares(data.split)
+    if shares is not None and shares[1] <= 0:
         yield (
-            f"training.validation_interval_steps={interval}, but data.split={split!r} gives no "
-            "documents to validation: make the second share positive, e.g. 98,1,1, or set the "
+            f"training.validation_interval_steps={interval}, but data.split={data.split!r} gives "
+            "no documents to validation: make the second share positive, e.g. 98,1,1, or set the "
             "interval to 0"
         )
 

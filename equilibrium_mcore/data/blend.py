@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from equilibrium_mcore.config.schema import DataConfig
-from equilibrium_mcore.data.indexed_files import dataset_paths
+from equilibrium_mcore.config.data import DataConfig
+from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.data.indexed_files import dataset_paths, read_header, tokens_before
 from equilibrium_mcore.data.ledger.dataset import build_ledger_dataset
 from equilibrium_mcore.data.samples import NumberedSamples, Samples
-from equilibrium_mcore.data.sources import SPLITS, check_sources
+from equilibrium_mcore.data.sources import SPLITS, check_sources, split_documents
 from equilibrium_mcore.data.tokenizer import Tokenizer, load_tokenizer
 
 # megatron-core builds this share of samples more per source than the blend should need.
@@ -101,6 +102,22 @@ def build_datasets(
         sequence_length=sequence_length,
         tokenizer=tokenizer,
     )
+
+
+def epoch_tokens(data: DataConfig) -> int:
+    """Tokens of the training split of all sources. Raises ConfigError for files not to be read."""
+    problems, total = [], 0
+    for source in data.sources:
+        try:
+            header = read_header(source.prefix)
+            bounds = split_documents(data.split, header.sequences)[0]
+            begin, end = tokens_before(source.prefix, header, list(bounds))
+            total += end - begin
+        except (ValueError, OSError) as error:
+            problems.append(f"data source {source.name!r}: {error}")
+    if problems:
+        raise ConfigError(problems, source=f"data {data.name!r}")
+    return total
 
 
 def _megatron_datasets(data: DataConfig, samples: dict[str, int], **settings: Any) -> Datasets:

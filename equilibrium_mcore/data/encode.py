@@ -20,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-from equilibrium_mcore.config.schema import TokenizerConfig
+from equilibrium_mcore.config.data import TokenizerConfig
 from equilibrium_mcore.data.fast_path import compare_with_plain, reason_against
 from equilibrium_mcore.data.indexed_files import token_dtype
 from equilibrium_mcore.data.tokenizer import (

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from equilibrium_mcore.config.schema import DataConfig
+from equilibrium_mcore.config.data import DataConfig
 from equilibrium_mcore.data.indexed_files import read_header
 from equilibrium_mcore.data.sources import read_split_tokens
 

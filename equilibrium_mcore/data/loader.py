@@ -35,6 +35,7 @@ def batches(
     data_parallel_rank: int,
     data_parallel_size: int,
     num_workers: int = 0,
+    prefetch_factor: int = 2,
     pin_memory: bool = False,
 ) -> Iterator[dict[str, Tensor]]:
     """One rank's micro-batches, from `consumed_samples` on.
@@ -66,6 +67,7 @@ def batches(
         dataset,
         batch_sampler=sampler,  # type: ignore[arg-type]
         num_workers=num_workers,
+        prefetch_factor=prefetch_factor if num_workers else None,
         pin_memory=pin_memory,
         persistent_workers=False,
         worker_init_fn=partial(_start_worker, os.getpid()) if num_workers else None,

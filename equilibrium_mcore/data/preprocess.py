@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from equilibrium_mcore.config.schema import TokenizerConfig
+from equilibrium_mcore.config.data import TokenizerConfig
 from equilibrium_mcore.data.encode import EncoderChoice, plan_encoder
 from equilibrium_mcore.data.finished import Request, find_finished, refusal
 from equilibrium_mcore.data.indexed_files import Manifest, dataset_paths

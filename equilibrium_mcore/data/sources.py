@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from equilibrium_mcore.config.data import DataConfig, SourceConfig
 from equilibrium_mcore.config.errors import ConfigError
-from equilibrium_mcore.config.schema import DataConfig, SourceConfig
 from equilibrium_mcore.data.block_hashes import FileBlocks
 from equilibrium_mcore.data.indexed_files import (
     SAMPLE_BYTES,

@@ -44,6 +44,7 @@ class DatasetStream:
         data_parallel_rank: int,
         data_parallel_size: int,
         num_workers: int = 0,
+        prefetch_factor: int = 2,
         pin_memory: bool = False,
     ) -> None:
         self._batches: Iterator[Batch] | None = batches(
@@ -53,6 +54,7 @@ class DatasetStream:
             data_parallel_rank=data_parallel_rank,
             data_parallel_size=data_parallel_size,
             num_workers=num_workers,
+            prefetch_factor=prefetch_factor,
             pin_memory=pin_memory,
         )
         self._cursor, self._name = dataset.cursor_at(consumed_samples), dataset.cursor_name

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from equilibrium_mcore.config.schema import TokenizerConfig
+from equilibrium_mcore.config.data import TokenizerConfig
 
 # Looked for in this order when the tokenizer itself names no end of text.
 END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<eod>", "<EOD>", "</s>", "<eos>")

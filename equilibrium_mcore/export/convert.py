@@ -14,8 +14,9 @@ from equilibrium_mcore.checkpoint.directory import (
     read_state,
 )
 from equilibrium_mcore.checkpoint.opened import open_weights
+from equilibrium_mcore.config.data import TokenizerConfig
 from equilibrium_mcore.config.load import load_run
-from equilibrium_mcore.config.schema import RunConfig, TokenizerConfig
+from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from equilibrium_mcore.export.config_json import AUTO_MAP, config_values
 from equilibrium_mcore.export.mapping import plan

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from equilibrium_mcore.checkpoint.sharded import save_checkpoint
+from equilibrium_mcore.config.data import DataConfig
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.entropy import ngram_baseline, validation_pairs
@@ -83,7 +84,7 @@ class LogCallback(Callback):
                 resumed_step=resumed,
                 tensorboard=config.logging.tensorboard,
                 wandb_project=config.logging.wandb_project,
-                run_name=config.name,
+                run_name=config.logging.wandb_run_name or config.name,
                 run_config=config.model_dump(mode="json"),
                 console=lambda line: print(line, flush=True),
             )
@@ -257,7 +258,12 @@ def _beside_loss(figures: dict[str, float]) -> dict[str, float]:
 
 
 def _entropies(run: Run) -> dict[str, float]:
-    """Unigram and bigram entropy of the very tokens that validation scores."""
+    """Unigram and bigram entropy of the very tokens that validation scores.
+
+    For conversations, of which a part counts only, there is no such baseline.
+    """
+    if not isinstance(run.config.data, DataConfig):
+        return {}
     training = run.config.training
     count = training.validation_batches * training.global_batch_size
     pairs = validation_pairs(run.datasets.validation, count)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,12 @@ from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.layout import (
     data_parallel_size,
     micro_batches_per_step,
-    train_samples,
 )
 from equilibrium_mcore.config.load import save_config
 from equilibrium_mcore.config.schema import RunConfig
-from equilibrium_mcore.data.blend import Datasets, build_datasets
+from equilibrium_mcore.data.blend import Datasets
 from equilibrium_mcore.data.samples import Samples
 from equilibrium_mcore.data.stream import DatasetStream, TrainStream
-from equilibrium_mcore.data.tokenizer import load_tokenizer
 from equilibrium_mcore.models.provider import build_model
 from equilibrium_mcore.models.transformer_config import build_transformer_config
 from equilibrium_mcore.optim.optimizer import HybridOptimizer
@@ -35,6 +34,7 @@ from equilibrium_mcore.parallel import accelerator, process_groups
 from equilibrium_mcore.parallel.host import describe_host
 from equilibrium_mcore.parallel.launch import Place
 from equilibrium_mcore.training.objective import Objective, build_objective
+from equilibrium_mcore.training.run_data import build_run_datasets, with_steps
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +89,7 @@ class Run:
             data_parallel_rank=self.groups.dp.rank(),
             data_parallel_size=self.data_parallel_size,
             num_workers=self.config.data.num_workers,
+            prefetch_factor=self.config.data.prefetch_factor,
             pin_memory=accelerator.has_cuda(),
         )
 
@@ -103,10 +104,12 @@ def setup(config: RunConfig, place: Place, *, datasets: Datasets | None = None) 
     problems = rules.check(config, world_size=place.world_size, host=describe_host())
     if problems:
         raise ConfigError(problems, source=f"run {config.name}")
+    say = partial(print, flush=True) if place.rank == 0 else lambda text: None
+    config = with_steps(config, say=say)
     groups = process_groups.join(place, config.parallelism, seed=config.training.seed)
     choice = choose(config)
     if datasets is None:
-        datasets = build_run_datasets(config, choice.progress)
+        datasets = build_run_datasets(config, choice.progress, say=say)
     transformer, chunks = build_chunks(config, groups)
     optimizer = HybridOptimizer(chunks, groups, config)
     transformer.grad_scale_func = optimizer.scale_loss
@@ -128,49 +131,6 @@ def setup(config: RunConfig, place: Place, *, datasets: Datasets | None = None) 
         Path(config.output_directory).mkdir(parents=True, exist_ok=True)
         save_config(config, Path(config.output_directory) / "config.yaml")
     return run
-
-
-def build_run_datasets(config: RunConfig, progress: dict[str, Any] | None = None) -> Datasets:
-    """The blend's splits with as many samples as the whole run takes.
-
-    The ledger continues where `progress`, the `state.json` of a checkpoint, left it; None is a run
-    from scratch. Raises ConfigError for data that cannot be trained on.
-    """
-    training = config.training
-    saved = _saved_progress(config, progress)
-    samples = train_samples(config)
-    if config.data.order == "ledger":
-        # Steps that are done may have had another batch than those to come.
-        to_come = max(0, training.steps - saved["step"])
-        samples = saved["samples"] + to_come * training.global_batch_size
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    validates = training.validation_interval_steps > 0
-    return build_datasets(
-        config.data,
-        sequence_length=training.sequence_length,
-        train_samples=samples,
-        validation_samples=training.validation_batches * training.global_batch_size * validates,
-        seed=training.seed,
-        tokenizer=tokenizer,
-        model_vocab_size=config.model.vocab_size,
-        ledger_state=saved["ledger"],
-        consumed_samples=saved["samples"],
-    )
-
-
-def _saved_progress(config: RunConfig, progress: dict[str, Any] | None) -> dict[str, Any]:
-    """Step, samples and ledger at which the data starts."""
-    if progress is None or config.data.order != "ledger":
-        return {"step": 0, "samples": 0, "ledger": None}
-    if progress.get("ledger") is None:
-        raise ConfigError(
-            f"data.order='ledger', but the checkpoint of step {progress['step']} in "
-            f"{config.output_directory} holds no ledger: it was trained in another order, in "
-            "which the documents that it has seen cannot be told. Set data.order=megatron to go "
-            "on, or start a new run in another output_directory with "
-            f"checkpoint.initial_weights={config.output_directory}"
-        )
-    return progress
 
 
 def build_chunks(
@@ -223,8 +183,8 @@ def resume(run: Run) -> None:
             optimizer=run.optimizer,
             groups=run.groups,
         )
-        progress.pop("ledger", None)  # the datasets were built at it
-        run.progress = Progress(**progress)
+        # What else it holds is where the data stands, at which the datasets were built.
+        run.progress = Progress(**{f.name: progress[f.name] for f in fields(Progress)})
         run.resumed_from = choice.checkpoint.path
     elif choice.weights is not None:
         load_weights(choice.weights, config=config, chunks=run.chunks, optimizer=run.optimizer)

@@ -33,6 +33,7 @@ from equilibrium_mcore.data.ledger.dataset import LedgerDataset  # noqa: E402
 from equilibrium_mcore.data.ledger.source import SourceDocuments  # noqa: E402
 from equilibrium_mcore.models import mamba, norms  # noqa: E402
 from equilibrium_mcore.optim import optimizer as optim_optimizer  # noqa: E402
+from equilibrium_mcore.training import run_data  # noqa: E402
 from equilibrium_mcore.training import setup as training_setup  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -274,7 +275,7 @@ def test_a_start_that_the_config_itself_spoils_is_named(data, tmp_path):
 def test_validation_that_was_trained_on_is_named(data, tmp_path):
     report = run_ladder(tiny_run(data, tmp_path), only=["validation_split"])
     assert not report.failed
-    datasets = training_setup.build_run_datasets(tiny_run(data, tmp_path))
+    datasets = run_data.build_run_datasets(tiny_run(data, tmp_path))
     both = Datasets(datasets.train, datasets.train, None)
     check = data_checks.check_validation_split(both)
     assert check.verdict == "FAIL" and "are in both splits" in check.summary

@@ -207,7 +207,7 @@ def test_files_that_are_no_run(tmp_path: Path, text: str) -> None:
         ("training.steps=1.5", ["training.steps=1.5", "whole number"]),
         ("training.steps='10'", ["training.steps='10'", "without quotes"]),
         ("training.steps=0", ["training.steps=0", "greater than 0", "optimizer steps"]),
-        ("training.steps=null", ["training.steps=null", "whole number"]),
+        ("training.steps=null", ["training.steps: missing", "training.epochs"]),
         ("parallelism.sequence=yes", ["sequence='yes'", "true or false"]),
         ("parallelism.sequence=1", ["sequence=1", "true or false"]),
         ("optimizer.clip_gradient_norm=true", ["clip_gradient_norm=true", "a number"]),
@@ -216,7 +216,7 @@ def test_files_that_are_no_run(tmp_path: Path, text: str) -> None:
         ("name=12", ["name=12", "quote"]),
         ("output_directory=12", ["output_directory=12", "quote"]),
         ("training.precision=bf1", ["precision='bf1'", "'fp32', 'bf16'", "did you mean 'bf16'"]),
-        ("training={}", ["training.steps: missing", "optimizer steps"]),
+        ("training={}", ["training.sequence_length: missing", "tokens per sequence"]),
         ("data.sources=[]", ["data.sources", "at least 1"]),
         ("data.sources={}", ["data.sources={}", "a list"]),
         ("model.moe=3", ["model.moe=3", "mapping"]),
@@ -254,8 +254,7 @@ def test_all_mistakes_at_once(run_file: Path) -> None:
         ["model.moe.topk", "did you mean 'top_k'"],
         ["data.sources", "0, 1"],
         ["warmup_steps=-1"],
-        ["training.stpes"],
-        ["training.steps: missing"],
+        ["training.stpes", "did you mean 'steps'"],
         ["data.split=0", "quote"],
     ]:
         assert any(all(word in problem for word in words) for problem in problems), (

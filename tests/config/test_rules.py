@@ -25,9 +25,58 @@ CAPPED = [{"name": "code", "prefix": "data/code", "weight": 1, "max_epochs": 2}]
 PP2 = {"parallelism.pipeline": 2}
 SP = {"parallelism.sequence": True}
 
+CHATS = {
+    "type": "conversations",
+    "name": "chats",
+    "tokenizer": {"type": "SentencePieceTokenizer", "model": "t.model"},
+    "sources": [{"name": "general", "train": ["general.train.jsonl"]}],
+}
+SFT = {"stage": "sft", "data": CHATS, "objective": {"type": "sft"}}
+
 # rule, a run that breaks it, words that the message must have, a run that keeps it.
 # A key "world_size" or "host" is a fact, not a setting.
 CASES = [
+    ("steps_or_epochs", {"training.epochs": 2.0}, ["steps=", "epochs=2", "null"], {}),
+    (
+        "steps_or_epochs",
+        {"training.steps": None},
+        ["training.steps: missing", "training.epochs"],
+        {"training.steps": None, "training.epochs": 2.0},
+    ),
+    (
+        "a_stage_has_its_kinds",
+        {"stage": "sft", "data.type": "indexed"},
+        ["data.type='indexed'", "stage='sft'", "pretrain or midtrain"],
+        SFT,
+    ),
+    (
+        "a_stage_has_its_kinds",
+        {**SFT, "objective": {"type": "next_token"}},
+        ["objective.type='next_token'", "it takes sft"],
+        SFT,
+    ),
+    (
+        "a_stage_starts_from_weights",
+        {"stage": "midtrain"},
+        ["stage='midtrain'", "checkpoint.initial_weights"],
+        {
+            "stage": "midtrain",
+            "checkpoint.initial_weights": "runs/before",
+            "optimizer.schedule.decay_steps": 100,
+        },
+    ),
+    (
+        "validation_has_documents",
+        {**SFT, "training.validation_interval_steps": 5},
+        ["validation_interval_steps=5", "data.sources.0.validation"],
+        SFT,
+    ),
+    (
+        "packed_documents_divide",
+        {**SFT, "parallelism.context": 2},
+        ["document_multiple=1 with data.type: conversations", "multiple of 4"],
+        {**SFT, "data": {**CHATS, "document_multiple": 4}, "parallelism.context": 2},
+    ),
     (
         "packed_documents_divide",
         {"data.packing": "documents", "parallelism.context": 2},

@@ -127,7 +127,7 @@ def test_document_has_every_section_with_types_and_defaults() -> None:
     text = describe.describe()
     assert "### `optimizer.schedule`" in text and "### `data.sources.0`" in text
     assert "| `decay_form` | `linear`, `cosine`, `sqrt` | linear |" in text
-    assert "| `steps` | integer > 0 | required |" in text
+    assert "| `steps` | integer > 0 or null | null |" in text
     assert "| `beta1` | number >= 0, <= 1 | 0.9 |" in text
     with pytest.raises(ValueError, match="must hold the lines"):
         describe.up_to_date("no markers")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from equilibrium_mcore.config.schema import DataConfig, SourceConfig, TokenizerConfig
+from equilibrium_mcore.config.data import DataConfig, SourceConfig, TokenizerConfig
 from equilibrium_mcore.data.indexed_writer import IndexedWriter
 from equilibrium_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from equilibrium_mcore.data.train_tokenizer import train_tokenizer

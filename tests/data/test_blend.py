@@ -17,8 +17,8 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 )
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from equilibrium_mcore.config.data import DataConfig, SourceConfig
 from equilibrium_mcore.config.errors import ConfigError
-from equilibrium_mcore.config.schema import DataConfig, SourceConfig
 from equilibrium_mcore.data.blend import build_datasets, cache_directory
 from equilibrium_mcore.data.indexed_files import read_header
 from equilibrium_mcore.data.sources import read_split_tokens, split_documents

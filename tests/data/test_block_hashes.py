@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from equilibrium_mcore.config.data import SourceConfig
 from equilibrium_mcore.config.errors import ConfigError
-from equilibrium_mcore.config.schema import SourceConfig
 from equilibrium_mcore.data import block_hashes
 from equilibrium_mcore.data.blend import build_datasets
 from equilibrium_mcore.data.block_hashes import BLOCK_BYTES, FileBlocks, sample_blocks

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
-from equilibrium_mcore.config.schema import TokenizerConfig
+from equilibrium_mcore.config.data import TokenizerConfig
 from equilibrium_mcore.data.encode import load_encoder, open_encoder, plan_encoder
 from equilibrium_mcore.data.fast_path import FRAGMENTS, compare_with_plain, reason_against
 from equilibrium_mcore.data.tokenizer import load_tokenizer

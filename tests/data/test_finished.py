@@ -22,7 +22,7 @@ KEYS = ("text", "more")
 KILLS = """
 import json, os, signal, sys
 from pathlib import Path
-from equilibrium_mcore.config.schema import TokenizerConfig
+from equilibrium_mcore.config.data import TokenizerConfig
 from equilibrium_mcore.data.merge import merge_datasets
 from equilibrium_mcore.data.partitions import preprocess_in_partitions
 from equilibrium_mcore.data.preprocess import preprocess

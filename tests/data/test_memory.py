@@ -12,7 +12,7 @@ from tests.data.byte_level import train_byte_level
 CHILD = """
 import sys
 from pathlib import Path
-from equilibrium_mcore.config.schema import TokenizerConfig
+from equilibrium_mcore.config.data import TokenizerConfig
 from equilibrium_mcore.data.preprocess import preprocess
 preprocess(
     inputs=[Path(sys.argv[1])],

@@ -21,7 +21,7 @@ ENDINGS = ("bin", "idx", "json")
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from equilibrium_mcore.config.schema import TokenizerConfig
+from equilibrium_mcore.config.data import TokenizerConfig
 from equilibrium_mcore.data.preprocess import preprocess
 from equilibrium_mcore.data.preprocess_run import PreprocessRun
 take, left = PreprocessRun._take, int(sys.argv[4])

@@ -6,7 +6,7 @@ import random
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from equilibrium_mcore.config.schema import TokenizerConfig
+from equilibrium_mcore.config.data import TokenizerConfig
 from equilibrium_mcore.data.tokenizer import load_tokenizer
 from equilibrium_mcore.data.train_tokenizer import train_tokenizer
 

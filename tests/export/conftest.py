@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from equilibrium_mcore.config.data import DataConfig, SourceConfig, TokenizerConfig
 from equilibrium_mcore.config.load import save_config
 from equilibrium_mcore.config.schema import (
     AttentionConfig,
     CheckpointConfig,
-    DataConfig,
     LoggingConfig,
     MambaConfig,
     MLAConfig,
@@ -24,8 +24,6 @@ from equilibrium_mcore.config.schema import (
     OptimizerConfig,
     ParallelismConfig,
     RunConfig,
-    SourceConfig,
-    TokenizerConfig,
     TrainingConfig,
 )
 from equilibrium_mcore.data.tokenizer import load_tokenizer

@@ -8,7 +8,7 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from equilibrium_mcore.config.schema import TokenizerConfig
+from equilibrium_mcore.config.data import TokenizerConfig
 from equilibrium_mcore.data.tokenizer import load_tokenizer
 from equilibrium_mcore.export.tokenizer_files import PROBE, check_same_ids, write_tokenizer
 

@@ -42,7 +42,7 @@ MODEL: dict[str, Any] = {
 
 def make_data(folder: Path) -> dict[str, Any]:
     """Two small sources of made-up text with a tokenizer, as the `data` section of a run."""
-    from equilibrium_mcore.config.schema import TokenizerConfig
+    from equilibrium_mcore.config.data import TokenizerConfig
     from equilibrium_mcore.data.preprocess import preprocess
     from equilibrium_mcore.data.train_tokenizer import train_tokenizer
 

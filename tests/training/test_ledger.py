@@ -164,7 +164,7 @@ def test_the_report_counts_what_was_fed(eventful):
 def test_sequences_to_come_are_counted_at_the_batch_to_come(eventful, data):
     """max_epochs asks how many sequences are left; the batch was another in earlier lives."""
     from equilibrium_mcore.checkpoint.directory import latest_checkpoint, read_state
-    from equilibrium_mcore.training.setup import build_run_datasets
+    from equilibrium_mcore.training.run_data import build_run_datasets
 
     config, _, _ = lives(data, eventful)[-1]
     longer = config.training.model_copy(update={"steps": 20})

@@ -17,7 +17,8 @@ from equilibrium_mcore.data.blend import Datasets
 from equilibrium_mcore.data.ledger.dataset import LedgerDataset
 from equilibrium_mcore.data.ledger.source import SourceDocuments, Span
 from equilibrium_mcore.data.tokenizer import Tokenizer
-from equilibrium_mcore.training.setup import Run, build_run_datasets
+from equilibrium_mcore.training.run_data import build_run_datasets
+from equilibrium_mcore.training.setup import Run
 
 ROWS_SHOWN = 12
 STATISTICS_SAMPLES = 64  # and documents of each source

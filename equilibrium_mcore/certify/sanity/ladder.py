@@ -18,7 +18,7 @@ from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.blend import Datasets
 from equilibrium_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from equilibrium_mcore.processes.threads import one_thread
-from equilibrium_mcore.training.setup import build_run_datasets
+from equilibrium_mcore.training.run_data import build_run_datasets
 
 OBSERVED_STEPS = 4
 NEEDS_DATA = ("batch_statistics", "data_order", "validation_split")

@@ -9,10 +9,13 @@ from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.data.chat.dataset import ConversationDataset
 from equilibrium_mcore.data.chat.encode import EncodingReport
 from equilibrium_mcore.data.chat.epochs import PackedEpoch, count_sequences, packed_epoch
+from equilibrium_mcore.data.chat.examples import Examples
 from equilibrium_mcore.data.chat.order import Packing
-from equilibrium_mcore.data.chat.render import build_renderer
+from equilibrium_mcore.data.chat.render import Renderer, build_renderer
 from equilibrium_mcore.data.chat.store import load_or_encode
 from equilibrium_mcore.data.tokenizer import load_tokenizer
+
+Part = Literal["train", "validation"]
 
 
 class BuiltConversations(NamedTuple):
@@ -26,41 +29,34 @@ class BuiltConversations(NamedTuple):
         return f"{self.report}\n{self.epoch}"
 
 
+class EpochSequences(NamedTuple):
+    """How many sequences some epochs make, and what one is."""
+
+    sequences: int
+    epoch: PackedEpoch
+
+
 def build_conversations(
     config: ConversationsConfig,
     *,
-    part: Literal["train", "validation"] = "train",
+    part: Part = "train",
     sequence_length: int,
     seed: int,
     vocab_size: int,
-    samples: int | None = None,
+    samples: int,
     state: dict[str, Any] | None = None,
     first_sample: int = 0,
 ) -> BuiltConversations:
     """The part's dataset.
 
     Args:
-        samples: sequences that the run takes in all; None: those of `config.epochs`.
+        samples: sequences that the run takes in all.
         state: what an order's `state()` gave at sample `first_sample`.
 
     Raises ConfigError for settings, files and states that cannot be used, and FileNotFoundError or
     ValueError for a tokenizer that cannot be read.
     """
-    renderer = build_renderer(config.template, load_tokenizer(config.tokenizer))
-    longest = min(config.max_tokens or sequence_length, sequence_length)
-    if config.max_tokens is not None and config.max_tokens > sequence_length:
-        raise ConfigError(
-            f"max_tokens={config.max_tokens:,} is more than training.sequence_length="
-            f"{sequence_length:,}: an example lies in one sequence; lower it, or leave it out"
-        )
-    examples, report = load_or_encode(config, renderer, part=part, max_tokens=longest)
-    plan = {
-        "seed": seed,
-        "window": config.window,
-        "packing": Packing(sequence_length, config.document_multiple),
-    }
-    if samples is None:
-        samples = count_sequences(examples, epochs=config.epochs or 1, **plan)
+    renderer, examples, report = _examples(config, part, sequence_length)
     tokenizer = renderer.vocabulary.tokenizer
     dataset = ConversationDataset(
         examples,
@@ -74,4 +70,35 @@ def build_conversations(
         state=state,
         first_sample=first_sample,
     )
-    return BuiltConversations(dataset, report, packed_epoch(examples, **plan))
+    epoch = packed_epoch(examples, **_plan(config, sequence_length, seed))
+    return BuiltConversations(dataset, report, epoch)
+
+
+def epoch_sequences(
+    config: ConversationsConfig, *, epochs: float, sequence_length: int, seed: int
+) -> EpochSequences:
+    """Sequences that the training part's first `epochs` epochs make. Raises as above."""
+    _, examples, _ = _examples(config, "train", sequence_length)
+    plan = _plan(config, sequence_length, seed)
+    return EpochSequences(
+        count_sequences(examples, epochs=epochs, **plan), packed_epoch(examples, **plan)
+    )
+
+
+def _examples(
+    config: ConversationsConfig, part: Part, sequence_length: int
+) -> tuple[Renderer, Examples, EncodingReport]:
+    renderer = build_renderer(config.template, load_tokenizer(config.tokenizer))
+    longest = min(config.max_tokens or sequence_length, sequence_length)
+    if config.max_tokens is not None and config.max_tokens > sequence_length:
+        raise ConfigError(
+            f"max_tokens={config.max_tokens:,} is more than training.sequence_length="
+            f"{sequence_length:,}: an example lies in one sequence; lower it, or leave it out"
+        )
+    examples, report = load_or_encode(config, renderer, part=part, max_tokens=longest)
+    return renderer, examples, report
+
+
+def _plan(config: ConversationsConfig, sequence_length: int, seed: int) -> dict[str, Any]:
+    packing = Packing(sequence_length, config.document_multiple)
+    return {"seed": seed, "window": config.window, "packing": packing}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from equilibrium_mcore.config.schema import TokenizerConfig
+from equilibrium_mcore.config.data import TokenizerConfig
 from equilibrium_mcore.data.chat.vocabulary import ChatVocabulary
 from equilibrium_mcore.data.tokenizer import (
     SentencePieceTokenizer,

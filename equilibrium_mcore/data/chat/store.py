@@ -6,9 +6,12 @@ unfinished. Ranks that write at once write the same, each file whole.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+import logging
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -20,8 +23,14 @@ from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.data.chat.encode import EncodingReport, SourceCounts, encode_sources
 from equilibrium_mcore.data.chat.examples import Examples
 from equilibrium_mcore.data.chat.render import Renderer
+from equilibrium_mcore.files.lock import FileLock
+from equilibrium_mcore.files.lock_file import LockHeldError
 from equilibrium_mcore.files.whole import whole_file, write_whole
 
+logger = logging.getLogger(__name__)
+
+Part = Literal["train", "validation"]
+WAIT_SECONDS = 0.2
 FACTS_FILE = "facts.json"
 FORMAT = 1  # another number where the same conversations become other examples
 
@@ -30,7 +39,7 @@ def load_or_encode(
     config: ConversationsConfig,
     renderer: Renderer,
     *,
-    part: Literal["train", "validation"],
+    part: Part,
     max_tokens: int,
 ) -> tuple[Examples, EncodingReport]:
     """The examples of a part, from the cache where they are in it, and how many were left out.
@@ -45,12 +54,47 @@ def load_or_encode(
         found = load_examples(folder)
         if found is not None:
             return found
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _one_at_a_time(folder, f"{config.name}: encoding {part}"):
+            return load_examples(folder) or _encoded(config, renderer, part, max_tokens, folder)
+    return _encoded(config, renderer, part, max_tokens, None)
+
+
+def _encoded(
+    config: ConversationsConfig,
+    renderer: Renderer,
+    part: Part,
+    max_tokens: int,
+    folder: Path | None,
+) -> tuple[Examples, EncodingReport]:
     examples, report = encode_sources(
         config.sources, renderer, part=part, max_tokens=max_tokens, too_long=config.too_long
     )
-    if folder is not None:
-        save_examples(folder, examples, report)
-    return examples, report
+    if folder is None:
+        return examples, report
+    save_examples(folder, examples, report)
+    saved = load_examples(folder)  # mapped, so that ranks of a host share it
+    assert saved is not None
+    return saved
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path, name: str) -> Iterator[None]:
+    """Of many ranks, one encodes and the others wait for it."""
+    lock, said = FileLock(folder.with_name(f"{folder.name}.lock"), name), False
+    while True:
+        try:
+            lock.acquire()
+            break
+        except LockHeldError as error:
+            if not said and error.owner is not None:
+                logger.info("%s: waiting for %s", name, error.owner)
+                said = True
+            time.sleep(WAIT_SECONDS)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def save_examples(folder: Path, examples: Examples, report: EncodingReport) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from equilibrium_mcore.config.data import TokenizerConfig
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.filters import filter_from_text, parse_filters
-from equilibrium_mcore.config.schema import TokenizerConfig
 from equilibrium_mcore.config.yaml_io import read_mapping
 from equilibrium_mcore.data.filters.trial import try_filters
 from equilibrium_mcore.data.filters.trial_report import FORMATS

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from equilibrium_mcore.config.schema import DataConfig, SourceConfig, TokenizerConfig
+from equilibrium_mcore.config.data import DataConfig, SourceConfig, TokenizerConfig
 from equilibrium_mcore.data.blend import build_datasets
 from equilibrium_mcore.data.indexed_files import (
     MAGIC,

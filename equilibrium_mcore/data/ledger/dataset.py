@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from equilibrium_mcore.config.data import DataConfig
 from equilibrium_mcore.config.errors import ConfigError
-from equilibrium_mcore.config.schema import DataConfig
 from equilibrium_mcore.data.indexed_files import IndexHeader
 from equilibrium_mcore.data.ledger.lanes import padded
 from equilibrium_mcore.data.ledger.ledger import Ledger, Plan

@@ -17,8 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from equilibrium_mcore.config.data import SourceConfig
 from equilibrium_mcore.config.errors import ConfigError
-from equilibrium_mcore.config.schema import RunConfig, SourceConfig
+from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.indexed_files import read_header
 from equilibrium_mcore.data.ledger.ledger import Ledger, Plan, check_version
 from equilibrium_mcore.data.ledger.source import SourceDocuments

@@ -6,8 +6,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from equilibrium_mcore.config.data import TokenizerConfig
 from equilibrium_mcore.config.errors import ConfigError
-from equilibrium_mcore.config.schema import TokenizerConfig
 from equilibrium_mcore.data.ledger.record import (
     Mark,
     Segment,

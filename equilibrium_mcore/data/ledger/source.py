@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from equilibrium_mcore.config.schema import SourceConfig
+from equilibrium_mcore.config.data import SourceConfig
 from equilibrium_mcore.data.indexed_files import (
     HEADER_BYTES,
     IndexHeader,

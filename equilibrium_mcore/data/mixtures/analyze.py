@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from equilibrium_mcore.config.data import DataConfig, TokenizerConfig
 from equilibrium_mcore.config.mixture import MixtureConfig
 from equilibrium_mcore.config.problems import parse
-from equilibrium_mcore.config.schema import DataConfig, TokenizerConfig
 from equilibrium_mcore.config.yaml_io import read_mapping
 from equilibrium_mcore.data.mixtures.manifest import (
     MixtureManifest,

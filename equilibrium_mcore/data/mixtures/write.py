@@ -9,7 +9,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from equilibrium_mcore.config.schema import DataConfig, SourceConfig
+from equilibrium_mcore.config.data import DataConfig, SourceConfig
 from equilibrium_mcore.config.yaml_io import to_yaml
 from equilibrium_mcore.data.encode import EncoderPlan
 from equilibrium_mcore.data.indexed_files import Manifest

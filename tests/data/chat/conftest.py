@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from equilibrium_mcore.config.schema import TokenizerConfig
+from equilibrium_mcore.config.data import TokenizerConfig
 from equilibrium_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from tests.data.chat.support import make_tokenizers
 

@@ -6,7 +6,7 @@ import json
 import random
 from pathlib import Path
 
-from equilibrium_mcore.config.schema import TokenizerConfig
+from equilibrium_mcore.config.data import TokenizerConfig
 from equilibrium_mcore.data.chat.segments import Turn
 from equilibrium_mcore.data.chat.special_tokens import add_special_tokens
 from equilibrium_mcore.data.chat.templates import TEMPLATES

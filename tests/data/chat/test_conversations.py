@@ -7,7 +7,6 @@ import gzip
 import numpy as np
 import pytest
 
-from equilibrium_mcore.config import describe
 from equilibrium_mcore.config.chat import (
     BUILT_IN,
     ConversationsConfig,
@@ -226,14 +225,6 @@ def test_settings(chat_configs):
 
 def test_the_built_in_templates_are_the_settings():
     assert tuple(TEMPLATES) == BUILT_IN
-
-
-def test_the_document_has_every_setting():
-    document = describe.CONVERSATIONS_DOCUMENT.read_text(encoding="utf-8")
-    assert describe.up_to_date(document, describe.describe_conversations) == document, (
-        "docs/fine_tuning.md differs from the settings: run "
-        "`python -m equilibrium_mcore.config.describe`"
-    )
 
 
 def test_random_chats_are_what_they_should_be():

@@ -11,7 +11,7 @@ import torch
 
 from equilibrium_mcore.config.chat import ConversationsConfig, ConversationSourceConfig
 from equilibrium_mcore.config.errors import ConfigError
-from equilibrium_mcore.data.chat.build import build_conversations
+from equilibrium_mcore.data.chat.build import build_conversations, epoch_sequences
 from equilibrium_mcore.data.chat.dataset import ConversationDataset
 from equilibrium_mcore.data.chat.epochs import count_sequences, packed_epoch
 from equilibrium_mcore.data.chat.examples import Example, Examples
@@ -283,11 +283,17 @@ def test_from_files_to_batches_on_every_rank(chat_configs, tmp_path):
         ],
         too_long="cut",
         window=32,
-        epochs=2,
         document_multiple=4,
     )
-    settings = {"sequence_length": 128, "seed": 1, "vocab_size": 700}
+    counted = epoch_sequences(config, epochs=2, sequence_length=128, seed=1)
+    settings = {
+        "sequence_length": 128,
+        "seed": 1,
+        "vocab_size": 700,
+        "samples": counted.sequences,
+    }
     built = build_conversations(config, **settings)
+    assert counted.epoch == built.epoch
     assert 0.7 < built.epoch.efficiency < 1 and "b: " in str(built)
     data = built.dataset
     rows = torch.stack([data[n]["tokens"] for n in range(12)])

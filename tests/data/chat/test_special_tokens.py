@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from equilibrium_mcore.config.schema import TokenizerConfig
+from equilibrium_mcore.config.data import TokenizerConfig
 from equilibrium_mcore.data.chat.special_tokens import add_special_tokens
 from equilibrium_mcore.data.chat.vocabulary import ChatVocabulary
 from equilibrium_mcore.data.tokenizer import load_tokenizer

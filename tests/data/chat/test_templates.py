@@ -11,8 +11,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from equilibrium_mcore.config.chat import JinjaTemplateConfig
+from equilibrium_mcore.config.data import TokenizerConfig
 from equilibrium_mcore.config.errors import ConfigError
-from equilibrium_mcore.config.schema import TokenizerConfig
 from equilibrium_mcore.data.chat.render import build_renderer
 from equilibrium_mcore.data.chat.segments import Turn, joined
 from equilibrium_mcore.data.chat.templates import TEMPLATES

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from equilibrium_mcore.config.chat import ConversationsConfig, ConversationSourceConfig
-from equilibrium_mcore.config.schema import TokenizerConfig
+from equilibrium_mcore.config.data import TokenizerConfig
 from tests.data.chat.support import messages_of, random_chats, write_rows
 from tests.support.runs import tiny_run
 

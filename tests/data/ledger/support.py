@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from equilibrium_mcore.config.schema import SourceConfig
+from equilibrium_mcore.config.data import SourceConfig
 from equilibrium_mcore.data.indexed_files import read_header
 from equilibrium_mcore.data.indexed_writer import IndexedWriter
 from equilibrium_mcore.data.ledger import lanes

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from equilibrium_mcore.config.data import DataConfig, SourceConfig
 from equilibrium_mcore.config.errors import ConfigError
-from equilibrium_mcore.config.schema import DataConfig, SourceConfig
 from equilibrium_mcore.data.blend import build_datasets
 from equilibrium_mcore.data.indexed_files import fingerprint, read_header
 from equilibrium_mcore.data.ledger.dataset import LedgerDataset

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from equilibrium_mcore.config.data import DataConfig
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.mixture import load_mixture
 from equilibrium_mcore.config.problems import parse
-from equilibrium_mcore.config.schema import DataConfig
 from equilibrium_mcore.config.yaml_io import read_mapping
 from equilibrium_mcore.data.indexed_files import read_manifest
 from equilibrium_mcore.data.mixtures.manifest import read_mixture_manifest

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from equilibrium_mcore.config.data import DataConfig
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.problems import parse
-from equilibrium_mcore.config.schema import DataConfig
 from equilibrium_mcore.config.yaml_io import read_mapping
 from equilibrium_mcore.data.mixtures.selection import (
     CutReader,

@@ -1,4 +1,4 @@
-"""What every rank of a run does."""
+"""Stages that train on data which is there before: pretraining, midtraining, fine-tuning."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ def train_rank(place: Place, *, config: RunConfig) -> None:
     """Train `config` as the rank of `place`, from setup to the last step or a stop."""
     with owned_run_folder(config, is_first_rank=place.rank == 0) as lock:
         run = setup(config, place)
-        train(run, callbacks=build_callbacks(config, lock))
+        train(run, callbacks=build_callbacks(run.config, lock))
         teardown(run)

@@ -1,0 +1,96 @@
+"""What a run can be: a stage sets defaults of the other sections, and what they must hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from equilibrium_mcore.config.references import merge
+from equilibrium_mcore.config.rule_kit import RuleTable, Subject
+
+DEFAULT_STAGE = "pretrain"
+_REQUIRED = {"model", "data", "training"}
+
+
+class StageSettings(NamedTuple):
+    """A stage, as far as settings go.
+
+    `defaults` are laid under what a run file says. `data` and `objectives` are the kinds that it
+    takes; `data_folders` is where in `configs/data` its mixtures are.
+    """
+
+    meaning: str
+    data: str
+    objectives: tuple[str, ...]
+    data_folder: str
+    defaults: Mapping[str, Any]
+    needs_weights: bool = False
+
+
+STAGES: dict[str, StageSettings] = {
+    "pretrain": StageSettings(
+        "from random weights, on text",
+        data="indexed",
+        objectives=("next_token", "sft"),
+        data_folder="pretrain",
+        defaults={},
+    ),
+    "midtrain": StageSettings(
+        "from weights, on other text, while the rate falls (a WSD tail)",
+        data="indexed",
+        objectives=("next_token", "sft"),
+        data_folder="midtrain",
+        defaults={"optimizer": {"schedule": {"kind": "wsd"}}, "data": {"packing": "documents"}},
+        needs_weights=True,
+    ),
+    "sft": StageSettings(
+        "supervised fine-tuning, on what the assistant says in conversations",
+        data="conversations",
+        objectives=("sft",),
+        data_folder="posttrain/sft",
+        defaults={"objective": {"type": "sft"}, "data": {"type": "conversations"}},
+    ),
+}
+
+STAGE_RULES = RuleTable()
+rule = STAGE_RULES.rule
+
+
+def with_stage_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` over the defaults of their stage; an unknown stage is left for the schema.
+
+    Sections that every run must have stay missing where they are.
+    """
+    settings = STAGES.get(str(values.get("stage", DEFAULT_STAGE)))
+    if settings is None:
+        return dict(values)
+    there = {key: value for key, value in values.items() if value is not None}
+    laid = {k: v for k, v in settings.defaults.items() if k in there or k not in _REQUIRED}
+    return {**values, **merge(laid, there)}
+
+
+@rule("stage", "data", "objective")
+def a_stage_has_its_kinds(subject: Subject) -> Iterator[str]:
+    config, settings = subject.config, STAGES[subject.config.stage]
+    if config.data.type != settings.data:
+        fit = [name for name, stage in STAGES.items() if stage.data == config.data.type]
+        yield (
+            f"data.type={config.data.type!r} with stage={config.stage!r}, which trains on "
+            f"{settings.data}: name such data, or set stage to {' or '.join(fit)}"
+        )
+    if config.objective.type not in settings.objectives:
+        yield (
+            f"objective.type={config.objective.type!r} with stage={config.stage!r}: it takes "
+            f"{' or '.join(settings.objectives)}; leave the objective out for the stage's own"
+        )
+
+
+@rule("stage", "checkpoint")
+def a_stage_starts_from_weights(subject: Subject) -> Iterator[str]:
+    config = subject.config
+    if STAGES[config.stage].needs_weights and config.checkpoint.initial_weights is None:
+        yield (
+            f"stage={config.stage!r} continues a model: set checkpoint.initial_weights to a run's "
+            "output directory or one of its checkpoints, or set stage: pretrain to train from "
+            "scratch"
+        )

@@ -1,0 +1,1 @@
+"""What each stage does in its ranks; no stage imports another."""

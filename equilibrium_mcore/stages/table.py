@@ -1,0 +1,14 @@
+"""The stages by name: a new one is a file here, a row here, and one in `config/stages.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from equilibrium_mcore.stages.offline import train_rank
+
+# (place, config=) of every rank, from setup to the end.
+STAGE_RANKS: dict[str, Callable[..., None]] = {
+    "pretrain": train_rank,
+    "midtrain": train_rank,
+    "sft": train_rank,
+}

@@ -1,0 +1,44 @@
+"""The main of every stage: `python -m equilibrium_mcore.train RUN.yaml [key=value ...]`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import partial
+
+from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.load import load_run_config
+from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.parallel import accelerator
+from equilibrium_mcore.parallel.host import describe_host
+from equilibrium_mcore.parallel.launch import launch, place_from_environment
+from equilibrium_mcore.training.run_folder import check_run_folder
+
+
+def main(arguments: list[str]) -> int:
+    """Check the config, then run its stage in every rank; the exit status."""
+    try:
+        return run_stage(load_run_config(arguments, host=describe_host()))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def run_stage(config: RunConfig) -> int:
+    """Run the stage of a checked config in every rank; the exit status.
+
+    Raises ConfigError for an output directory that the run cannot have.
+    """
+    place = place_from_environment(os.environ)
+    if place is None or place.rank == 0:
+        check_run_folder(config)  # before libraries take their seconds to import
+
+    accelerator.install()  # before megatron-core is imported
+    accelerator.quiet_libraries()
+    from equilibrium_mcore.stages.table import STAGE_RANKS
+
+    return launch(config.parallelism, partial(STAGE_RANKS[config.stage], config=config))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,188 @@
+"""A run's datasets: a row for each kind of data that the config may name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from equilibrium_mcore.config import rules
+from equilibrium_mcore.config.chat import ConversationsConfig
+from equilibrium_mcore.config.data import DataConfig
+from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.layout import train_samples
+from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.data.blend import Datasets, build_datasets, epoch_tokens
+from equilibrium_mcore.data.chat.build import build_conversations, epoch_sequences
+from equilibrium_mcore.data.tokenizer import load_tokenizer
+
+CONVERSATIONS_FOLDER = "conversations"  # in the output directory: what was encoded
+
+Progress = dict[str, Any]
+Say = Callable[[str], object]
+
+
+class DataKind(NamedTuple):
+    """What a kind of data gives a run.
+
+    `build` makes its datasets, continuing at a checkpoint's progress; `count` gives the sequences
+    of so many epochs, and how they were counted.
+    """
+
+    build: Callable[[RunConfig, Progress | None, Say], Datasets]
+    count: Callable[[RunConfig, float], tuple[int, str]]
+
+
+def build_run_datasets(
+    config: RunConfig, progress: Progress | None = None, *, say: Say = lambda text: None
+) -> Datasets:
+    """The datasets with as many samples as the whole run takes.
+
+    They continue where `progress`, the `state.json` of a checkpoint, left them; None is a run from
+    scratch. `say` gets what is worth a line in the log. Raises ConfigError for data that cannot be
+    trained on.
+    """
+    return DATA_KINDS[type(config.data)].build(config, progress, say)
+
+
+def with_steps(config: RunConfig, *, say: Say = lambda text: None) -> RunConfig:
+    """The run with `training.epochs` as steps: reads the data, and says the arithmetic.
+
+    A run that has steps stays as it is. Raises ConfigError for data that cannot be read, and for
+    settings that do not fit the steps.
+    """
+    training = config.training
+    if training.steps is not None:
+        return config
+    sequences, counted = DATA_KINDS[type(config.data)].count(config, training.epochs)
+    steps = math.ceil(sequences / training.global_batch_size)
+    say(
+        f"training.epochs={training.epochs:g}: {counted}; {sequences:,} sequences / "
+        f"training.global_batch_size={training.global_batch_size:,} = {steps:,} steps"
+    )
+    fixed = training.model_copy(update={"steps": steps, "epochs": None})
+    config = config.model_copy(update={"training": fixed})
+    problems = rules.check(config)
+    if problems:
+        raise ConfigError(problems, source=f"training.epochs={training.epochs:g}: {steps:,} steps")
+    return config
+
+
+# ------------------------------------------------------------------------------- indexed datasets
+
+
+def _indexed(config: RunConfig, progress: Progress | None, say: Say) -> Datasets:
+    training = config.training
+    saved = _ledger_progress(config, progress)
+    samples = train_samples(config)
+    if config.data.order == "ledger":
+        samples = _samples_to_come(config, saved)
+    return build_datasets(
+        config.data,
+        sequence_length=training.sequence_length,
+        train_samples=samples,
+        validation_samples=_validation_samples(config),
+        seed=training.seed,
+        tokenizer=load_tokenizer(config.data.tokenizer),
+        model_vocab_size=config.model.vocab_size,
+        ledger_state=saved["ledger"],
+        consumed_samples=saved["samples"],
+    )
+
+
+def _ledger_progress(config: RunConfig, progress: Progress | None) -> Progress:
+    """Step, samples and ledger at which the data starts."""
+    if progress is None or config.data.order != "ledger":
+        return {"step": 0, "samples": 0, "ledger": None}
+    if progress.get("ledger") is None:
+        raise ConfigError(
+            f"data.order='ledger', but the checkpoint of step {progress['step']} in "
+            f"{config.output_directory} holds no ledger: it was trained in another order, in "
+            "which the documents that it has seen cannot be told. Set data.order=megatron to go "
+            "on, or start a new run in another output_directory with "
+            f"checkpoint.initial_weights={config.output_directory}"
+        )
+    return progress
+
+
+def _indexed_epochs(config: RunConfig, epochs: float) -> tuple[int, str]:
+    """The weights of the blend decide how the tokens are shared, not how many they are."""
+    tokens = epoch_tokens(config.data)
+    length = config.training.sequence_length
+    sequences = math.ceil(epochs * tokens / length)
+    return sequences, (
+        f"{epochs:g} x {tokens:,} training tokens of {len(config.data.sources):,} sources / "
+        f"training.sequence_length={length:,}"
+    )
+
+
+# ---------------------------------------------------------------------------------- conversations
+
+
+def _conversations(config: RunConfig, progress: Progress | None, say: Say) -> Datasets:
+    saved = progress or {"step": 0, "samples": 0, "conversations": None}
+    if saved.get("conversations") is None and progress is not None:
+        raise ConfigError(
+            f"the checkpoint of step {saved['step']} in {config.output_directory} says nothing of "
+            "conversations: it was trained on other data. Start a new run in another "
+            f"output_directory with checkpoint.initial_weights={config.output_directory}"
+        )
+    training, data = config.training, _cached(config)
+    settings = {
+        "sequence_length": training.sequence_length,
+        "seed": training.seed,
+        "vocab_size": config.model.vocab_size,
+    }
+    built = build_conversations(
+        data,
+        samples=_samples_to_come(config, saved),
+        state=saved["conversations"],
+        first_sample=saved["samples"],
+        **settings,
+    )
+    say(str(built))
+    validation, count = None, _validation_samples(config)
+    if count:
+        held_out = build_conversations(data, part="validation", samples=count, **settings)
+        say(f"validation: {held_out.epoch}")
+        validation = held_out.dataset
+    return Datasets(train=built.dataset, validation=validation, test=None)
+
+
+def _conversation_epochs(config: RunConfig, epochs: float) -> tuple[int, str]:
+    counted = epoch_sequences(
+        _cached(config),
+        epochs=epochs,
+        sequence_length=config.training.sequence_length,
+        seed=config.training.seed,
+    )
+    return counted.sequences, f"{epochs:g} x {counted.epoch}"
+
+
+def _cached(config: RunConfig) -> ConversationsConfig:
+    """The data's settings with a place for what was encoded."""
+    if config.data.cache_directory is not None:
+        return config.data
+    folder = config.output_directory / CONVERSATIONS_FOLDER
+    return config.data.model_copy(update={"cache_directory": folder})
+
+
+# ------------------------------------------------------------------------------------------- both
+
+
+def _samples_to_come(config: RunConfig, saved: Progress) -> int:
+    """Steps that are done may have had another batch than those to come."""
+    to_come = max(0, config.training.steps - saved["step"])
+    return saved["samples"] + to_come * config.training.global_batch_size
+
+
+def _validation_samples(config: RunConfig) -> int:
+    training = config.training
+    validates = training.validation_interval_steps > 0
+    return training.validation_batches * training.global_batch_size * validates
+
+
+DATA_KINDS: dict[type, DataKind] = {
+    DataConfig: DataKind(_indexed, _indexed_epochs),
+    ConversationsConfig: DataKind(_conversations, _conversation_epochs),
+}
