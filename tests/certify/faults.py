@@ -209,7 +209,7 @@ EXPECTED: dict[Callable[[], None], Case] = {
         "cp=2", "gradients", "embedding", PAIRS, everywhere=True
     ),
     objectives.pairs_given_as_the_divisor: Case(
-        "dp=2", "balancing losses", "mlp.router", PAIRS, everywhere=True
+        "dp=2", "balancing losses", "embedding", PAIRS, everywhere=True
     ),
 }
 HEALTHY = (healthy, objectives.pairs)
