@@ -76,6 +76,9 @@ class ColumnsConfig(Section):
     )
     system: str | None = setting(None, "the system prompt, beside the turns")
     prompt: str | None = setting(None, "the prompt, as text or as turns")
+    context: str | None = setting(
+        None, "text that belongs to the prompt, after a blank line; an empty one is left out"
+    )
     response: str | None = setting(None, "sft: the answer to the prompt")
     chosen: str | None = setting(None, "preference: the better answer, transcript or turns")
     rejected: str | None = setting(None, "preference: the worse answer, transcript or turns")

@@ -16,7 +16,7 @@ from equilibrium_mcore.config.schema import ModelConfig
 ROOT = Path(__file__).parents[2]
 MODELS = sorted(path.stem for path in (ROOT / "configs/models").glob("*.yaml"))
 
-# From the publishers' safetensors metadata; mamba2_1.3b from the reference code's shapes. The two
+# From the publishers' safetensors metadata; mamba2 from the reference code's shapes. The two
 # equilibrium models are this project's: the figures that their files state.
 PARAMETERS = {
     "deepseek_v2_lite_16b": 15_706_484_224,
@@ -26,6 +26,7 @@ PARAMETERS = {
     "llama_3b": 3_212_749_824,
     "llama_7b": 6_738_415_616,
     "mamba2_1.3b": 1_343_757_312,
+    "mamba2_130m": 128_989_632,
     "qwen2_1.5b": 1_543_714_304,
     "qwen2_7b": 7_615_616_512,
 }

@@ -31,6 +31,7 @@ PUBLISHED = {
 }
 # This project's own, by the shapes of the papers, and Mamba-2's, for which see the test below.
 DERIVED = {
+    "mamba2_130m": 128_989_632,
     "mamba2_1.3b": 1_343_757_312,
     "equilibrium_3b": 2_933_952_720,
     "equilibrium_tiny": 3_004_048,

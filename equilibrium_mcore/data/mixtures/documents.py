@@ -187,6 +187,10 @@ def _conversation(dataset: DatasetConfig, row: Mapping[str, Any]) -> dict[str, T
 def _prompt(dataset: DatasetConfig, row: Mapping[str, Any]) -> Turns:
     columns = dataset.columns
     turns = _as_turns(field_of(row, str(columns.prompt)), str(columns.prompt))
+    context = _string(row, columns.context).strip() if columns.context else ""
+    if context:
+        *before, last = turns
+        turns = [*before, {**last, "content": f"{last['content']}\n\n{context}"}]
     system = _string(row, columns.system) if columns.system else ""
     return [{"role": "system", "content": system}, *turns] if system else turns
 
