@@ -51,13 +51,13 @@ def log_probabilities(
     if not batches:
         return []
     _check(run, batches, temperature, which, chunks)
-    batches = [_with_places(batch) for batch in _filled_up(run, batches)]
+    micro_batches = [_with_places(batch) for batch in _filled_up(run, batches)]
     with run.weights(which) as own:
         chunks = own if chunks is None else chunks
         with evaluating(chunks):
             outputs = run_schedule(
                 run,
-                batches,
+                micro_batches,
                 forward_step=partial(_forward_step, run=run, temperature=temperature),
                 forward_only=True,
                 chunks=chunks,
@@ -65,7 +65,9 @@ def log_probabilities(
             )
     dtype = torch.promote_types(get_model_config(chunks[0]).params_dtype, torch.float32)
     shape = batches[0]["labels"].shape
-    values = torch.zeros(len(batches), shape.numel(), dtype=dtype, device=accelerator.device())
+    values = torch.zeros(
+        len(micro_batches), shape.numel(), dtype=dtype, device=accelerator.device()
+    )
     if outputs:
         values.copy_(torch.stack(outputs))
     _to_all(run, values)
