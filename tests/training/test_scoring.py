@@ -60,6 +60,9 @@ def score(place: Place, config: RunConfig) -> dict[str, Any]:
 
     run = setup(config, place, datasets=made_up_datasets(config))
     before = _state(run, fill_gradients=True)
+    modes: set[bool] = set()
+    for chunk in run.chunks:
+        chunk.module.register_forward_pre_hook(lambda module, given: modes.add(module.training))
     found: dict[str, dict[int, Tensor]] = {}
     # Each data rank has the batches in an order of its own.
     order = [(index + run.groups.dp.rank()) % BATCHES for index in range(BATCHES)]
@@ -77,7 +80,7 @@ def score(place: Place, config: RunConfig) -> dict[str, Any]:
     found["alone"] = {0: log_probabilities(run, [alone])[0]}
     changed = [name for name, value in _state(run).items() if not _same(value, before[name])]
     teardown(run)
-    return {"found": found, "changed": changed}
+    return {"found": found, "changed": changed, "modes": modes}
 
 
 def _first_document(batch: dict[str, Tensor]) -> int:
@@ -196,6 +199,7 @@ def test_a_packed_document_has_the_scores_that_it_has_alone(one_rank):
 def assert_one_answer(outcomes: list[dict[str, Any]], expected: dict[str, Any]) -> None:
     for outcome in outcomes:
         assert outcome["changed"] == []
+        assert outcome["modes"] == {False}  # evaluated, not trained
         for name, values in expected["found"].items():
             for index, value in values.items():
                 given = outcome["found"][name][index]
