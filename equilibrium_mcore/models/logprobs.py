@@ -63,14 +63,11 @@ class _LabelLogProbabilities(torch.autograd.Function):
         temperature: float,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        wide = torch.promote_types(logits_BSV.dtype, torch.float32)
-        x_BSV = logits_BSV.to(wide, copy=True).div_(temperature)
-        width = x_BSV.shape[-1]
+        width = logits_BSV.shape[-1]
         first = tp_group.rank() * width
-        x_BSV[..., max(vocab_size - first, 0) :] = -torch.inf
-        largest_BS = x_BSV.amax(-1)
-        _all_reduce(largest_BS, tp_group, torch.distributed.ReduceOp.MAX)
-        x_BSV -= largest_BS.unsqueeze(-1)
+        x_BSV = _exponents(
+            logits_BSV, real=max(vocab_size - first, 0), temperature=temperature, group=tp_group
+        )
         index_BS1 = (labels_BS - first).unsqueeze(-1)
         here_BS1 = (index_BS1 >= 0) & (index_BS1 < width)
         index_BS1 = index_BS1.clamp(0, width - 1)
@@ -101,6 +98,18 @@ class _LabelLogProbabilities(torch.autograd.Function):
             slope_BSV = torch.xlogy(p_BSV, p_BSV).addcmul_(p_BSV, entropy_BS.unsqueeze(-1))
             x_BSV.addcmul_(slope_BSV, of_entropy_BS.unsqueeze(-1), value=-1)
         return x_BSV.div_(ctx.temperature).to(ctx.dtype), None, None, None, None, None
+
+
+def _exponents(
+    logits_BSV: Tensor, *, real: int, temperature: float, group: torch.distributed.ProcessGroup
+) -> Tensor:
+    """A copy, at most 0 and wide enough for sums of powers; -inf from this rank's row `real` on."""
+    wide = torch.promote_types(logits_BSV.dtype, torch.float32)
+    x_BSV = logits_BSV.to(wide, copy=True).div_(temperature)
+    x_BSV[..., real:] = -torch.inf
+    largest_BS = x_BSV.amax(-1)
+    _all_reduce(largest_BS, group, torch.distributed.ReduceOp.MAX)
+    return x_BSV.sub_(largest_BS.unsqueeze(-1))
 
 
 def _all_reduce(

@@ -11,6 +11,7 @@ from equilibrium_mcore.checkpoint.choose import open_weights_together
 from equilibrium_mcore.checkpoint.sharded import load_weights
 from equilibrium_mcore.config import rules
 from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.pattern import layers_of
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.parallel.random_states import kept_random_states
 from equilibrium_mcore.training.setup import build_chunks
@@ -36,6 +37,9 @@ def load_frozen(
             f"{opened.path}: model.vocab_size={model.vocab_size} of the frozen model, and "
             f"{config.model.vocab_size} of the run: both must read the same tokens"
         )
+    if layers_of(model.layer_pattern) == layers_of(config.model.layer_pattern):
+        # The run's cuts fit its pipeline; those that the weights were saved under need not.
+        model = model.model_copy(update={"layer_pattern": config.model.layer_pattern})
     wanted = config.model_copy(update={"model": model})
     if problems := rules.check(wanted, world_size=torch.distributed.get_world_size()):
         raise ConfigError(problems, source=f"the model of {opened.path} in this run's layout")

@@ -125,10 +125,9 @@ def config_of(data: dict, folder: Path, layout: dict, weights: str | None = None
     return tiny_run(
         {**data, "document_multiple": 8},
         folder,
-        model=SCORED_MODEL,
         parallelism=layout,
         checkpoint={"initial_weights": weights},
-        **changes,
+        **{"model": SCORED_MODEL, **changes},
     )
 
 
@@ -152,6 +151,53 @@ def start(ranks, data, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("start")
     ranks.run(1, train_and_save, config_of(data, folder, {}))
     return folder
+
+
+TEACHER_MODEL = {
+    **MODEL,
+    "layer_pattern": "M-|+-|M-|+-",
+    "hidden_size": 96,
+    "moe": None,
+    "vocab_size_multiple": 64,
+}
+
+
+def score_by_teacher(place: Place, config: RunConfig, weights: Path) -> list[Tensor]:
+    """Scores of a frozen model that is another than the run's."""
+    from equilibrium_mcore.certify.tokens import made_up_datasets
+    from equilibrium_mcore.config.errors import ConfigError
+    from equilibrium_mcore.training.frozen import load_frozen
+    from equilibrium_mcore.training.scoring import log_probabilities
+    from equilibrium_mcore.training.setup import setup, teardown
+
+    run = setup(config, place, datasets=made_up_datasets(config))
+    teacher = load_frozen(weights, config=config, groups=run.groups)
+    values = log_probabilities(run, made_up_batches(), chunks=teacher)
+    smaller = config.model.model_copy(update={"vocab_size": VOCABULARY - 1})
+    other = config.model_copy(update={"model": smaller})
+    with pytest.raises(ConfigError, match=f"model.vocab_size={VOCABULARY} of the frozen model"):
+        load_frozen(weights, config=other, groups=run.groups)
+    teardown(run)
+    return values
+
+
+@pytest.mark.slow
+def test_a_teacher_of_another_shape_scores_in_the_runs_layout(ranks, data, start, tmp_path):
+    """Pipeline stages send its activations, of its width, not the run's."""
+    teacher = config_of(data, tmp_path / "teacher", {}, model=TEACHER_MODEL)
+    ranks.run(1, train_and_save, teacher)
+    scored = {
+        name: ranks.run(
+            layout.get("world_size", 1),
+            score_by_teacher,
+            config_of(data, tmp_path / name, layout, str(start)),
+            tmp_path / "teacher",
+        )
+        for name, layout in {"one": {}, "pp2": LAYOUTS["pp2"]}.items()
+    }
+    for values in scored["pp2"]:
+        for found, expected in zip(values, scored["one"][0], strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.fixture(scope="module")
