@@ -11,7 +11,7 @@ import math
 from equilibrium_mcore.certify.ties import Tie, compare_choices
 from equilibrium_mcore.certify.trace import Trace
 from equilibrium_mcore.certify.verdict import Verdict, worst_verdict
-from equilibrium_mcore.certify.whole import Whole
+from equilibrium_mcore.checkpoint.pieces import Whole
 from equilibrium_mcore.config.schema import OptimizerConfig
 
 EXACT = 1e-9

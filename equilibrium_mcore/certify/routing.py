@@ -10,8 +10,8 @@ import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from equilibrium_mcore.training.schedule import rank_batch
 from equilibrium_mcore.training.setup import Run
-from equilibrium_mcore.training.step import rank_batch
 
 # (step, layer), both from 1 -> places, experts chosen there, and how clear each choice was
 Notes = dict[tuple[int, int], list[tuple[Tensor, Tensor, Tensor]]]

@@ -20,7 +20,8 @@ from equilibrium_mcore.certify.float64 import NarrowOperations, in_float64
 from equilibrium_mcore.certify.routing import Notes, Routing, RoutingWatch, whole_routing
 from equilibrium_mcore.certify.tokens import made_up_datasets
 from equilibrium_mcore.certify.updates import update_from_given_gradients
-from equilibrium_mcore.certify.whole import Piece, Whole, assemble, pieces_of, whole_piece
+from equilibrium_mcore.certify.whole import pieces_of
+from equilibrium_mcore.checkpoint.pieces import Piece, Whole, assemble, whole_piece
 from equilibrium_mcore.checkpoint.sharded import save_checkpoint
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.parallel.launch import Place

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from equilibrium_mcore.certify.whole import Piece, pieces_of
+from equilibrium_mcore.certify.whole import pieces_of
+from equilibrium_mcore.checkpoint.pieces import Piece
 from equilibrium_mcore.checkpoint.sharded import load_weights
 from equilibrium_mcore.optim.optimizer import HybridOptimizer
 from equilibrium_mcore.training.setup import Run

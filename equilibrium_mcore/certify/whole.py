@@ -1,43 +1,19 @@
-"""Whole tensors from the pieces that ranks hold, by the checkpoint's own map of the layout."""
+"""A run's gradients, updates and weights as the pieces of whole tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-
-import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import (
     get_param_id_to_sharded_param_map,
     make_sharded_optimizer_tensor,
 )
 from torch import Tensor
 
+from equilibrium_mcore.checkpoint.pieces import Piece, parts_of, piece_of
 from equilibrium_mcore.training.setup import Run
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A rank's part of a whole tensor."""
-
-    name: str
-    shape: tuple[int, ...]  # of the whole
-    offset: tuple[int, ...]
-    data: Tensor  # with as many axes as the whole
-
-
-@dataclass
-class Whole:
-    """A tensor put together, and how far its replicas lie apart."""
-
-    data: Tensor
-    covered: Tensor  # how often each element was given
-    disagreement: float = 0.0  # largest difference between replicas, relative to the largest value
-
-
 def pieces_of(run: Run, tensors: dict[str, Tensor]) -> list[Piece]:
-    """This rank's pieces of parameter-shaped `tensors`, by the optimizer's parameter names."""
+    """Copies of this rank's pieces of parameter-shaped `tensors`, by the optimizer's names."""
     parameters = run.optimizer.parameters
     sharded = {
         str(index): getattr(chunk, "module", chunk).sharded_state_dict()
@@ -49,56 +25,5 @@ def pieces_of(run: Run, tensors: dict[str, Tensor]) -> list[Piece]:
         tensor = tensors.get(parameters[index].name)
         if tensor is not None:
             placed = make_sharded_optimizer_tensor(shard, tensor.detach(), prefix="")
-            pieces += [_piece(part) for part in _parts(placed)]
+            pieces += [piece_of(part).copied() for part in parts_of(placed)]
     return pieces
-
-
-def whole_piece(name: str, tensor: Tensor) -> Piece:
-    """A tensor that this rank holds whole."""
-    data = tensor.detach().clone().cpu()
-    return Piece(name, tuple(data.shape), (0,) * data.dim(), data)
-
-
-def _parts(placed: ShardedTensor | ShardedTensorFactory) -> Iterable[ShardedTensor]:
-    if isinstance(placed, ShardedTensorFactory):
-        for part in nested_values(placed.build()):
-            yield from _parts(part)
-    else:
-        yield placed
-
-
-def _piece(part: ShardedTensor) -> Piece:
-    data = part.data.detach().clone().cpu()
-    for _ in range(part.prepend_axis_num):
-        data = data.unsqueeze(0)
-    return Piece(part.key.lstrip("."), tuple(part.global_shape), tuple(part.global_offset), data)
-
-
-def assemble(pieces: Iterable[Piece]) -> dict[str, Whole]:
-    """Whole tensors by name. Raises ValueError where a part of one is missing."""
-    wholes: dict[str, Whole] = {}
-    for piece in pieces:
-        if piece.name not in wholes:
-            wholes[piece.name] = Whole(
-                torch.zeros(piece.shape, dtype=piece.data.dtype),
-                torch.zeros(piece.shape, dtype=torch.int16),
-            )
-        whole = wholes[piece.name]
-        place = tuple(
-            slice(start, start + size)
-            for start, size in zip(piece.offset, piece.data.shape, strict=True)
-        )
-        seen = whole.covered[place] > 0
-        if seen.any():
-            apart = (whole.data[place] - piece.data).abs()[seen].max().item()
-            scale = piece.data.abs().max().item() or 1.0
-            whole.disagreement = max(whole.disagreement, apart / scale)
-        whole.data[place] = torch.where(seen, whole.data[place], piece.data)
-        whole.covered[place] += 1
-    for name, whole in wholes.items():
-        if not whole.covered.all():
-            missing = int((whole.covered == 0).sum())
-            raise ValueError(
-                f"{name}: no rank holds {missing} of its {whole.covered.numel()} values"
-            )
-    return wholes

@@ -13,7 +13,8 @@ from torch import Tensor
 from equilibrium_mcore.certify.float64 import in_float64
 from equilibrium_mcore.certify.plain_loop import train_plainly
 from equilibrium_mcore.certify.tokens import made_up_datasets
-from equilibrium_mcore.certify.whole import assemble, pieces_of
+from equilibrium_mcore.certify.whole import pieces_of
+from equilibrium_mcore.checkpoint.pieces import assemble
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.export.config_json import config_values
 from equilibrium_mcore.export.mapping import ParamMapping, plan

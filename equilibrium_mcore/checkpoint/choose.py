@@ -116,13 +116,23 @@ def _from_scratch(config: RunConfig, notes: list[Note]) -> Choice:
     line, weights = on_first_rank(Line.new), None
     if config.checkpoint.initial_weights is not None:
         start = time.perf_counter()
-        path = on_first_rank(lambda: find_weights(config.checkpoint.initial_weights))
-        try:
-            weights = open_together(path, needs_state=False, verify=config.checkpoint.verify)
-        except DamagedCheckpointError as error:
-            raise with_way_out(error) from None
+        weights = open_weights_together(
+            config.checkpoint.initial_weights, verify=config.checkpoint.verify
+        )
         notes = notes + _verified(weights, config, start)
     return Choice(None, weights, line, (*notes, *_left(config, line)))
+
+
+def open_weights_together(path: Path, *, verify: bool) -> Opened:
+    """The checkpoint at `path`, or the latest of the run whose output directory it is. Collective.
+
+    Raises ConfigError where there is none, and DamagedCheckpointError.
+    """
+    found = on_first_rank(lambda: find_weights(path))
+    try:
+        return open_together(found, needs_state=False, verify=verify)
+    except DamagedCheckpointError as error:
+        raise with_way_out(error) from None
 
 
 def find_weights(path: Path) -> Path:

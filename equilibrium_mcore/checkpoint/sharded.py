@@ -8,23 +8,20 @@ from __future__ import annotations
 
 import json
 import queue
-import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import megatron.core
-import numpy
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 import equilibrium_mcore
 from equilibrium_mcore.checkpoint import directory, publish, structure
-from equilibrium_mcore.checkpoint.choose import find_weights, open_together
+from equilibrium_mcore.checkpoint.choose import open_weights_together
 from equilibrium_mcore.checkpoint.compatibility import check_resumable, check_same_model
 from equilibrium_mcore.checkpoint.finite import check_finite
 from equilibrium_mcore.checkpoint.lineage import Line
@@ -36,6 +33,7 @@ from equilibrium_mcore.config.load import save_config
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.files.whole import sync_directory, sync_file
 from equilibrium_mcore.optim.optimizer import HybridOptimizer
+from equilibrium_mcore.parallel.random_states import random_states, set_random_states
 
 
 @dataclass(frozen=True)
@@ -157,7 +155,7 @@ def load_checkpoint(
         chunk.load_state_dict(state[name])
     optimizer.load_state_dict(state["optimizer"])
     if same_layout:
-        _set_random_states(state[structure.RNG_KEY])
+        set_random_states(state[structure.RNG_KEY])
     return state["progress"]
 
 
@@ -166,16 +164,15 @@ def load_weights(
     *,
     config: RunConfig,
     chunks: list[torch.nn.Module],
-    optimizer: HybridOptimizer | None,
+    optimizer: HybridOptimizer | None = None,
 ) -> None:
-    """Load the model's weights alone, and make the optimizer take them as its main weights.
+    """Load the model's weights alone, and make an optimizer take them as its main weights.
 
     `weights` is an opened checkpoint, or a run's output directory or checkpoint, which is opened
     and verified first. Collective. Raises ConfigError, and DamagedCheckpointError.
     """
     if not isinstance(weights, Opened):
-        path = on_first_rank(lambda: find_weights(weights))
-        weights = open_together(path, needs_state=False, verify=config.checkpoint.verify)
+        weights = open_weights_together(weights, verify=config.checkpoint.verify)
     check_same_model(weights.config, config, checkpoint=str(weights.path))
     wanted = {name: _unwrap(chunk).sharded_state_dict() for name, chunk in _named_chunks(chunks)}
     with allowed_classes_only():
@@ -216,27 +213,9 @@ def _sharded_state(
         state["progress"] = progress
     state[structure.RNG_KEY] = ShardedObject(
         structure.RNG_KEY,
-        _random_states(),
+        random_states(),
         global_shape=(torch.distributed.get_world_size(),),
         global_offset=(torch.distributed.get_rank(),),
         replica_id=0,
     )
     return state
-
-
-def _random_states() -> dict[str, Any]:
-    return {
-        "python": random.getstate(),
-        "numpy": numpy.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "device": torch.cuda.get_rng_state(),
-        "trackers": get_cuda_rng_tracker().get_states(),
-    }
-
-
-def _set_random_states(states: dict[str, Any]) -> None:
-    random.setstate(states["python"])
-    numpy.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    torch.cuda.set_rng_state(states["device"])
-    get_cuda_rng_tracker().set_states(states["trackers"])

@@ -22,6 +22,7 @@ from equilibrium_mcore.export.config_json import AUTO_MAP, config_values
 from equilibrium_mcore.export.mapping import plan
 from equilibrium_mcore.export.model_card import model_card
 from equilibrium_mcore.export.reader import CheckpointReader
+from equilibrium_mcore.export.source import TensorSource
 from equilibrium_mcore.export.tokenizer_files import write_tokenizer
 from equilibrium_mcore.export.weights import (
     DEFAULT_SHARD_BYTES,
@@ -99,24 +100,15 @@ def export_hugging_face(
     target = check()
     config = read_run_config(checkpoint)
     reader = CheckpointReader(checkpoint, main_weights=main_weights)
-    rows = plan(config.model, reader.names())
-    source = load_tokenizer(tokenizer or config.data.tokenizer)
-    if source.vocab_size > config.model.vocab_size:
-        raise ValueError(
-            f"tokenizer {source.path} has {source.vocab_size} tokens and the model "
-            f"vocab_size={config.model.vocab_size}: it is not the tokenizer of the training data"
-        )
-
+    plan(config.model, reader.names())  # raises before a folder is begun
+    loaded = _load_tokenizer(config, tokenizer)
     with whole_folder(target, check=check) as folder:
-        values = _write_settings(folder, config, source, dtype)
-        write_tokenizer(source, folder)
-        weights = write_weights(
+        weights = write_model(
             folder,
-            reader=reader,
-            rows=rows,
-            model=config.model,
-            hugging_face_config=values,
+            source=reader,
+            config=config,
             dtype=dtype,
+            tokenizer=loaded,
             max_shard_bytes=max_shard_bytes,
             progress=progress,
         )
@@ -125,7 +117,53 @@ def export_hugging_face(
     return ExportReport(output_directory, checkpoint, weights)
 
 
+def write_model(
+    folder: Path,
+    *,
+    source: TensorSource,
+    config: RunConfig,
+    dtype: Literal["float32", "bfloat16"] = "bfloat16",
+    tokenizer: Tokenizer | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: Progress | None = None,
+) -> WeightsReport:
+    """Everything that transformers loads, into a folder that is there: code, settings, weights.
+
+    Args:
+        source: the model's tensors, of a checkpoint or of a run in memory (`LiveTensors`).
+        config: of the run that the model is of.
+        tokenizer: the one that the run's config names if not given.
+
+    See `export_hugging_face` for the others. Raises ValueError where source, tokenizer and config
+    do not fit.
+    """
+    rows = plan(config.model, source.names())
+    tokenizer = tokenizer or _load_tokenizer(config)
+    values = _write_settings(folder, config, tokenizer, dtype)
+    write_tokenizer(tokenizer, folder)
+    return write_weights(
+        folder,
+        source=source,
+        rows=rows,
+        model=config.model,
+        hugging_face_config=values,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        progress=progress,
+    )
+
+
 # --------------------------------------------------------------------------------- the inside
+
+
+def _load_tokenizer(config: RunConfig, settings: TokenizerConfig | None = None) -> Tokenizer:
+    tokenizer = load_tokenizer(settings or config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens and the model "
+            f"vocab_size={config.model.vocab_size}: it is not the tokenizer of the training data"
+        )
+    return tokenizer
 
 
 def _write_settings(

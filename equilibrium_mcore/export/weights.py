@@ -13,7 +13,7 @@ from torch import Tensor
 
 from equilibrium_mcore.config.schema import ModelConfig
 from equilibrium_mcore.export.mapping import ParamMapping
-from equilibrium_mcore.export.reader import CheckpointReader
+from equilibrium_mcore.export.source import TensorSource
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -35,7 +35,7 @@ class WeightsReport:
 def write_weights(
     folder: Path,
     *,
-    reader: CheckpointReader,
+    source: TensorSource,
     rows: list[ParamMapping],
     model: ModelConfig,
     hugging_face_config: dict[str, Any],
@@ -60,7 +60,7 @@ def write_weights(
         for row in rows
         for name in row.hugging_face
     }
-    tensors = _converted(reader, rows, model, dtype, shapes)
+    tensors = _converted(source, rows, model, dtype, shapes)
     files = _write_shards(_counted(tensors, len(sizes), progress), sizes, folder, max_shard_bytes)
     total, active = _count_parameters(model, shapes)
     return WeightsReport(dtype, total, active, sum(sizes.values()), files)
@@ -101,14 +101,14 @@ def _target(row: ParamMapping, dtype: str) -> torch.dtype:
 
 
 def _converted(
-    reader: CheckpointReader,
+    source: TensorSource,
     rows: list[ParamMapping],
     model: ModelConfig,
     dtype: str,
     shapes: dict[str, torch.Size],
 ) -> Iterator[tuple[str, Tensor]]:
     """The Hugging Face tensors one after the other."""
-    for row, name, tensor in to_hugging_face(reader.read, rows, model):
+    for row, name, tensor in to_hugging_face(source.read, rows, model):
         if tensor.shape != shapes[name]:
             raise ValueError(
                 f"{', '.join(row.megatron)} gives {name} of shape {tuple(tensor.shape)}, and "

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -39,6 +41,8 @@ from equilibrium_mcore.training.run_data import build_run_datasets, with_steps
 
 logger = logging.getLogger(__name__)
 
+Weights = Literal["current", "evaluation"]
+
 
 @dataclass
 class Progress:
@@ -70,6 +74,23 @@ class Run:
     def progress_to_save(self) -> dict[str, Any]:
         """Progress and where the data stands, as plain values."""
         return {**asdict(self.progress), **self.stream.state()}
+
+    @contextmanager
+    def weights(self, which: Weights) -> Iterator[list[torch.nn.Module]]:
+        """The run's chunks with these weights, inside; with the present ones after it. Collective.
+
+        `current`: those at which the next gradient is taken. `evaluation`: those that are
+        evaluated and saved, schedule-free training's average; otherwise the same.
+
+        Raises ValueError for another name.
+        """
+        if which == "current":
+            yield self.chunks
+        elif which == "evaluation":
+            with self.optimizer.evaluation_weights():
+                yield self.chunks
+        else:
+            raise ValueError(f"weights {which!r}: a run has 'current' and 'evaluation'")
 
     @property
     def is_first_rank(self) -> bool:
@@ -138,9 +159,12 @@ def setup(config: RunConfig, place: Place, *, datasets: Datasets | None = None) 
 
 
 def build_chunks(
-    config: RunConfig, groups: ProcessGroupCollection
+    config: RunConfig, groups: ProcessGroupCollection, *, trainable: bool = True
 ) -> tuple[TransformerConfig, list[torch.nn.Module]]:
-    """This rank's model chunks, wrapped so that their gradients are reduced over data ranks."""
+    """This rank's model chunks, wrapped so that their gradients are reduced over data ranks.
+
+    Those that are not `trainable` are bare, in eval mode, and have no gradients nor room for them.
+    """
     on_gpu = accelerator.has_cuda()
     layout = config.parallelism
     transformer = build_transformer_config(config.model, layout, config.training, on_gpu=on_gpu)
@@ -159,6 +183,9 @@ def build_chunks(
         )
         if on_gpu:
             module.cuda()
+        if not trainable:
+            chunks.append(module.requires_grad_(False).eval())
+            continue
         reduction = DistributedDataParallelConfig(
             # Of gradients as wide as float64, which only proofs have, nothing is cut off.
             grad_reduce_in_fp32=transformer.params_dtype != torch.float64,
@@ -168,6 +195,8 @@ def build_chunks(
         wrapped = DistributedDataParallel(transformer, reduction, module, pg_collection=groups)
         wrapped.broadcast_params()
         chunks.append(wrapped)
+    if not trainable:
+        return transformer, chunks
     transformer.finalize_model_grads_func = finalize_model_grads
     if layout.overlap_grad_reduce:
         transformer.no_sync_func = [chunk.no_sync for chunk in chunks]

@@ -7,17 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from equilibrium_mcore.config.pattern import count_kinds
 from equilibrium_mcore.data.stream import Batch
-from equilibrium_mcore.models.packing import document_lengths, packed_documents, rank_tokens
 from equilibrium_mcore.parallel import accelerator
+from equilibrium_mcore.training.schedule import evaluating, rank_batch, run_schedule
 from equilibrium_mcore.training.setup import Run
 
 
@@ -77,7 +73,9 @@ def gradients_of(run: Run, batches: list[Batch]) -> list[Tensor]:
     for chunk in run.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
-    return _run_schedule(run, batches, forward_only=False)
+    return run_schedule(
+        run, batches, forward_step=_objective_step(run, batches), forward_only=False
+    )
 
 
 def validation_loss(run: Run) -> float:
@@ -91,23 +89,29 @@ def validation_figures(run: Run) -> dict[str, float]:
 
     The same batches every time, so that points of a curve can be compared.
     """
-    for chunk in run.chunks:
-        chunk.eval()
     count = run.micro_batches * run.config.training.validation_batches
     stream = run.stream_of(run.datasets.validation, consumed_samples=0)
     batches = stream.next_batches(count)
     stream.close()
-    with run.optimizer.evaluation_weights():
-        outputs = _run_schedule(run, batches, forward_only=True)
+    with run.weights("evaluation") as chunks, evaluating(chunks):
+        outputs = run_schedule(
+            run, batches, forward_step=_objective_step(run, batches), forward_only=True
+        )
     figures, _, _ = _sum_over_ranks(run, outputs)
     return figures
+
+
+def _objective_step(run: Run, batches: list[Batch]) -> partial:
+    """The forward step of these micro-batches. Collective."""
+    return partial(forward_step, run=run, scale=_scale(run, batches))
 
 
 def forward_step(
     iterator: Iterator[Batch], chunk: torch.nn.Module, *, run: Run, scale: float
 ) -> tuple[Tensor, partial]:
     """megatron-core's forward step: losses per token on the last stage, hidden states before."""
-    batch, packed = rank_batch(next(iterator), run)
+    also = ("loss_mask", *run.objective.inputs)
+    batch, packed = rank_batch(next(iterator), run, also=also)
     output = chunk(
         input_ids=batch["tokens"],
         position_ids=batch["position_ids"],
@@ -126,51 +130,6 @@ def objective_of(
     positions = torch.tensor(batch["labels"].numel(), dtype=torch.int, device=losses.device)
     figures = [value for name in run.objective.figures for value in outcome.figures[name]]
     return outcome.total * scale, positions, torch.stack(figures).detach()
-
-
-def rank_batch(batch: Batch, run: Run) -> tuple[Batch, PackedSeqParams | None]:
-    """The batch on this rank's device, cut to its part of the sequence under CP.
-
-    With `data.packing: documents` its sequences become one, (1, batch * sequence), described by the
-    second value.
-    """
-    device = accelerator.device()
-    names = ("tokens", "labels", "loss_mask", "position_ids", *run.objective.inputs)
-    batch = {name: batch[name].to(device, non_blocking=True) for name in names}
-    cp = run.groups.cp
-    if run.config.data.packing == "documents":
-        lengths = document_lengths(batch["position_ids"])
-        mine = rank_tokens(lengths, cp_size=cp.size(), cp_rank=cp.rank())
-        batch = {name: value.reshape(1, -1)[:, mine] for name, value in batch.items()}
-        return batch, packed_documents(lengths)
-    # Without a group megatron-core would split over all ranks, so it is always given.
-    return get_batch_on_this_cp_rank(
-        {**batch, "cu_seqlens": None}, is_hybrid_cp=False, cp_group=cp
-    ), None
-
-
-def _run_schedule(run: Run, batches: list[Batch], *, forward_only: bool) -> list[Tensor]:
-    """The figures of `objective_of` for every micro-batch, on ranks of the last stage."""
-    layout, training = run.config.parallelism, run.config.training
-    length, batch_size = training.sequence_length, training.micro_batch_size
-    if run.config.data.packing == "documents":  # all sequences of a micro-batch are one
-        length, batch_size = length * batch_size, 1
-    schedule = get_forward_backward_func(
-        pp_size=layout.pipeline,
-        vp_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
-    )
-    iterators = [iter(batches) for _ in run.chunks]
-    return schedule(
-        forward_step_func=partial(forward_step, run=run, scale=_scale(run, batches)),
-        data_iterator=iterators if len(iterators) > 1 else iterators[0],
-        model=run.chunks if len(run.chunks) > 1 else run.chunks[0],
-        num_microbatches=len(batches),
-        seq_length=length,
-        micro_batch_size=batch_size,
-        forward_only=forward_only,
-        p2p_communicator=P2PCommunicator(pp_group=run.groups.pp, config=run.transformer),
-        pg_collection=run.groups,
-    )
 
 
 def _scale(run: Run, batches: list[Batch]) -> float:

@@ -22,11 +22,10 @@ def context_split_over_the_wrong_group() -> None:
     from equilibrium_mcore.training import step
 
     cut = step.rank_batch
-    step.rank_batch = lambda batch, run: cut(
+    step.rank_batch = lambda batch, run, **names: cut(
         batch,
-        SimpleNamespace(
-            config=run.config, objective=run.objective, groups=SimpleNamespace(cp=run.groups.tp)
-        ),
+        SimpleNamespace(config=run.config, groups=SimpleNamespace(cp=run.groups.tp)),
+        **names,
     )
 
 
@@ -78,10 +77,10 @@ def documents_not_told_apart_when_packed() -> None:
 def packed_documents_cut_as_one_sequence() -> None:
     import torch
 
-    from equilibrium_mcore.training import step
+    from equilibrium_mcore.training import schedule
 
-    cut = step.rank_tokens
-    step.rank_tokens = lambda lengths, **cp: cut(torch.stack([lengths.sum()]), **cp)
+    cut = schedule.rank_tokens
+    schedule.rank_tokens = lambda lengths, **cp: cut(torch.stack([lengths.sum()]), **cp)
 
 
 def rope_not_offset_under_context_parallelism() -> None:

@@ -12,7 +12,7 @@ from equilibrium_mcore.certify.compare import compare, relative
 from equilibrium_mcore.certify.routing import Routing, whole_routing
 from equilibrium_mcore.certify.ties import compare_choices, find_tie
 from equilibrium_mcore.certify.trace import Trace
-from equilibrium_mcore.certify.whole import Whole
+from equilibrium_mcore.checkpoint.pieces import Whole
 from equilibrium_mcore.config.schema import OptimizerConfig
 
 LENGTH, PLACES, EXPERTS = 4, 8, 3

@@ -56,7 +56,7 @@ def gradients(
 
 
 def whole(results: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    from equilibrium_mcore.certify.whole import assemble
+    from equilibrium_mcore.checkpoint.pieces import assemble
 
     pieces = [piece for result in results for piece in result["pieces"]]
     return {name: found.data.double() for name, found in assemble(pieces).items()}

@@ -1,0 +1,148 @@
+"""Log-probabilities of given tokens: what a reference, an old policy or a teacher thinks of them.
+
+Forward only, in the run's layout, through the schedule that trains. Nothing of the run changes:
+weights, gradients, random states and the experts' bias are those from before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+from equilibrium_mcore.data.stream import Batch
+from equilibrium_mcore.models.logprobs import label_log_probabilities
+from equilibrium_mcore.parallel import accelerator
+from equilibrium_mcore.training.schedule import evaluating, rank_batch, run_schedule
+from equilibrium_mcore.training.setup import Run, Weights
+
+
+@torch.no_grad()
+def log_probabilities(
+    run: Run,
+    batches: Sequence[Batch],
+    *,
+    temperature: float = 1.0,
+    which: Weights = "current",
+    chunks: list[torch.nn.Module] | None = None,
+) -> list[Tensor]:
+    """log p of every label of `batches` in nats, one tensor [B, S] per batch. Collective.
+
+    The values of a whole sequence, in the order of the text, float32 (or the model's dtype, if
+    wider) on this rank's device, and the same bits on every rank that was given the same batches:
+    those of all tensor, context and pipeline ranks of a data rank. Labels that do not count in a
+    loss are scored too.
+
+    Unlike training's loss, they leave out the rows that only pad the vocabulary (`vocab_size` up
+    to `padded_vocab_size`), which can never be sampled.
+
+    Args:
+        batches: this data rank's, with `tokens`, `labels` and `position_ids`, each [B, S], all of
+            one shape; as many on every data rank, since experts are shared.
+        temperature: divides the logits.
+        which: the run's weights to score with; see `Run.weights`.
+        chunks: a frozen model (`training/frozen.py`) to score with instead.
+
+    Raises ValueError for labels that are no token, and for a temperature that is not positive.
+    """
+    if not batches:
+        return []
+    _check(run, batches, temperature, which, chunks)
+    micro_batches = [_with_places(batch) for batch in _filled_up(run, batches)]
+    with run.weights(which) as own:
+        chunks = own if chunks is None else chunks
+        with evaluating(chunks):
+            outputs = run_schedule(
+                run,
+                micro_batches,
+                forward_step=partial(_forward_step, run=run, temperature=temperature),
+                forward_only=True,
+                chunks=chunks,
+                collect=True,
+            )
+    dtype = torch.promote_types(get_model_config(chunks[0]).params_dtype, torch.float32)
+    shape = batches[0]["labels"].shape
+    values = torch.zeros(
+        len(micro_batches), shape.numel(), dtype=dtype, device=accelerator.device()
+    )
+    if outputs:
+        values.copy_(torch.stack(outputs))
+    _to_all(run, values)
+    return list(values.unflatten(1, shape).unbind())[: len(batches)]
+
+
+def _check(
+    run: Run,
+    batches: Sequence[Batch],
+    temperature: float,
+    which: Weights,
+    chunks: list[torch.nn.Module] | None,
+) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: logits are divided by it, so above 0")
+    if chunks is not None and which != "current":
+        raise ValueError(f"which={which!r} with chunks: a frozen model has one set of weights")
+    size = run.config.model.vocab_size
+    for number, batch in enumerate(batches):
+        low, high = (int(value) for value in batch["labels"].aminmax())
+        if low < 0 or high >= size:
+            raise ValueError(
+                f"batch {number}: labels from {low} to {high}, but tokens are 0 to {size - 1}: "
+                "positions without a label need some token too, their values are not to be used"
+            )
+
+
+def _filled_up(run: Run, batches: Sequence[Batch]) -> list[Batch]:
+    """The interleaved schedule takes micro-batches in groups of the pipeline's size."""
+    layout = run.config.parallelism
+    missing = -len(batches) % layout.pipeline if layout.virtual_pipeline > 1 else 0
+    return [*batches, *[batches[-1]] * missing]
+
+
+def _with_places(batch: Batch) -> Batch:
+    """The batch with each token's place in it, which context parallelism cuts with the others."""
+    labels = batch["labels"]
+    places = torch.arange(labels.numel(), device=labels.device)
+    return {**batch, "place": places.view_as(labels)}
+
+
+def _forward_step(
+    iterator: Iterator[Batch], chunk: torch.nn.Module, *, run: Run, temperature: float
+) -> tuple[Tensor, partial]:
+    """megatron-core's forward step: this rank's logits on the last stage, hidden states before."""
+    batch, packed = rank_batch(next(iterator), run, also=("place",))
+    output = chunk(
+        input_ids=batch["tokens"],
+        position_ids=batch["position_ids"],
+        attention_mask=None,
+        packed_seq_params=packed,
+    )
+    return output, partial(_values_of, batch=batch, run=run, temperature=temperature)
+
+
+def _values_of(
+    logits: Tensor, *, batch: Batch, run: Run, temperature: float, non_loss_data: bool
+) -> Tensor:
+    """(B * S,), the values of this rank's tokens at their places, and zeros elsewhere."""
+    values = label_log_probabilities(
+        logits,
+        batch["labels"],
+        vocab_size=run.config.model.vocab_size,
+        tp_group=run.groups.tp,
+        temperature=temperature,
+    )
+    whole = values.new_zeros(values.numel() * run.groups.cp.size())
+    whole[batch["place"].flatten()] = values.flatten()
+    return whole
+
+
+def _to_all(run: Run, values: Tensor) -> None:
+    """Join the parts of context ranks, and bring those of the last stage to all stages."""
+    cp, pp = run.groups.cp, run.groups.pp
+    if cp.size() > 1:
+        torch.distributed.all_reduce(values, group=cp)
+    if pp.size() > 1:
+        torch.distributed.broadcast(values, group=pp, group_src=pp.size() - 1)
