@@ -96,7 +96,7 @@ def start(ranks, data, tmp_path_factory) -> str:
     ],
     ids=lambda objective: objective["reduction"],
 )
-def test_one_sum_in_every_layout_and_accumulation(ranks, data, tmp_path, start, objective):
+def test_trap_8_token_mean_per_micro_batch_or_rank(ranks, data, tmp_path, start, objective):
     one = config_of(data, tmp_path / "one", objective=objective, parallelism={})
     expected = ranks.run(1, gradients, one, start)
     for name, layout in {"tp": TP_SP_EP, "cp": {"world_size": 2, "context": 2}}.items():
@@ -114,7 +114,7 @@ def assert_close(found: dict, expected: dict, tolerance: float) -> None:
         assert apart < tolerance, f"{name}: {apart:.1e}"
 
 
-def test_balancing_losses_keep_their_weight_whatever_counts(ranks, data, tmp_path, start):
+def test_trap_9_denominator_re_weights_balancing(ranks, data, tmp_path, start):
     """Where nothing counts, what is left of the gradient is the balancing loss's, whole."""
 
     def run(name: str, coefficient: float, mask: str) -> dict[str, torch.Tensor]:
