@@ -119,7 +119,8 @@ def _words(names: Names) -> dict[str, object]:
         words |= {"data.config_path": str(mixture), "data.prepared": None}
     if names.prepared is not None:
         words["data.prepared"] = str(names.prepared)
-    if names.experiment is None:  # the template's own are those of its example
+    file = names.experiment or template_of(names.stage)
+    if file.resolve().parent == TEMPLATES:  # its own are those of its example
         named = (names.stage, names.phase, names.data_mixture, names.model_config)
         words |= {"experiment.tags": [n for n in named if n], "experiment.description": ""}
         words.setdefault("model.checkpoint_path", None)
