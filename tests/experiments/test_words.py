@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from equilibrium_mcore.config import describe
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.experiment_words import WORDS
 from equilibrium_mcore.config.load import load_run, load_run_config, save_config
@@ -126,6 +127,15 @@ def test_every_word_of_the_roadmap_is_a_setting(roadmap):
     assert {key: setting(config, key) for key in WANTED} == WANTED
     told = {f"{s}.{w}" for s, words in read_mapping(roadmap).items() for w in words}
     assert {word for word in told if not word.startswith("run.")} <= WORDS.keys()
+
+
+def test_the_document_has_every_word():
+    document = describe.EXPERIMENTS_DOCUMENT.read_text(encoding="utf-8")
+    assert describe.up_to_date(document, describe.describe_words) == document, (
+        "docs/experiments.md differs from the words: run "
+        "`python -m equilibrium_mcore.config.describe`"
+    )
+    assert all(f"| `{word}` |" in document for word in WORDS)
 
 
 def test_settings_of_words_exist():
