@@ -53,7 +53,10 @@ def find_to_resume(config: RunConfig, *, verify: bool) -> Found:
     all that is there is damaged.
     """
     found = find_alone(config, verify=verify, workers=os.cpu_count() or 1)
-    assert found is not None, "checkpoint.resume=must raises"
+    if found is None:
+        raise ConfigError(
+            f"checkpoint.resume={config.checkpoint.resume} finds nothing to resume: leave it out"
+        )
     steps, step = config.training.steps, found.opened.facts["step"]
     if steps is None:  # of epochs, which the run counts, and checks then
         return found

@@ -23,6 +23,7 @@ TINY = [
     *("training.batch_size=4", "training.gradient_accumulation_steps=4", "training.world_size=1"),
     *("training.warmup_steps=1", "training.sequence_length=128", "training.mixed_precision=fp32"),
     *("logging.log_steps=1", "logging.eval_steps=2", "data.num_workers=0"),
+    "training.validation_batches=1",
 ]
 TEXT = "runs/mixture/text"
 

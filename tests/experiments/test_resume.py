@@ -126,6 +126,8 @@ def test_folders_with_nothing_to_resume(run_folder, here):
         load_stored_run(run_folder / "checkpoints/step_00000004")
     with pytest.raises(ConfigError, match=r"resumed where it is.*initial_weights"):
         load_stored_run(run_folder, ["output_directory=elsewhere"])
+    with pytest.raises(ConfigError, match=r"checkpoint\.resume=never finds nothing to resume"):
+        find_to_resume(load_stored_run(run_folder, ["checkpoint.resume=never"]), verify=False)
     (run_folder / "config.yaml").unlink()
     with pytest.raises(ConfigError, match=r"config\.yaml is not there.*step_00000004"):
         load_stored_run(run_folder)
