@@ -29,62 +29,17 @@ while [ $# -gt 0 ]; do
 done
 case "$steps" in *[!0-9]*) wrong "--steps $steps: must be a whole number" ;; esac
 [ -z "$steps" ] || [ "$steps" -ge 10 ] || wrong "--steps $steps: must be 10 or more"
-case "$output" in
-  "" | /*) ;;
-  "~/"*) output="$HOME/${output#"~/"}" ;;  # it was quoted, so the shell left it as it is
-  *) output="$PWD/$output" ;;
-esac
-case "$output" in *\$*) wrong "--output $output: write the path out, without a \$" ;; esac
-
+cd_from="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+name=quickstart
+. examples/steps.sh
+output="$(cd "$cd_from" && absolute "$output")" || exit 2
 started=$(date +%s)
-part="starting" pretrain_pid=""
-
-on_error() {
-  printf '\nquickstart: FAILED in %s (exit status %s)\n' "$part" "$1" >&2
-  printf '  the message is above; what was done is kept, and the same command goes on from there\n' >&2
-  exit 1
-}
-# Leaves no rank behind: SIGTERM lets the run save; one that does not end in time is killed.
-on_exit() {
-  local status=$? tries=0
-  trap - ERR
-  if [ -n "$pretrain_pid" ] && kill -TERM "$pretrain_pid" 2>/dev/null; then
-    echo "quickstart: stopping the training, which saves first" >&2
-    while kill -0 "$pretrain_pid" 2>/dev/null && [ "$tries" -lt 60 ]; do
-      sleep 1
-      tries=$((tries + 1))
-    done
-    kill -KILL "$pretrain_pid" 2>/dev/null || true
-  fi
-  exit "$status"
-}
-trap 'on_error $?' ERR
-trap on_exit EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
-
-begin() { part="$1"; printf '\n[%s] %s\n' "$1" "$2"; }
-# "there: FILE", when all of the files are there.
-have() {
-  local file
-  for file in "$@"; do [ -e "$file" ] || return 1; done
-  printf '  there already: %s\n' "$*"
-}
-show() { printf '  $ python'; printf ' %q' "$@"; printf '\n'; }
-python_shown() { show "$@"; "$python" "$@"; }
-# A path as a YAML value, whatever is in it.
-quoted() {
-  case "$1" in
-    *[!A-Za-z0-9/._\ -]*) printf "'%s'" "${1//\'/\'\'}" ;;
-    *) printf '%s' "$1" ;;
-  esac
-}
 
 begin 1/9 "Python environment"
 bash tools/setup_venv.sh
 python="$PWD/.venv/bin/python"
-export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+export PYTHONUNBUFFERED=1
 # Libraries warn of GPU packages that are not here; on this CPU that is as it should be.
 export PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error
 
@@ -156,13 +111,13 @@ else
   show "${pretrain[@]}"
   attempts=$(progress attempts "$run")
   "$python" "${pretrain[@]}" &
-  pretrain_pid=$!
-  progress wait "$run" --step "$half" --after-attempts "$attempts" --pid "$pretrain_pid"
-  echo "  $ kill -TERM $pretrain_pid"
-  kill -TERM "$pretrain_pid"
+  child=$!
+  progress wait "$run" --step "$half" --after-attempts "$attempts" --pid "$child"
+  echo "  $ kill -TERM $child"
+  kill -TERM "$child"
   status=0
-  wait "$pretrain_pid" || status=$?
-  pretrain_pid=""
+  wait "$child" || status=$?
+  child=""
   if [ "$status" -ne 0 ]; then
     echo "  after SIGTERM the run must save and exit with status 0; it exited with $status" >&2
     on_error "$status"
@@ -174,11 +129,7 @@ begin 6/9 "The same command resumes it, to step $total"
 if progress finished "$run"; then
   echo "  done already: $run"
 else
-  show "${pretrain[@]}"
-  "$python" "${pretrain[@]}" &
-  pretrain_pid=$!
-  wait "$pretrain_pid"
-  pretrain_pid=""
+  train_shown "${pretrain[@]}"
   expect finished "its last event is not the end"
 fi
 

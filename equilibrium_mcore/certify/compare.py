@@ -59,6 +59,9 @@ def compare(
                     since=start,
                 )
             )
+    if layout.balancing:
+        found, plain = layout.balancing["own"], layout.balancing["next_token"]
+        verdicts.append(_tensors("balancing losses against next_token's", found, plain, EXACT))
     verdicts.append(_replicas(layout))
     return verdicts
 

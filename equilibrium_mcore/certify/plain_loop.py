@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from equilibrium_mcore.config.objectives import ObjectiveConfig
 from equilibrium_mcore.config.schema import AdamWConfig, OptimizerConfig
 
 # What a parameter of the exported class is, by the end of its name; the first row that fits.
@@ -60,12 +61,14 @@ def train_plainly(
     batches: Iterable[dict[str, Tensor]],
     *,
     optimizer: OptimizerConfig,
+    objective: ObjectiveConfig,
     bias_update_rate: float | None,
 ) -> PlainTrace:
     """Train `model`, a float64 EquilibriumForCausalLM, one step per batch.
 
-    batches: tokens, labels and loss_mask, each (sequences, tokens); the loss is the mean over the
-    tokens that count. `bias_update_rate` moves the experts' biases after each step; None: there are
+    batches: tokens, labels and loss_mask, each (sequences, tokens), a sequence being one document.
+    The loss that is noted is the mean over the tokens that count; `objective` says what is
+    minimised. `bias_update_rate` moves the experts' biases after each step; None: there are
     none.
     """
     adamw = optimizer.adamw
@@ -78,8 +81,10 @@ def train_plainly(
     for batch in batches:
         update.zero_grad()
         with KeepFloat64():
-            loss = mean_loss(model, batch)
-        loss.backward()
+            losses = losses_per_token(model, batch)
+        mask = batch["loss_mask"].double()
+        loss = (losses * mask).sum() / mask.sum()
+        minimised(losses, mask, objective).backward()
         if not trace.gradients:
             trace.gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
         limit = optimizer.clip_gradient_norm or float("inf")
@@ -93,12 +98,24 @@ def train_plainly(
     return trace
 
 
-def mean_loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Mean cross-entropy of the tokens that count, in nats."""
+def losses_per_token(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Cross-entropy of every label in nats, (sequences, tokens)."""
     logits = model(batch["tokens"], use_cache=False).logits
     losses = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
-    mask = batch["loss_mask"].flatten().double()
-    return (losses * mask).sum() / mask.sum()
+    return losses.view_as(batch["labels"])
+
+
+def minimised(losses: Tensor, mask: Tensor, objective: ObjectiveConfig) -> Tensor:
+    """What gradients are taken of. Both (sequences, tokens)."""
+    reduction = getattr(objective, "reduction", "token_mean")
+    if reduction == "token_mean":
+        return (losses * mask).sum() / mask.sum()
+    counted = []
+    for row, kept in zip(losses, mask, strict=True):
+        if kept.any():
+            tokens = kept.sum() if reduction == "sequence_mean" else objective.constant_length
+            counted.append((row * kept).sum() / tokens)
+    return torch.stack(counted).mean()
 
 
 def parameter_groups(model: torch.nn.Module, adamw: AdamWConfig) -> list[dict]:

@@ -13,7 +13,8 @@ from equilibrium_mcore.data.samples import Samples
 class MadeUpTokens(Samples):
     """Sample i: a random walk over the vocabulary, so that there is something to learn.
 
-    With `document_multiple` a sample is cut into documents whose lengths are multiples of it.
+    With `document_multiple` a sample is cut into documents whose lengths are multiples of it. With
+    `answers` runs of tokens count and those between them do not, as in a conversation.
     """
 
     def __init__(
@@ -24,10 +25,11 @@ class MadeUpTokens(Samples):
         vocab_size: int,
         seed: int,
         document_multiple: int | None = None,
+        answers: bool = False,
     ) -> None:
         self._samples, self._length = samples, sequence_length
         self._vocabulary, self._seed = vocab_size, seed
-        self._multiple = document_multiple
+        self._multiple, self._answers = document_multiple, answers
 
     def __len__(self) -> int:
         return self._samples
@@ -41,6 +43,9 @@ class MadeUpTokens(Samples):
         mask = torch.ones(self._length)
         # Some positions do not count, as in fine-tuning: ranks then hold unequal numbers of tokens.
         mask[: index % 7] = 0.0
+        if self._answers:
+            turns = torch.randint(0, 8, (self._length,), generator=generator) == 0
+            mask *= (turns.cumsum(0) + index) % 2
         positions = torch.arange(self._length)
         for start in self._document_starts(generator):
             positions[start:] = torch.arange(self._length - start)
@@ -61,15 +66,16 @@ class MadeUpTokens(Samples):
 
 
 def made_up_datasets(config: RunConfig) -> Datasets:
-    """Training data for the whole of a run."""
+    """Training data for the whole of a run, and for one step more."""
     training = config.training
     tokens = MadeUpTokens(
-        samples=training.steps * training.global_batch_size,
+        samples=(training.steps + 1) * training.global_batch_size,
         sequence_length=training.sequence_length,
         vocab_size=config.model.vocab_size,
         seed=training.seed,
         document_multiple=(
             config.data.document_multiple if config.data.packing == "documents" else None
         ),
+        answers=config.data.type == "conversations",
     )
     return Datasets(train=tokens, validation=None, test=None)

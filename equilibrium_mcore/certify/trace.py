@@ -15,6 +15,7 @@ import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from equilibrium_mcore.certify.balance import balancing_gradients
 from equilibrium_mcore.certify.float64 import NarrowOperations, in_float64
 from equilibrium_mcore.certify.routing import Notes, Routing, RoutingWatch, whole_routing
 from equilibrium_mcore.certify.tokens import made_up_datasets
@@ -38,6 +39,7 @@ class RankTrace:
     weights: dict[int, list[Piece]] = field(default_factory=dict)  # after so many steps
     update: list[Piece] = field(default_factory=list)  # of given gradients, in float64
     state: dict[str, list[Piece]] = field(default_factory=dict)  # optimizer state at the end
+    balancing: dict[str, list[Piece]] = field(default_factory=dict)  # `balance.py`
     choices: Notes = field(default_factory=dict)
     narrow: dict[str, int] = field(default_factory=dict)  # what was not float64, and how often
 
@@ -53,6 +55,7 @@ class Trace:
     weights: dict[int, dict[str, Whole]]
     update: dict[str, Whole]
     state: dict[str, dict[str, Whole]]
+    balancing: dict[str, dict[str, Whole]]
     choices: dict[tuple[int, int], Routing]  # by (step, layer)
     narrow: dict[str, int]  # what was not float64, over all ranks
 
@@ -110,6 +113,8 @@ def _trace(
         with NarrowOperations() if sharp else contextlib.nullcontext() as narrow:
             _train(run, trace, steps)
         trace.narrow = narrow.places if sharp else {}
+        if sharp:
+            trace.balancing = balancing_gradients(run)
     if save_last:
         _save(run)
     if gradients_from is not None:
@@ -142,6 +147,9 @@ def read_trace(folder: Path, world_size: int) -> Trace:
         weights={step: whole(lambda rank, s=step: rank["weights"][s]) for step in first["weights"]},
         update=whole(lambda rank: rank["update"]),
         state={key: whole(lambda rank, k=key: rank["state"].get(k, [])) for key in _keys(ranks)},
+        balancing={
+            name: whole(lambda rank, n=name: rank["balancing"][n]) for name in first["balancing"]
+        },
         choices=whole_routing([rank["choices"] for rank in ranks]),
         narrow=dict(narrow),
     )
@@ -174,7 +182,7 @@ def _train(run: Run, trace: RankTrace, steps: int) -> None:
         trace.gradient_norm.append(outcome.gradient_norm)
         if step in (1, steps):
             trace.weights[step] = _weights(run)
-    trace.choices = dict(watch.notes)
+    trace.choices = {key: list(parts) for key, parts in watch.notes.items()}
     trace.state = _state(run)
 
 

@@ -137,9 +137,9 @@ def make_twin(config: RunConfig, layouts: list[Layout], *, folder: Path) -> RunC
         "moe_dispatcher": config.parallelism.moe_dispatcher,
         "distributed_optimizer": config.parallelism.distributed_optimizer,
     }
-    values["data"].update(
-        train_samples=None, num_workers=0, document_multiple=2 * largest["context"]
-    )
+    values["data"].update(num_workers=0, document_multiple=2 * largest["context"])
+    if config.data.type == "indexed":
+        values["data"].update(train_samples=None)
     micro_batch = min(2, config.training.micro_batch_size)
     sequences = math.lcm(SEQUENCES, *(micro_batch * _at_once(layout) for layout in layouts))
     values["training"].update(
@@ -148,6 +148,7 @@ def make_twin(config: RunConfig, layouts: list[Layout], *, folder: Path) -> RunC
         micro_batch_size=sequences if balances_globally(config) else micro_batch,
         global_batch_size=sequences,
         steps=STEPS,
+        epochs=None,
         stop_after_steps=None,
         precision="fp32",  # float64 inside, where the trace is sharp
         validation_interval_steps=0,

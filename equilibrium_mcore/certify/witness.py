@@ -31,6 +31,7 @@ CHOICES = (
 # Rows of the table beyond the vocabulary take part in training's softmax and are not exported, so
 # the witness has none.
 VOCABULARY = 256
+BLEND = {"name": "made_up", "sources": [{"name": "made_up", "prefix": "made_up", "weight": 1.0}]}
 WEIGHT_DECAY = 0.1  # where the run has none for AdamW, so that a fault of decay shows
 INIT_STD = 0.1  # attention with small weights is nearly uniform, whatever its scale
 
@@ -87,7 +88,9 @@ def witnessed(twin: RunConfig, *, folder: Path, steps: int) -> RunConfig:
         "schedule": {"kind": "constant"},
         "clip_gradient_norm": optimizer["clip_gradient_norm"],
     }
-    values["data"]["packing"] = "stream"
+    # Made-up tokens take the place of the data; what is left of its section is that they are plain.
+    values["stage"] = "pretrain"
+    values["data"] = {**BLEND, "tokenizer": values["data"]["tokenizer"]}
     values["training"]["steps"] = steps
     return run_from_mapping(values)
 

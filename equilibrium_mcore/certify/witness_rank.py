@@ -61,6 +61,7 @@ def _train_both(place: Place, config: RunConfig, folder: Path) -> None:
         model,
         _batches(run),
         optimizer=config.optimizer,
+        objective=config.objective,
         bias_update_rate=moe.expert_bias_update_rate if moe and moe.expert_bias else None,
     )
     seen = {"ours": dataclasses.asdict(ours), "theirs": dataclasses.asdict(theirs)}

@@ -15,6 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
 from equilibrium_mcore.checkpoint.choose import Choice, choose
+from equilibrium_mcore.checkpoint.compatibility import check_resumable
 from equilibrium_mcore.checkpoint.sharded import load_checkpoint, load_weights
 from equilibrium_mcore.config import rules
 from equilibrium_mcore.config.errors import ConfigError
@@ -108,6 +109,9 @@ def setup(config: RunConfig, place: Place, *, datasets: Datasets | None = None) 
     config = with_steps(config, say=say)
     groups = process_groups.join(place, config.parallelism, seed=config.training.seed)
     choice = choose(config)
+    if choice.checkpoint is not None:  # before data of another run is read
+        saved = choice.checkpoint
+        check_resumable(saved.config, config, checkpoint=str(saved.path))
     if datasets is None:
         datasets = build_run_datasets(config, choice.progress, say=say)
     transformer, chunks = build_chunks(config, groups)

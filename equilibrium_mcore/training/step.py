@@ -44,11 +44,7 @@ def train_step(run: Run, *, stop_requested: bool = False) -> StepOutcome:
 
     `stop_requested` is this rank's wish to stop; every rank learns whether any rank has it.
     """
-    for chunk in run.chunks:
-        chunk.train()
-        chunk.zero_grad_buffer()
-    batches = run.stream.next_batches(run.micro_batches)
-    outputs = _run_schedule(run, batches, forward_only=False)
+    outputs = gradients_of(run, run.stream.next_batches(run.micro_batches))
     rates = run.optimizer.learning_rates()
     result = run.optimizer.step()
     figures, counts, extra = _sum_over_ranks(
@@ -65,12 +61,23 @@ def train_step(run: Run, *, stop_requested: bool = False) -> StepOutcome:
     return StepOutcome(
         figures=figures,
         tokens=round(counts["loss"]),
-        aux_loss=aux / aux_scale if moe_layers and _balances(run) else None,
+        aux_loss=aux / aux_scale if moe_layers and balances(run) else None,
         gradient_norm=result.gradient_norm,
         learning_rates=rates,
         skipped=result.skipped,
         stop_requested=stops > 0,
     )
+
+
+def gradients_of(run: Run, batches: list[Batch]) -> list[Tensor]:
+    """Fill the gradients with those of a global batch. Collective.
+
+    Gives the figures of `objective_of` for every micro-batch, on ranks of the last stage.
+    """
+    for chunk in run.chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    return _run_schedule(run, batches, forward_only=False)
 
 
 def validation_loss(run: Run) -> float:
@@ -194,7 +201,7 @@ def _sum_over_ranks(
     return figures, counts, sums[2 * len(names) :]
 
 
-def _balances(run: Run) -> bool:
+def balances(run: Run) -> bool:
     """Whether a loss balances the experts; megatron-core computes none with a coefficient of 0."""
     moe = run.config.model.moe
     return moe is not None and moe.load_balancing != "none" and moe.aux_loss_coefficient > 0

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.certify import objective_faults as objectives
 from tests.certify import small_faults as small
 
 
@@ -162,11 +163,15 @@ class Case(NamedTuple):
     what: str  # the quantity in which it shows
     where: str  # a parameter or place that is named there
     overrides: tuple[str, ...] = ()  # of the run
+    everywhere: bool = False  # planted in the reference, too
 
 
 # One micro-batch per step, as a balancing loss over the whole batch needs.
 GLOBAL = ("training.micro_batch_size=8", "model.moe.load_balancing=global_aux_loss")
 PACKED = ("data.packing=documents", "training.micro_batch_size=1")
+# The run's own objective is replaced in every rank, the reference's too.
+PAIRS = (*PACKED, "objective.type=sft", "model.moe.aux_loss_coefficient=0.01")
+SFT = ("objective.type=sft",)
 EXPECTED: dict[Callable[[], None], Case] = {
     healthy: Case("tp=2,cp=2,ep=2", "", "", PACKED),
     context_split_over_the_wrong_group: Case("tp=2,cp=2", "loss of every step", "step 1"),
@@ -199,12 +204,21 @@ EXPECTED: dict[Callable[[], None], Case] = {
     small.recomputation_gives_other_numbers: Case(
         "ep=2", "gradients", "embedding", ("training.recompute=full",)
     ),
+    objectives.pairs: Case("tp=2,cp=2,ep=2", "", "", PAIRS, everywhere=True),
+    objectives.pairs_not_summed_over_context: Case(
+        "cp=2", "gradients", "embedding", PAIRS, everywhere=True
+    ),
+    objectives.pairs_given_as_the_divisor: Case(
+        "dp=2", "balancing losses", "embedding", PAIRS, everywhere=True
+    ),
 }
+HEALTHY = (healthy, objectives.pairs)
 
 # Wrong in every layout and on one rank alike.
 SEEN_BY_THE_WITNESS: dict[Callable[[], None], Case] = {
     attention_scaled_by_half_of_the_key: Case("tp=2", "loss of every step", "step 1"),
     norms_with_an_epsilon_of_1e_6: Case("", "gradients", "model."),
+    objectives.mask_shifted_by_one: Case("tp=2", "loss of every step", "step 1", SFT),
 }
 
 
@@ -226,12 +240,13 @@ def main() -> int:
             continue
         config = load_run(root / "configs" / "runs" / "quickstart.yaml", list(case.overrides))
         layouts = [parse_layout(case.layout, base=config.parallelism)]
-        said[fault.__name__] = certify(config, layouts, prepare=fault).as_dict()
+        certificate = certify(config, layouts, prepare=fault, everywhere=case.everywhere)
+        said[fault.__name__] = certificate.as_dict()
         Path(sys.argv[1]).write_text(json.dumps(said))
     for fault, case in SEEN_BY_THE_WITNESS.items():
         if not case.layout or (names and fault.__name__ not in names):
             continue
-        config = load_run(root / "configs" / "runs" / "quickstart.yaml")
+        config = load_run(root / "configs" / "runs" / "quickstart.yaml", list(case.overrides))
         layouts = [parse_layout(case.layout, base=config.parallelism)]
         everywhere = certify(config, layouts, prepare=fault, everywhere=True, witness=True)
         said[fault.__name__] = everywhere.as_dict()

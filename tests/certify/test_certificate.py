@@ -22,10 +22,10 @@ from equilibrium_mcore.certify.twin import (
 )
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.load import load_run
-from tests.certify.faults import EXPECTED, SEEN_BY_THE_WITNESS, healthy
+from tests.certify.faults import EXPECTED, HEALTHY, SEEN_BY_THE_WITNESS
 
 ROOT = Path(__file__).parents[2]
-CASES = {fault.__name__: expected for fault, expected in EXPECTED.items() if fault is not healthy}
+CASES = {fault.__name__: case for fault, case in EXPECTED.items() if fault not in HEALTHY}
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +49,9 @@ def verdicts(certificate: dict) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_healthy_layouts_pass(said):
-    certificate = said["healthy"]
+@pytest.mark.parametrize("name", [fault.__name__ for fault in HEALTHY])
+def test_healthy_layouts_pass(said, name):
+    certificate = said[name]
     assert certificate["passed"], [v for v in verdicts(certificate) if not v["passed"]]
     # Not because nothing was compared: sums in another order do differ a little.
     gradients = next(v for v in verdicts(certificate) if v["what"] == "gradients")

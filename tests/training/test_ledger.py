@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.ledger.record import open_sources, plans_of, read_segments, segment_of
 from equilibrium_mcore.data.ledger.report import documents_of_step, report
 from equilibrium_mcore.parallel.launch import Place
+from equilibrium_mcore.training.run_data import build_run_datasets
 from equilibrium_mcore.training.run_folder import owned_run_folder
 from tests.data.ledger.support import laned
 from tests.support.pool import RankError
@@ -285,8 +287,11 @@ def test_a_checkpoint_without_a_ledger_is_refused(ranks, data, tmp_path):
     )
     ranks.run(1, train_and_note, megatron, None)
     assert not (tmp_path / "ledger.jsonl").exists()
-    with pytest.raises(RankError, match="holds no ledger.*data.order=megatron"):
+    with pytest.raises(RankError, match="data.order='ledger' differs from .* 'megatron' .the two"):
         ranks.run(1, train_and_note, tiny_run(data, tmp_path, model=SMALL), None)
+    # One of before there was a choice says nothing of its order.
+    with pytest.raises(ConfigError, match="holds no ledger.*data.order=megatron"):
+        build_run_datasets(tiny_run(data, tmp_path, model=SMALL), {"step": 1, "samples": 4})
 
 
 def test_a_start_from_scratch_keeps_the_old_record(ranks, data, started):
