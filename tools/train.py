@@ -18,7 +18,7 @@ import argparse
 import sys
 
 from equilibrium_mcore.config.errors import ConfigError
-from equilibrium_mcore.config.stages import STAGES
+from equilibrium_mcore.config.stages import MEANINGS, STAGES
 from equilibrium_mcore.config.yaml_io import to_yaml
 from equilibrium_mcore.experiments.start import Names, load_named_run, start
 from equilibrium_mcore.files.paths import user_path
@@ -31,16 +31,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
 
     def add(name: str, text: str, **settings) -> None:
-        spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        parser.add_argument(*spellings, help=text, **settings)
+        both = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        parser.add_argument(*both, help=text, **settings)
 
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="words or settings")
-    add(
-        "stage",
-        "; ".join(f"{n}: {s.meaning}" for n, s in STAGES.items()),
-        choices=tuple(STAGES),
-        required=True,
-    )
+    add("stage", MEANINGS, choices=tuple(STAGES), required=True)
     add("phase", "phase1, phase2: a folder of the stage's mixtures")
     add("data_mixture", "NAME in configs/data/STAGE/PHASE, or the path of a mixture")
     add("prepared", "the mixture's prepared folder (data/STAGE/PHASE/NAME)", type=user_path)
