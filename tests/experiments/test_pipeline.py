@@ -36,18 +36,18 @@ folder: out
 variables: {text: hello, more: []}
 steps:
   - name: second
-    command: [copy.py, "${second.file}", "${first.file}", "${more}"]
+    command: [write.py, "${second.file}", "${first.file}", "${more}"]
     inputs: ["${first.file}"]
     outputs: {file: "${folder}/b"}
   - name: first
-    command: [copy.py, "${first.file}", source.txt, "${text}"]
+    command: [write.py, "${first.file}", source.txt, "${text}"]
     outputs: {file: "${folder}/a"}
 """
 
 
 @pytest.fixture
 def two(here: Path) -> Path:
-    (here / "copy.py").write_text(COPY)
+    (here / "write.py").write_text(COPY)
     (here / "source.txt").write_text("source ")
     (here / "two.yaml").write_text(TWO)
     return here
@@ -102,6 +102,14 @@ def test_variables_change_commands_and_lists_become_words(two):
     assert ran() == "b" and (two / "out/b").read_text() == "source helloxy"
     run("more=[x, y]", "text=bye")
     assert ran() == "a b" and (two / "out/b").read_text() == "source byexy"
+
+
+def test_a_launcher_is_a_list_before_the_tool(two):
+    text = (two / "two.yaml").read_text().replace("[write.py", '["${launcher}", write.py')
+    (two / "two.yaml").write_text(text.replace("{text:", "{launcher: [], text:"))
+    assert run()[0] == 0 and ran() == "a b"
+    assert run("launcher=[-m, cProfile, -o, profile]")[0] == 0
+    assert ran() == "a b" and (two / "profile").exists()
 
 
 def test_what_an_outdated_step_wrote_is_kept_aside(two):
@@ -170,7 +178,7 @@ def test_only_from_again_and_dry_run(two):
         ("${first.file}\"]", "${first.fil}\"]", r"first\.fil\} is no variable.*'first\.file'"),
         ("source.txt,", "\"${second.file}\",", r"wait for each other: .*second needs first"),
         ("name: second", "name: first", r"step first: there are two of that name"),
-        ("copy.py", "cp", r"command begins with 'cp': it must be a tool"),
+        ("write.py", "cp", r"command begins with 'cp': it must be a tool"),
         ("${folder}/b", "${folder}/a", r"its output file is out/a, as second\.file is"),
         ("\"${more}\"", "\"--m=${more}\"", r"\$\{more\} is a list, which must be a word of"),
         ("steps:", "stepz:", r"stepz: unknown key; did you mean 'steps'"),
@@ -195,7 +203,7 @@ def test_wrong_changes_tools_and_inputs_are_told(two):
     ]:
         with pytest.raises(ConfigError, match=says):
             run(change)
-    (two / "two.yaml").write_text(TWO.replace("source.txt, ", "").replace("copy.py", "tools/x.py"))
+    (two / "two.yaml").write_text(TWO.replace("source.txt, ", "").replace("write.py", "tools/x.py"))
     with pytest.raises(ConfigError, match=r"step first: tools/x\.py is not there"):
         run()
 
@@ -213,7 +221,7 @@ def test_two_do_not_run_in_one_folder_and_a_foreign_state_is_refused(two):
 
 def test_a_signal_is_handed_on_and_the_step_is_not_done(two):
     """The step saves and ends with status 0 when it is terminated, as a training run does."""
-    (two / "copy.py").write_text(
+    (two / "write.py").write_text(
         "import pathlib, signal, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n"
         "pathlib.Path(sys.argv[1]).write_text('half')\n"
