@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Pretrains on several nodes, one task per GPU. From the repository root:
+# Pretrains the 3B on several nodes, one task per GPU; slurm/train.sh with defaults. From the
+# repository root:
 #
 #   sbatch slurm/pretrain_3b.sh
 #   sbatch --nodes=4 --account=ACCOUNT slurm/pretrain_3b.sh training.steps=1000
@@ -11,10 +12,7 @@
 #   OUTPUT_DIRECTORY   checkpoints and logs; on a file   runs/pretrain_3b
 #                      system that all nodes share
 #   EQUILIBRIUM_ROOT   the repository                    the folder that sbatch was called in
-#   VENV               the virtual environment           $EQUILIBRIUM_ROOT/.venv
-#   CONTAINER_IMAGE    run in this image instead (enroot/pyxis): a .sqsh file or a registry's name
-#   CONTAINER_MOUNTS   more mounts, FROM:TO,...; the repository and OUTPUT_DIRECTORY are mounted
-#   SRUN_ARGS          more options of srun, separated by spaces
+#   VENV, CONTAINER_IMAGE, CONTAINER_MOUNTS, SRUN_ARGS: see slurm/train.sh
 #
 # Pre-emption and the time limit: Slurm sends SIGTERM to every rank, the run saves and exits with
 # status 0, and this script puts the job back into the queue; there it resumes from what was saved.
@@ -36,78 +34,14 @@
 # gives notice of a pre-emption. scancel signals this script too, so a cancelled job stays cancelled.
 set -euo pipefail
 
-fail() { printf 'pretrain_3b.sh: %s\n' "$@" >&2; exit 1; }
+job_script=pretrain_3b.sh
+fail() { printf "$job_script: %s\n" "$@" >&2; exit 1; }
 
-[ -n "${SLURM_JOB_ID:-}" ] || fail "this is a batch script: sbatch slurm/pretrain_3b.sh"
+[ -n "${SLURM_JOB_ID:-}" ] || fail "this is a batch script: sbatch slurm/$job_script"
 EQUILIBRIUM_ROOT="${EQUILIBRIUM_ROOT:-$SLURM_SUBMIT_DIR}"
-[ -d "$EQUILIBRIUM_ROOT/equilibrium_mcore" ] || fail \
+# Slurm runs a copy of this file elsewhere, so what it shares with train.sh is read by its path.
+[ -f "$EQUILIBRIUM_ROOT/slurm/train.sh" ] || fail \
   "EQUILIBRIUM_ROOT=$EQUILIBRIUM_ROOT is not the repository: call sbatch there, or set that variable."
-cd "$EQUILIBRIUM_ROOT"
-
 RUN_CONFIG="${RUN_CONFIG:-configs/runs/pretrain_3b.yaml}"
 OUTPUT_DIRECTORY="${OUTPUT_DIRECTORY:-runs/pretrain_3b}"
-for override in "$@"; do
-  case "$override" in output_directory=*) OUTPUT_DIRECTORY="${override#*=}" ;; esac
-done
-[ -f "$RUN_CONFIG" ] || fail "RUN_CONFIG=$RUN_CONFIG: no such file below $EQUILIBRIUM_ROOT."
-case "$OUTPUT_DIRECTORY" in
-  "~/"*) OUTPUT_DIRECTORY="$HOME/${OUTPUT_DIRECTORY#"~/"}" ;;  # quoted, so no shell replaced it
-  *\$*) fail "output_directory=$OUTPUT_DIRECTORY: write the path out, without a \$." ;;
-esac
-mkdir -p "$OUTPUT_DIRECTORY"
-OUTPUT_DIRECTORY="$(cd "$OUTPUT_DIRECTORY" && pwd)"
-
-# Where the ranks meet. The package takes rank, local rank and world size from srun's variables.
-read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))  # below the range of ephemeral ports
-export MASTER_ADDR MASTER_PORT
-# With one queue, collectives start in the order of their launch and so overlap with the compute.
-export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-export PYTHONUNBUFFERED=1
-export PYTHONFAULTHANDLER=1
-
-# --kill-on-bad-exit: one dead rank ends the step, instead of a hang of all others.
-srun_args=(--kill-on-bad-exit=1 --label)
-[ -z "${SLURM_CPUS_PER_TASK:-}" ] || srun_args+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
-if [ -n "${CONTAINER_IMAGE:-}" ]; then
-  python=python
-  mounts="$EQUILIBRIUM_ROOT:$EQUILIBRIUM_ROOT,$OUTPUT_DIRECTORY:$OUTPUT_DIRECTORY"
-  srun_args+=(
-    --container-image="$CONTAINER_IMAGE"
-    --container-mounts="$mounts${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
-    --container-workdir="$EQUILIBRIUM_ROOT"
-    --no-container-mount-home
-  )
-else
-  python="${VENV:-$EQUILIBRIUM_ROOT/.venv}/bin/python"
-  [ -x "$python" ] || fail \
-    "$python is missing: run 'bash tools/setup_venv.sh' on a login node (docs/install.md), or set" \
-    "VENV or CONTAINER_IMAGE."
-fi
-read -r -a more_srun_args <<<"${SRUN_ARGS:-}"
-
-echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $SLURM_NTASKS ranks on" \
-  "$SLURM_JOB_NODELIST, meeting at $MASTER_ADDR:$MASTER_PORT, $(date '+%Y-%m-%d %H:%M:%S')"
-
-status=0
-srun "${srun_args[@]}" ${more_srun_args[@]+"${more_srun_args[@]}"} \
-  "$python" -m equilibrium_mcore.pretrain "$RUN_CONFIG" "$@" \
-  "output_directory=$OUTPUT_DIRECTORY" || status=$?
-[ "$status" -eq 0 ] || fail "the run failed with status $status; it is not queued again."
-
-# The last attempt's events: a signal among them means that the run saved and stopped because of it.
-stopped_by_signal() {
-  awk '/"kind": "event"/ {
-         if (/"event": "(start|resume)"/) signalled = 0
-         if (/"event": "signal"/) signalled = 1
-       }
-       END { exit !signalled }' "$OUTPUT_DIRECTORY/metrics.jsonl"
-}
-if stopped_by_signal; then
-  echo "job $SLURM_JOB_ID: stopped by a signal with everything saved; back into the queue"
-  scontrol requeue "$SLURM_JOB_ID"
-  sleep 60  # Slurm ends this script; its end of its own would complete the job
-else
-  echo "job $SLURM_JOB_ID: done"
-fi
+. "$EQUILIBRIUM_ROOT/slurm/train.sh"

@@ -17,6 +17,7 @@ from typing import Any, get_args, get_origin
 import pytest
 from pydantic import BaseModel
 
+from equilibrium_mcore.config.experiment_words import WORDS
 from equilibrium_mcore.config.load import run_from_mapping, usage
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.config.yaml_io import parse_yaml
@@ -26,6 +27,9 @@ README = ROOT / "README.md"
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Those whose every `section.key` is a setting; other documents name tensors and metrics too.
 OF_SETTINGS = [README, ROOT / "CONTRIBUTING.md", ROOT / "docs" / "checkpoints.md"]
+MAINS = ("-m equilibrium_mcore.train", "-m equilibrium_mcore.pretrain")
+JOBS = ("slurm/train.sh", "slurm/pretrain_3b.sh")
+STARTERS = ("tools/train.py", "tools/resume_training.py")  # they take settings, too
 LISTED_BY_FILE = ("equilibrium_mcore", "tools", "examples", "configs", "slurm", "docs")
 
 
@@ -171,8 +175,8 @@ def options_of(words: list[str], script: str) -> list[str]:
 
 def test_documents_have_commands():
     scripts = {named_script(words) for _, words in ALL_COMMANDS}
-    assert {"examples/quickstart.sh", "tests/run.sh", "slurm/pretrain_3b.sh"} <= scripts
-    assert "-m equilibrium_mcore.pretrain" in scripts
+    assert {"examples/quickstart.sh", "tests/run.sh", *JOBS} <= scripts
+    assert set(MAINS) <= scripts
 
 
 def test_commands_name_files_that_exist():
@@ -186,7 +190,7 @@ def test_commands_name_files_that_exist():
 
 def help_text(script: str) -> str:
     """What `script --help` prints. Python runs in this process, where torch is imported once."""
-    if script == "-m equilibrium_mcore.pretrain":
+    if script in MAINS:
         return usage()
     path = str(ROOT / script)
     if script.endswith(".sh"):
@@ -209,7 +213,7 @@ def test_options_in_commands_are_in_the_help():
     for document, words in ALL_COMMANDS:
         script = named_script(words)
         # These hand their options on, to pytest and to the run.
-        if script in ("tests/run.sh", "slurm/pretrain_3b.sh", "tests/slurm/local_cluster.sh"):
+        if script in ("tests/run.sh", *JOBS, "tests/slurm/local_cluster.sh"):
             continue
         for option in options_of(words, script):
             wanted.setdefault(script, []).append((option, document.name))
@@ -221,12 +225,12 @@ def test_options_in_commands_are_in_the_help():
             assert known, f"{document}: {script} has no option {option}"
 
 
-def test_variables_of_the_slurm_script_are_its():
-    script = read(ROOT / "slurm" / "pretrain_3b.sh")
+def test_variables_of_the_slurm_scripts_are_theirs():
+    script = read(ROOT / "slurm" / "pretrain_3b.sh") + read(ROOT / "slurm" / "train.sh")
     for line in re.findall(r"^\| (`[A-Z_`, ]+`) \|", read(README), re.M):
         for variable in re.findall(r"[A-Z_]+", line):
             read_there = re.search(rf"\$\{{{variable}:[-+]", script)
-            assert read_there, f"slurm/pretrain_3b.sh does not read {variable}"
+            assert read_there, f"the scripts in slurm/ do not read {variable}"
 
 
 # ---------------------------------------------------------------------------------------- settings
@@ -259,12 +263,13 @@ def test_what_is_a_setting():
 def test_settings_in_commands_exist(document):
     for words in commands(document):
         script = named_script(words)
-        if script in ("-m equilibrium_mcore.pretrain", "slurm/pretrain_3b.sh"):
+        if script in (*MAINS, *JOBS, *STARTERS):
             first = words.index(script.removeprefix("-m ")) + 1
             for word in words[first:]:
                 key, equals, _ = word.partition("=")
                 if equals and not key.startswith("-") and key != "key":
-                    assert is_setting(key), f"{document.name}: {' '.join(words)}: {key}"
+                    known = is_setting(key) or key in WORDS
+                    assert known, f"{document.name}: {' '.join(words)}: {key}"
 
 
 @pytest.mark.parametrize("document", OF_SETTINGS, ids=lambda path: path.name)

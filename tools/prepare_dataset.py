@@ -1,7 +1,8 @@
 """Prepare a mixture for training: read, filter, deduplicate, sample, split, tokenize.
 
 Writes indexed datasets, a blend that a run names as `data:`, and a manifest. Killed, it goes on
-where it was when it is called again. Posttrain phases become JSONL of one form instead.
+where it was when it is called again. Posttrain phases become JSONL of one form instead, and
+conversations a file that fine-tuning names as `data:`.
 
 Examples:
     python tools/prepare_dataset.py pretrain/phase1/mixture1 --output data/phase1 --dry-run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,12 @@ from equilibrium_mcore.checkpoint.manifest import (
     shares,
     wrong_hashes,
 )
-from equilibrium_mcore.checkpoint.opened import Opened, inspect, with_way_out
+from equilibrium_mcore.checkpoint.opened import (
+    Opened,
+    inspect,
+    open_checkpoint,
+    with_way_out,
+)
 from equilibrium_mcore.checkpoint.publish import left_alone
 from equilibrium_mcore.checkpoint.together import on_every_rank, on_first_rank
 from equilibrium_mcore.config.errors import ConfigError
@@ -48,19 +54,53 @@ def choose(config: RunConfig) -> Choice:
     where none that is there, or none that was asked for, can be used.
     """
     order, notes = on_first_rank(lambda: _order(config))
+    verify = config.checkpoint.verify
+    found = _first_whole(
+        config, order, lambda path: open_together(path, needs_state=True, verify=verify)
+    )
+    if found is None:
+        return _from_scratch(config, notes)
+    notes += [_damage_note(error) for error in found.damaged]
+    return _chosen(config, found.opened, notes + _verified(found.opened, config, found.start))
+
+
+@dataclass(frozen=True)
+class Found:
+    """The newest whole checkpoint, what was newer and damaged, and when its opening began."""
+
+    opened: Opened
+    damaged: list[DamagedCheckpointError]
+    start: float
+
+
+def find_alone(config: RunConfig, *, verify: bool, workers: int = 1) -> Found | None:
+    """What `choose` would find to resume, by this process alone; None for nothing.
+
+    Without `verify` the data is not hashed: names, sizes, the small files and the structure are
+    checked all the same. Raises as `choose` does.
+    """
+
+    def open_one(path: Path) -> Opened:
+        if not verify:
+            return inspect(path, needs_state=True)
+        return open_checkpoint(path, needs_state=True, workers=workers)
+
+    return _first_whole(config, _order(config)[0], open_one)
+
+
+def _first_whole(
+    config: RunConfig, order: list[Path], open_one: Callable[[Path], Opened]
+) -> Found | None:
     broken: list[DamagedCheckpointError] = []
     for path in order:
         start = time.perf_counter()
         try:
-            opened = open_together(path, needs_state=True, verify=config.checkpoint.verify)
+            return Found(open_one(path), broken, start)
         except DamagedCheckpointError as error:
             broken.append(error)
-            continue
-        notes += [_damage_note(error) for error in broken]
-        return _chosen(config, opened, notes + _verified(opened, config, start))
     if broken:
         raise _none_left(config, broken)
-    return _from_scratch(config, notes)
+    return None
 
 
 def _order(config: RunConfig) -> tuple[list[Path], list[Note]]:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from equilibrium_mcore.config.experiment_words import WORDS
 from equilibrium_mcore.config.filters import FILTER_CLASSES
 from equilibrium_mcore.config.mixture import MixtureConfig
 from equilibrium_mcore.config.problems import sections_in
@@ -23,6 +24,7 @@ from equilibrium_mcore.files.whole import write_whole
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 FILTERS_DOCUMENT = DOCUMENT.with_name("filters.md")
 MIXTURES_DOCUMENT = DOCUMENT.with_name("mixtures.md")
+EXPERIMENTS_DOCUMENT = DOCUMENT.with_name("experiments.md")
 BEGIN = "<!-- settings: written by equilibrium_mcore/config/describe.py -->"
 END = "<!-- end of settings -->"
 
@@ -74,6 +76,15 @@ def describe_filters() -> str:
 def describe_mixture() -> str:
     """Markdown: the tables of a mixture."""
     return describe(MixtureConfig).replace("### A run", "### A mixture", 1)
+
+
+def describe_words() -> str:
+    """Markdown: the words of an experiment file, and the settings of a run that each gives."""
+    lines = ["| word | settings | meaning |", "|---|---|---|"]
+    for key, word in WORDS.items():
+        settings = ", ".join(f"`{name}`" for name in word.settings)
+        lines.append("| " + " | ".join(map(_cell, (f"`{key}`", settings, word.meaning))) + " |")
+    return "\n".join(lines)
 
 
 def type_text(field: FieldInfo) -> str:
@@ -155,6 +166,7 @@ def main() -> None:
         (DOCUMENT, describe),
         (FILTERS_DOCUMENT, describe_filters),
         (MIXTURES_DOCUMENT, describe_mixture),
+        (EXPERIMENTS_DOCUMENT, describe_words),
     )
     for path, settings in documents:
         write_whole(path, up_to_date(path.read_text(encoding="utf-8"), settings))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from equilibrium_mcore.config import rules
 from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.experiment import is_experiment, read_experiment
 from equilibrium_mcore.config.layout import launched_world_size
 from equilibrium_mcore.config.problems import parse, parse_field
 from equilibrium_mcore.config.references import FOLDERS, resolve
@@ -21,11 +22,13 @@ from equilibrium_mcore.files.paths import expand_path
 from equilibrium_mcore.files.whole import write_whole
 
 USAGE = """\
-usage: python -m equilibrium_mcore.pretrain RUN.yaml [key=value ...] [--check]
+usage: python -m equilibrium_mcore.train RUN.yaml [key=value ...] [--check]
 
-Trains the model that RUN.yaml names on the data that it names.
+Trains the model that RUN.yaml names on the data that it names: every stage (`stage:`).
+`python -m equilibrium_mcore.pretrain` is the same command.
 
-  RUN.yaml         a run, e.g. configs/runs/quickstart.yaml
+  RUN.yaml         a run, e.g. configs/runs/quickstart.yaml, or an experiment file, e.g.
+                   configs/experiments/pretrain_template.yaml (docs/experiments.md)
   key=value        overrides a setting; the value is YAML, and keys reach inside the model and
                    the data:  training.steps=100  model.moe.top_k=4  data.sources.0.weight=0.5
                    model=llama_1b  optimizer.adamw.learning_rates='{embedding: 1e-3}'
@@ -36,7 +39,7 @@ sections of a run:
 {sections}
 
 Every setting, its default and its meaning: docs/configuration.md
-example: python -m equilibrium_mcore.pretrain configs/runs/quickstart.yaml training.steps=20
+example: python -m equilibrium_mcore.train configs/runs/quickstart.yaml training.steps=20
 """
 
 
@@ -105,9 +108,10 @@ def load_run(
     if not path.is_file():
         raise ConfigError(f"run file {path}: no such file; see configs/runs for examples")
     values = read_mapping(path)
+    if is_experiment(values):
+        return _load_experiment(values, overrides, path, world_size, host)
     problems: list[str] = []
-    for override in overrides:
-        _collect(problems, lambda o=override: apply_override(values, o, folder=path.parent))
+    _apply_overrides(values, overrides, problems, path.parent)
     return _finish(values, problems, path.parent, path, world_size, host)
 
 
@@ -152,6 +156,34 @@ def _collect(problems: list[str], action) -> Any:
         return None
 
 
+def _apply_overrides(
+    values: dict[str, Any], overrides: Sequence[str], problems: list[str], folder: Path
+) -> None:
+    for override in overrides:
+        _collect(problems, lambda o=override: apply_override(values, o, folder=folder))
+
+
+def _load_experiment(
+    values: dict[str, Any],
+    overrides: Sequence[str],
+    path: Path,
+    world_size: int | None,
+    host: Host | None,
+) -> RunConfig:
+    """The run of an experiment file; problems are told in the file's own words."""
+    experiment = read_experiment(values, overrides, folder=path.parent)
+    values, problems = experiment.values, list(experiment.problems)
+    _apply_overrides(values, experiment.overrides, problems, path.parent)
+    problems += experiment.settle(values, world_size)
+    try:
+        return _finish(
+            values, problems, path.parent, path, world_size, host, unread=experiment.unread
+        )
+    except ConfigError as error:
+        told = [experiment.in_its_words(problem) for problem in error.problems]
+        raise ConfigError(told, source=path) from None
+
+
 def _finish(
     values: dict[str, Any],
     problems: list[str],
@@ -159,10 +191,13 @@ def _finish(
     source: Path | None,
     world_size: int | None,
     host: Host | None,
+    unread: Collection[str] = (),
 ) -> RunConfig:
-    """Resolve references, check every section and every rule, and raise all problems at once."""
-    values = dict(values)
-    unread = set()
+    """Resolve references, check every section and every rule, and raise all problems at once.
+
+    What is wrong with sections that are `unread` is among the problems already.
+    """
+    values, unread = dict(values), set(unread)
     for kind in FOLDERS:
         before = len(problems)
         values[kind] = _collect(

@@ -17,8 +17,8 @@ from equilibrium_mcore.config.data import TokenizerConfig
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.filters import FilterConfig
 from equilibrium_mcore.config.load import apply_override
+from equilibrium_mcore.config.mixture_files import find_mixture, mixture_name
 from equilibrium_mcore.config.problems import parse
-from equilibrium_mcore.config.references import CONFIGS
 from equilibrium_mcore.config.schema import (
     NonNegativeInt,
     PositiveFloat,
@@ -27,7 +27,7 @@ from equilibrium_mcore.config.schema import (
     setting,
 )
 from equilibrium_mcore.config.yaml_io import read_mapping
-from equilibrium_mcore.files.paths import expand_path, expand_text
+from equilibrium_mcore.files.paths import expand_text
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Phase = Literal[
@@ -49,8 +49,6 @@ KINDS: dict[str, Kind] = {
     "posttrain_rlaif": "prompt",
 }
 """What a row becomes in each phase; every phase that is not listed trains on text."""
-
-SHELF = CONFIGS / "data"
 
 
 class MetadataConfig(Section):
@@ -198,7 +196,7 @@ def load_mixture(
     if temperature is not None:
         for dataset in _datasets(values):
             dataset["sampling"] = {**(dataset.get("sampling") or {}), "temperature": temperature}
-    values.setdefault("name", _default_name(file))
+    values.setdefault("name", mixture_name(file))
     parsed = parse(MixtureConfig, values)
     if isinstance(parsed, list):
         problems += [problem.text for problem in parsed]
@@ -207,29 +205,6 @@ def load_mixture(
     if problems:
         raise ConfigError(dict.fromkeys(problems), source=file)
     return parsed
-
-
-def find_mixture(path: str | Path) -> Path:
-    """The file itself, or the one of that name in `configs/data`."""
-    try:
-        given = expand_path(path)
-    except ValueError as error:
-        raise ConfigError(f"mixture {error}") from None
-    for base in (given, SHELF / given):
-        for candidate in (base, base.with_name(base.name + ".yaml")):
-            if candidate.is_file():
-                return candidate
-    known = sorted(str(p.relative_to(SHELF)) for p in SHELF.glob("*/**/*.yaml"))
-    raise ConfigError(
-        f"mixture {path}: no such file, here or in {SHELF}; there are {', '.join(known) or 'none'}"
-    )
-
-
-def _default_name(file: Path) -> str:
-    resolved = file.resolve()
-    if resolved.is_relative_to(SHELF):
-        return "_".join(resolved.relative_to(SHELF).with_suffix("").parts)
-    return file.stem
 
 
 def _datasets(values: dict[str, Any]) -> list[dict[str, Any]]:

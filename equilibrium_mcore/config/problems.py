@@ -111,7 +111,7 @@ def _text(error: dict, kind: type[BaseModel], location: list, key: str) -> str:
     value = error["input"]
     if code == "literal_error":
         choices = context["expected"]
-        hint = _nearest(value, choices.replace("'", "").replace(" or ", ", ").split(", "))
+        hint = nearest(value, choices.replace("'", "").replace(" or ", ", ").split(", "))
         return f"{key}={_show(value)}: must be one of {choices}{hint}"
     if code in _LIMITS:
         name, rule = _LIMITS[code]
@@ -142,8 +142,8 @@ def _type_hint(wanted: str, value: Any) -> str:
 
 
 def _unknown_key(key: str, name: str, legal: list[str]) -> str:
-    nearest = _nearest(name, legal)
-    return f"{key}: unknown key{nearest}; legal keys here: {', '.join(legal) or 'none'}"
+    hint = nearest(name, legal)
+    return f"{key}: unknown key{hint}; legal keys here: {', '.join(legal) or 'none'}"
 
 
 def _wrong_tag(key: str, code: str, context: dict) -> str:
@@ -152,7 +152,7 @@ def _wrong_tag(key: str, code: str, context: dict) -> str:
     if code == "union_tag_not_found":
         return f"{key}.{name}: missing; it says which kind of section this is"
     choices = context["expected_tags"]
-    hint = _nearest(context["tag"], choices.replace("'", "").split(", "))
+    hint = nearest(context["tag"], choices.replace("'", "").split(", "))
     return f"{key}.{name}={context['tag']!r}: must be one of {choices}{hint}"
 
 
@@ -169,7 +169,8 @@ def _missing_key(key: str, kind: type[BaseModel], location: list) -> str:
     return f"{key}: missing, and it has no default{meaning}"
 
 
-def _nearest(name: Any, known: list[str]) -> str:
+def nearest(name: Any, known: list[str]) -> str:
+    """`; did you mean ...?` for the known name that looks most like `name`; empty for none."""
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 

@@ -16,8 +16,9 @@ FOLDERS = {"model": "models", "data": "data"}
 def find_file(reference: str, *, kind: str, folder: Path) -> Path:
     """The YAML file that `reference` names.
 
-    Tried in order: relative to `folder`, relative to the current directory, and as a bare name
-    in the repository's `configs/models` (kind `model`) or `configs/data` (kind `data`).
+    Tried in order: relative to `folder`, to the current directory and to the repository, and as a
+    bare name in the repository's `configs/models` (kind `model`) or `configs/data` (kind `data`).
+    A model's name may have a slash for an underscore: `llama/1b`.
     Raises ConfigError with the places and the known names when there is none.
     """
     shelf = CONFIGS / FOLDERS[kind]
@@ -26,10 +27,14 @@ def find_file(reference: str, *, kind: str, folder: Path) -> Path:
     except ValueError as error:
         raise ConfigError(f"{kind}={error}") from None
     candidates = [folder / path, Path.cwd() / path]
+    if len(path.parts) > 1:
+        candidates.append(CONFIGS.parent / path)
     if path.suffix not in (".yaml", ".yml"):
         candidates = [c.with_name(c.name + ".yaml") for c in candidates] + candidates
         if len(path.parts) == 1:
             candidates.append(shelf / f"{path}.yaml")
+        elif kind == "model" and len(path.parts) == 2:
+            candidates.append(shelf / f"{'_'.join(path.parts)}.yaml")
     elif len(path.parts) == 1:
         candidates.append(shelf / path)
     for candidate in candidates:

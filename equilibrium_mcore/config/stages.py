@@ -52,6 +52,8 @@ STAGES: dict[str, StageSettings] = {
     ),
 }
 
+MEANINGS = "; ".join(f"{name}: {stage.meaning}" for name, stage in STAGES.items())
+
 STAGE_RULES = RuleTable()
 rule = STAGE_RULES.rule
 

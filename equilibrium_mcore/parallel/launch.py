@@ -6,9 +6,11 @@ A rank that fails takes the job down within seconds, and its traceback is what i
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.layout import resolve_world_size
@@ -17,7 +19,9 @@ from equilibrium_mcore.parallel.rank_job import REFUSED, Place, RankError, place
 from equilibrium_mcore.parallel.rank_server import RankServer
 from equilibrium_mcore.processes.stacks import print_stacks_on_signal
 
-__all__ = ["Place", "launch", "place_from_environment"]
+PACKAGE = Path(__file__).resolve().parents[1]
+
+__all__ = ["Place", "launch", "place_from_environment", "this_command"]
 
 
 def launch(layout: ParallelismConfig, run_rank: Callable[[Place], None]) -> int:
@@ -42,8 +46,7 @@ def launch(layout: ParallelismConfig, run_rank: Callable[[Place], None]) -> int:
     if accelerator.has_cuda():
         raise ConfigError(
             f"the layout needs {world_size} ranks, and on a host with a GPU a launcher starts "
-            f"them: torchrun --nproc-per-node {world_size} -m equilibrium_mcore.pretrain "
-            "RUN.yaml"
+            f"them: torchrun --nproc-per-node {world_size} {this_command()}"
         )
     try:
         with RankServer() as server:
@@ -52,6 +55,14 @@ def launch(layout: ParallelismConfig, run_rank: Callable[[Place], None]) -> int:
         print(failed, file=sys.stderr, flush=True)
         return REFUSED if failed.refused else 1
     return 0
+
+
+def this_command() -> str:
+    """What this process was started with, as a launcher takes it."""
+    program, *words = sys.argv
+    path = Path(program)
+    named = ["-m", f"{path.parent.name}.{path.stem}"] if path.parent == PACKAGE else [program]
+    return shlex.join([*named, *words])
 
 
 def _run_launched(place: Place, run_rank: Callable[[Place], None]) -> int:

@@ -9,7 +9,8 @@ import pytest
 
 from equilibrium_mcore.config import describe
 from equilibrium_mcore.config.errors import ConfigError
-from equilibrium_mcore.config.mixture import KINDS, SHELF, Phase, load_mixture
+from equilibrium_mcore.config.mixture import KINDS, Phase, load_mixture
+from equilibrium_mcore.config.mixture_files import SHELF
 from equilibrium_mcore.config.mixture_rules import (
     MIXTURE_RULES,
     effective_shares,

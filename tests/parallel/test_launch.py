@@ -15,7 +15,7 @@ import pytest
 
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.load import save_config
-from equilibrium_mcore.parallel.launch import place_from_environment
+from equilibrium_mcore.parallel.launch import place_from_environment, this_command
 from equilibrium_mcore.training.metrics import read_metrics
 from tests.support.processes import await_text, still_there
 from tests.support.runs import tiny_run
@@ -42,6 +42,15 @@ def test_place_under_srun():
     del environment["MASTER_ADDR"]
     with pytest.raises(ConfigError, match="MASTER_ADDR"):
         place_from_environment(environment)
+
+
+def test_the_words_that_a_launcher_takes(monkeypatch):
+    """What a GPU host is told: a module of the package by its name, a tool by its path."""
+    main = ROOT / "equilibrium_mcore" / "train.py"
+    monkeypatch.setattr(sys, "argv", [str(main), "a run.yaml", "training.steps=3"])
+    assert this_command() == "-m equilibrium_mcore.train 'a run.yaml' training.steps=3"
+    monkeypatch.setattr(sys, "argv", ["tools/train.py", "--stage", "sft"])
+    assert this_command() == "tools/train.py --stage sft"
 
 
 def test_started_plainly_has_no_place():

@@ -211,7 +211,7 @@ def _decoded(tokens: Tokens, manifest: MixtureManifest) -> list[tuple[str, float
 
 def _blend_weights(folder: Path, manifest: MixtureManifest) -> dict[str, float]:
     """Share of each dataset by the blend as it lies there, perhaps changed by hand."""
-    for name in manifest.blends[:1]:
+    for name in manifest.blends[:1] if manifest.kind == "text" else ():
         blend = parse(DataConfig, read_mapping(folder / name))
         if isinstance(blend, list):
             raise ValueError(f"{folder / name}: " + "; ".join(p.text for p in blend))

@@ -13,9 +13,8 @@ from equilibrium_mcore.data.mixtures.plan import make_plan, open_sources
 from equilibrium_mcore.data.mixtures.prepare import Options, prepare
 
 POSTTRAIN_NOTE = (
-    "These are JSONL files in one form. equilibrium_mcore.pretrain does not train on them. "
-    "docs/fine_tuning.md says what becomes of conversations; preference losses and reward models "
-    "are not part of this project yet."
+    "These are JSONL files in one form, on which no stage trains: preference losses and reward "
+    "models are not part of this project yet."
 )
 
 
@@ -83,7 +82,7 @@ def summary(manifest: MixtureManifest, output: Path) -> str:
         most = sorted(source.dropped.items(), key=lambda item: -item[1])[:4]
         lines += [f"    {reason}: {count:,}" for reason, count in most]
     lines += [f"train with data: {output / name}" for name in manifest.blends]
-    if manifest.kind != "text":
+    if not manifest.blends:
         lines.append(POSTTRAIN_NOTE)
     return "\n".join(lines)
 

@@ -3,6 +3,7 @@
     OUTPUT/manifest.json                    what was made of what; written last
     OUTPUT/mixture.yaml                     the effective settings
     OUTPUT/blend.yaml                       what a run names as `data:`; one per curriculum stage
+    OUTPUT/conversations.yaml               the same for the phase posttrain_sft
     OUTPUT/data/NAME_text_document.*        an indexed dataset; its last documents are held out
     OUTPUT/data/NAME.{train,validation}.jsonl   posttrain phases instead
     OUTPUT/.work/                           shards; a killed run goes on with them
@@ -53,7 +54,12 @@ from equilibrium_mcore.data.mixtures.shards import (
     WorkSpec,
 )
 from equilibrium_mcore.data.mixtures.workers import ShardWorkers
-from equilibrium_mcore.data.mixtures.write import OutputSet, blend_texts
+from equilibrium_mcore.data.mixtures.write import (
+    CONVERSATIONS,
+    OutputSet,
+    blend_texts,
+    conversation_texts,
+)
 from equilibrium_mcore.data.tokenizer import load_tokenizer
 from equilibrium_mcore.files.replace import refuse_sources
 from equilibrium_mcore.files.whole import write_whole
@@ -222,7 +228,11 @@ def _write_all(
                     outputs=written,
                 )
             )
-        blends = blend_texts(plan, facts, options.output, split) if encoder else {}
+        blends = (
+            blend_texts(plan, facts, options.output, split)
+            if encoder
+            else conversation_texts(plan, facts, options.output)
+        )
         manifest = MixtureManifest(
             name=mixture.name,
             phase=mixture.metadata.phase,
@@ -346,7 +356,8 @@ def _check_final_names(options: Options, work: Path, request: str) -> None:
 
 def _final_places(output: Path) -> list[Path]:
     """The folder of the datasets, and the files beside it."""
-    return [output / "data", output / NAME, output / "mixture.yaml", output / "blend.yaml"]
+    files = (NAME, "mixture.yaml", "blend.yaml", CONVERSATIONS)
+    return [output / "data", *(output / name for name in files)]
 
 
 @contextlib.contextmanager

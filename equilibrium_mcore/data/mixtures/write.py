@@ -24,6 +24,8 @@ from equilibrium_mcore.data.mixtures.merge import (
 )
 from equilibrium_mcore.data.mixtures.plan import Plan
 
+CONVERSATIONS = "conversations.yaml"
+
 
 class OutputSet:
     """Writes one dataset after the other; `publish` gives all of them their final names."""
@@ -155,6 +157,36 @@ def blend_texts(plan: Plan, facts: list[SourceFacts], output: Path, split: str) 
         file = "blend.yaml" if count == 1 else f"blend_stage{stage}.yaml"
         texts[file] = head + to_yaml(wanted)
     return texts
+
+
+def conversation_texts(plan: Plan, facts: list[SourceFacts], output: Path) -> dict[str, str]:
+    """File name to YAML of the conversations that a run names as `data:`, a source a dataset.
+
+    A curriculum's stages are files of one source. Without a tokenizer of the mixture's there is
+    none in it: the run names it. Other phases than conversations have no such file.
+    """
+    mixture = plan.mixture
+    if mixture.kind != "conversation":
+        return {}
+    values: dict[str, Any] = {"type": "conversations", "name": mixture.name}
+    if mixture.tokenizer is not None:
+        values["tokenizer"] = mixture.tokenizer.model_dump(mode="json", exclude_none=True)
+    values["sources"] = [_conversation_source(source, output) for source in facts]
+    values["template"] = "chatml"
+    head = f"# Written by tools/prepare_dataset.py from the mixture {mixture.name}.\n"
+    return {CONVERSATIONS: head + to_yaml(values)}
+
+
+def _conversation_source(source: SourceFacts, output: Path) -> dict[str, Any]:
+    def files(split: str, documents: str) -> list[str]:
+        held = [place.prefix for place in source.outputs if getattr(place, documents)]
+        return [str(output / f"{prefix}.{split}.jsonl") for prefix in held]
+
+    return {
+        "name": source.name,
+        "train": files("train", "train_documents"),
+        "validation": files("validation", "validation_documents"),
+    }
 
 
 def _manifest(

@@ -4,8 +4,11 @@ import json
 
 import pytest
 
+from equilibrium_mcore.config.chat import parse_conversations
 from equilibrium_mcore.config.mixture import DatasetConfig
 from equilibrium_mcore.config.problems import parse
+from equilibrium_mcore.config.yaml_io import read_mapping
+from equilibrium_mcore.data.mixtures.command import summary
 from equilibrium_mcore.data.mixtures.documents import (
     RowError,
     SkippedRowError,
@@ -140,12 +143,18 @@ def test_a_posttrain_phase_becomes_jsonl(tmp_path, write_rows, mixture, run):
         tokenizer=None,
     )  # fmt: skip
     manifest = run(config)
-    assert manifest.blends == [] and manifest.tokenizer is None
+    assert manifest.blends == ["conversations.yaml"] and manifest.tokenizer is None
+    named = read_mapping(tmp_path / "out/conversations.yaml")
+    assert "tokenizer" not in named  # the mixture has none: the run names it
+    named["tokenizer"] = {"type": "SentencePieceTokenizer", "model": "chat.model"}
+    conversations = parse_conversations(named)
     taken = {}
     for facts in manifest.datasets:
         (output,) = facts.outputs
         files = [tmp_path / "out" / f"{output.prefix}.{s}.jsonl" for s in ("train", "validation")]
         lines = [[json.loads(line) for line in file.open()] for file in files]
+        source = next(s for s in conversations.sources if s.name == facts.name)
+        assert (source.train, source.validation) == ([files[0]], [files[1]])
         assert [len(part) for part in lines] == [
             output.train_documents, output.validation_documents,
         ]  # fmt: skip
@@ -156,3 +165,34 @@ def test_a_posttrain_phase_becomes_jsonl(tmp_path, write_rows, mixture, run):
         assert "someone@" not in record["messages"][0]["content"]
         assert record["messages"][1]["content"].startswith("Answer")
     assert "someone@" in taken["more"][0]["messages"][0]["content"]
+
+
+def test_conversations_have_the_tokenizer_of_the_mixture_and_what_was_held_out(
+    tmp_path, write_rows, mixture, run, tokenizer_config
+):
+    rows = [{"q": f"Question {n}?", "a": f"Answer {n} of them."} for n in range(20)]
+    config = mixture(
+        ("qa", write_rows(tmp_path / "qa.jsonl", rows), 1.0,
+         {"columns": {"prompt": "q", "response": "a"}}),
+        total_tokens=None,
+        metadata={"phase": "posttrain_sft"},
+        validation={"ratio": 0.0},
+    )  # fmt: skip
+    assert "train with data" in summary(run(config), tmp_path / "out")
+    named = parse_conversations(read_mapping(tmp_path / "out/conversations.yaml"))
+    assert named.tokenizer == tokenizer_config and named.template == "chatml"
+    (source,) = named.sources
+    assert source.validation == [] and len(source.train[0].read_text().splitlines()) == 20
+
+
+def test_preferences_have_no_file_that_a_run_names(tmp_path, write_rows, mixture, run):
+    rows = [{"p": f"Question {n}?", "c": "Yes.", "r": f"No {n}."} for n in range(20)]
+    config = mixture(
+        ("pairs", write_rows(tmp_path / "pairs.jsonl", rows), 1.0,
+         {"columns": {"prompt": "p", "chosen": "c", "rejected": "r"}}),
+        total_tokens=None,
+        metadata={"phase": "posttrain_dpo"},
+    )  # fmt: skip
+    manifest = run(config)
+    assert manifest.blends == [] and not (tmp_path / "out/conversations.yaml").exists()
+    assert "no stage trains" in summary(manifest, tmp_path / "out")

@@ -1,0 +1,1 @@
+"""Runs by name: started from templates, resumed from their folder, chained as a pipeline."""
