@@ -235,7 +235,8 @@ def test_shipped_mixture_is_legal(name):
         "examples": "pretrain",
     }
     place = "/".join(folder)
-    assert mixture.metadata.phase == names.get(place, place.replace("/", "_"))
+    if folder[0] != "recipes":  # a recipe goes through several phases
+        assert mixture.metadata.phase == names.get(place, place.replace("/", "_"))
     assert all(stages_of(dataset) == 1 for dataset in mixture.datasets)
     text = (SHELF / f"{name}.yaml").read_text()
     for dataset in mixture.datasets:
@@ -245,7 +246,7 @@ def test_shipped_mixture_is_legal(name):
 def test_every_phase_of_the_roadmap_is_shipped():
     phases = {load_mixture(name).metadata.phase for name in SHIPPED}
     assert phases == set(Phase.__args__)
-    assert len(SHIPPED) == 17
+    assert len(SHIPPED) == 19
 
 
 def test_equilibriums_shares():
