@@ -80,7 +80,7 @@ def test_the_small_mamba_from_web_text_to_an_assistant(tmp_path: Path) -> None:
     web = write(tmp_path / "web.jsonl", fineweb_rows(draw))
     instructions = write(tmp_path / "alpaca.jsonl", alpaca_rows(draw))
     tokenizer = tmp_path / "tokenizer.model"
-    run("tools/train_tokenizer.py", "--input", web, "--output", tokenizer, "--vocab-size", 512)
+    run("tools/train_tokenizer.py", "--input", web, "--output", tokenizer, "--vocab-size", 320)
     run(
         *("tools/prepare_dataset.py", "recipes/mamba_slm/fineweb", "--output", tmp_path / "web"),
         *("--local", f"fineweb={web}", "--total-tokens", "4e3"),
