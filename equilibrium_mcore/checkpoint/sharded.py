@@ -35,6 +35,7 @@ from equilibrium_mcore.checkpoint.together import on_every_rank, on_first_rank
 from equilibrium_mcore.config.load import save_config
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.files.whole import sync_directory, sync_file
+from equilibrium_mcore.optim.frozen import check_optimizer_state
 from equilibrium_mcore.optim.optimizer import HybridOptimizer
 
 
@@ -141,6 +142,7 @@ def load_checkpoint(
     """
     path, facts = opened.path, opened.facts
     check_resumable(opened.config, config, checkpoint=str(path))
+    check_optimizer_state(opened.config, config, checkpoint=str(path))
     same_layout = _layout_facts(facts) == _layout_facts(
         {
             "layout": config.parallelism.model_dump(mode="json"),

@@ -82,7 +82,7 @@ def describe_parameters(
     patterns = [override.pattern for override in optimizer.overrides]
     if patterns:
         decided = [sum(p.treatment.override == pattern for p in found) for pattern in patterns]
-        counts = torch.tensor(decided, device=found[0].model.device)
+        counts = torch.tensor(decided, device=next(chunks[0].parameters()).device)
         torch.distributed.all_reduce(counts)
         names = [parameter.name for parameter in found]
         check_overrides_match(optimizer.overrides, counts.tolist(), names)
