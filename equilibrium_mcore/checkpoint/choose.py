@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from equilibrium_mcore.checkpoint import directory
+from equilibrium_mcore.checkpoint.compatibility import grown_vocabulary, noted_changes
 from equilibrium_mcore.checkpoint.lineage import Line
 from equilibrium_mcore.checkpoint.manifest import (
     Damage,
@@ -109,6 +110,7 @@ def open_together(path: Path, *, needs_state: bool, verify: bool) -> Opened:
 
 def _chosen(config: RunConfig, opened: Opened, notes: list[Note]) -> Choice:
     line = on_first_rank(lambda: Line.after(opened.facts))
+    notes = notes + _changes(opened.config, config, resumed=True)
     return Choice(opened, None, line, (*notes, *_left(config, line)))
 
 
@@ -122,7 +124,15 @@ def _from_scratch(config: RunConfig, notes: list[Note]) -> Choice:
         except DamagedCheckpointError as error:
             raise with_way_out(error) from None
         notes = notes + _verified(weights, config, start)
+        notes += _changes(weights.config, config, resumed=False)
     return Choice(None, weights, line, (*notes, *_left(config, line)))
+
+
+def _changes(saved: RunConfig, wanted: RunConfig, *, resumed: bool) -> list[Note]:
+    changed = noted_changes(saved, wanted, resumed=resumed)
+    grown = {} if resumed else grown_vocabulary(saved, wanted)
+    told = [("settings_changed", changed), ("vocabulary_grown", grown)]
+    return [note for note in told if note[1]]
 
 
 def find_weights(path: Path) -> Path:

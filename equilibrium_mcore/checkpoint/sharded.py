@@ -32,6 +32,7 @@ from equilibrium_mcore.checkpoint.manifest import Files, describe_file, write_ma
 from equilibrium_mcore.checkpoint.opened import Opened
 from equilibrium_mcore.checkpoint.safe_load import allowed_classes_only
 from equilibrium_mcore.checkpoint.together import on_every_rank, on_first_rank
+from equilibrium_mcore.checkpoint.vocabulary import fill_new_rows
 from equilibrium_mcore.config.load import save_config
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.files.whole import sync_directory, sync_file
@@ -169,8 +170,11 @@ def load_weights(
     config: RunConfig,
     chunks: list[torch.nn.Module],
     optimizer: HybridOptimizer | None,
+    groups: ProcessGroupCollection,
 ) -> None:
     """Load the model's weights alone, and make the optimizer take them as its main weights.
+
+    Tokens that the weights have no rows for start with the mean of the others' rows.
 
     `weights` is an opened checkpoint, or a run's output directory or checkpoint, which is opened
     and verified first. Collective. Raises ConfigError, and DamagedCheckpointError.
@@ -184,6 +188,7 @@ def load_weights(
         state = dist_checkpointing.load(wanted, str(weights.path))
     for name, chunk in _named_chunks(chunks):
         chunk.load_state_dict(state[name])
+    fill_new_rows(chunks, saved=weights.config.model, wanted=config.model, groups=groups)
     if optimizer is not None:
         optimizer.refresh_main_weights()
 

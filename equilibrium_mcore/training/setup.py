@@ -195,7 +195,13 @@ def resume(run: Run) -> None:
         run.progress = Progress(**{f.name: progress[f.name] for f in fields(Progress)})
         run.resumed_from = choice.checkpoint.path
     elif choice.weights is not None:
-        load_weights(choice.weights, config=config, chunks=run.chunks, optimizer=run.optimizer)
+        load_weights(
+            choice.weights,
+            config=config,
+            chunks=run.chunks,
+            optimizer=run.optimizer,
+            groups=run.groups,
+        )
 
 
 def teardown(run: Run) -> None:

@@ -60,7 +60,7 @@ def _update_given_gradients(
     run = setup(config, place)
     run.optimizer = HybridOptimizer(run.chunks, run.groups, config, main_dtype=dtype)
     start = [p.model.detach().clone() for p in run.optimizer.parameters]
-    load_weights(gradients, config=config, chunks=run.chunks, optimizer=None)
+    load_weights(gradients, config=config, chunks=run.chunks, optimizer=None, groups=run.groups)
     other = [p.model.detach().clone() for p in run.optimizer.parameters]
     initial = config.checkpoint.initial_weights
     load_weights(initial, config=config, chunks=run.chunks, optimizer=run.optimizer)
