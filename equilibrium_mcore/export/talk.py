@@ -203,6 +203,8 @@ def _asked() -> Iterator[str]:
         try:
             line = input("> " if sys.stdin.isatty() else "")
         except EOFError:
+            if sys.stdin.isatty():
+                print()  # so that the shell's prompt has a line of its own
             return
         except KeyboardInterrupt:
             print(f"\n{ENDS}", file=sys.stderr)
