@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from equilibrium_mcore.config.schema import ModelConfig
-
-TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")
+from equilibrium_mcore.optim.parameters import EMBEDDING, OUTPUT
 
 
 @torch.no_grad()
@@ -32,7 +31,7 @@ def fill_new_rows(
         return
     for chunk in chunks:
         for name, table in chunk.named_parameters():
-            if name.removeprefix("module.") in TABLES:
+            if name.removeprefix("module.") in (EMBEDDING, OUTPUT):
                 _fill(table, saved=saved, wanted=wanted, group=groups.tp)
 
 

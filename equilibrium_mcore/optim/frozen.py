@@ -11,9 +11,8 @@ import torch
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import ModelConfig, RunConfig
 from equilibrium_mcore.models.parameters import build_on_meta
-from equilibrium_mcore.optim.parameters import layout_free_names
+from equilibrium_mcore.optim.parameters import EMBEDDING, OUTPUT, layout_free_names
 
-EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 BIAS = "expert_bias"  # of the router: a buffer, which no gradient moves
 
 

@@ -15,6 +15,9 @@ from equilibrium_mcore.optim.parts import part_shapes
 from equilibrium_mcore.optim.treatment import Treatment, check_overrides_match, treatment_of
 
 
+EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+
+
 @dataclass(eq=False)
 class Parameter:
     """One parameter of this rank's model, and its place in the layout."""
@@ -138,11 +141,12 @@ def _describe(
     is_expert = not getattr(tensor, "allreduce", True)
     tensor_group = groups.expt_tp if is_expert else groups.tp
     is_split = getattr(tensor, "tensor_model_parallel", False) and tensor_group.size() > 1
-    is_shared_copy = getattr(tensor, "shared", False)
+    is_shared_copy = getattr(tensor, "shared", False)  # of a tied table, on the last stage
+    treated_as = EMBEDDING if is_shared_copy else name  # so that both stay one
     return Parameter(
         name=name,
         model=tensor,
-        treatment=treatment_of(name, tensor.shape, model=model, optimizer=optimizer),
+        treatment=treatment_of(treated_as, tensor.shape, model=model, optimizer=optimizer),
         data_group=groups.expt_dp if is_expert else groups.dp_cp,
         tensor_group=tensor_group,
         partition_dim=tensor.partition_dim if is_split else None,

@@ -148,31 +148,45 @@ def test_a_resume_is_bit_equal_and_may_freeze_more(ranks, frozen_run):
         ranks.run(1, observed, frozen_run("parts", PATTERNS, ONE), 1)
 
 
+TIED = {"tie_embeddings": True}
+TWO_STAGES = {
+    "pp2": {"world_size": 2, "pipeline": 2},
+    "vpp2": {"world_size": 2, "pipeline": 2, "virtual_pipeline": 2},
+    "pp2_tp2": {"world_size": 4, "pipeline": 2, "tensor": 2, "sequence": True},
+}
+FROZEN = {
+    "table": ["embedding.*"],
+    "stage": ["embedding.*", *(f"decoder.layers.{n}.*" for n in range(4))],
+}
+
+
 @pytest.mark.slow
-def test_tied_embeddings_on_two_stages_are_one(ranks, frozen_run):
+@pytest.mark.parametrize("case", FROZEN)
+def test_tied_embeddings_on_two_stages_are_one(ranks, frozen_run, case):
     """The copy on the last stage is held as the table is; a stage may be frozen whole."""
-    tied = {"tie_embeddings": True, "layer_pattern": "ME|M-|+E|ME"}
-    two = {"world_size": 2, "pipeline": 2}
-    four = {"world_size": 4, "pipeline": 2, "tensor": 2, "sequence": True}
-    first_stage = ["embedding.*", *(f"decoder.layers.{n}.*" for n in range(4))]
-    for case, patterns in {"table": ["embedding.*"], "stage": first_stage}.items():
-        run = frozen_run(f"{case}_one", patterns, ONE, model=tied)
-        whole = ranks.run(1, observed, run, STEPS)[0]
-        for name, layout in {
-            "pp2": two,
-            "pp2_tp2": four,
-            "vpp2": {**two, "virtual_pipeline": 2},
-        }.items():
-            run = frozen_run(f"{case}_{name}", patterns, layout, model=tied)
-            seen = ranks.run(layout["world_size"], observed, run, STEPS)
-            assert seen[0]["loss"] == pytest.approx(whole["loss"], rel=1e-5)
-            assert seen[0]["norm"] == pytest.approx(whole["norm"], rel=1e-4)
-            assert "output_layer.weight" in seen[-1]["held"]
-            assert EMBEDDING in seen[0]["held"]
-            if name != "pp2_tp2":
-                table = seen[0]["weights"][EMBEDDING]
-                assert table == whole["weights"][EMBEDDING]
-                assert table == seen[-1]["weights"]["output_layer.weight"]
+    run = frozen_run("one", FROZEN[case], ONE, model=TIED)
+    whole = ranks.run(1, observed, run, STEPS + 1)[0]
+    for name, layout in TWO_STAGES.items():
+        run = frozen_run(name, FROZEN[case], layout, model=TIED)
+        seen = ranks.run(layout["world_size"], observed, run, STEPS, True)
+        assert "output_layer.weight" in seen[-1]["held"] and EMBEDDING in seen[0]["held"]
+        resumed = ranks.run(layout["world_size"], observed, run, 1)[0]
+        for key, tolerance in (("loss", 1e-5), ("norm", 1e-4)):
+            found = seen[0][key] + resumed[key]
+            assert found == pytest.approx(whole[key], rel=tolerance)
+        if name != "pp2_tp2":
+            table = seen[0]["weights"][EMBEDDING]
+            assert table == whole["weights"][EMBEDDING]
+            assert table == seen[-1]["weights"]["output_layer.weight"]
+
+
+@pytest.mark.slow
+def test_a_tied_table_and_its_copy_have_one_rate(ranks, frozen_run):
+    """What the settings say of the embedding holds for its copy on the last stage."""
+    optimizer = {"adamw": {"learning_rate": 2e-3, "learning_rates": {"embedding": 2e-2}}}
+    run = frozen_run("rates", [], TWO_STAGES["pp2"], model=TIED, optimizer=optimizer)
+    first, last = ranks.run(2, observed, run, STEPS)
+    assert first["weights"][EMBEDDING] == last["weights"]["output_layer.weight"]
 
 
 @pytest.mark.parametrize(
