@@ -14,7 +14,6 @@ from equilibrium_mcore.config.schema import ModelConfig, OptimizerConfig
 from equilibrium_mcore.optim.parts import part_shapes
 from equilibrium_mcore.optim.treatment import Treatment, check_overrides_match, treatment_of
 
-
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
