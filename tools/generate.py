@@ -16,7 +16,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from equilibrium_mcore.export.talk import Sampling, talk
+from equilibrium_mcore.export.speaker import Sampling
+from equilibrium_mcore.export.talk import talk
 from equilibrium_mcore.files.paths import user_path
 
 

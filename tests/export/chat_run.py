@@ -11,6 +11,7 @@ from tests.data.chat.support import write_rows
 from tests.support.runs import tiny_run, train_steps
 
 QUESTIONS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
+PATTERN = {"layer_pattern": "+-+-", "moe": None, "mamba": None}
 ANSWERS = {question: f"{question[::-1]} {len(question)}" for question in QUESTIONS}
 
 
@@ -26,7 +27,7 @@ def rows() -> list[dict[str, Any]]:
     ]
 
 
-def chat_run(data: dict[str, Any], folder: Path, **changes: Any) -> RunConfig:
+def chat_run(data: dict[str, Any], folder: Path, /, **changes: Any) -> RunConfig:
     """Supervised fine-tuning on the eight rows; `changes` as in `tiny_run`."""
     source = {"name": "numbers", "train": [str(write_rows(folder / "numbers.jsonl", rows()))]}
     conversations = {
@@ -34,11 +35,12 @@ def chat_run(data: dict[str, Any], folder: Path, **changes: Any) -> RunConfig:
         "name": "chats",
         "tokenizer": data["tokenizer"],
         "sources": [source],
+        **changes.pop("data", {}),
     }
     settings: dict[str, Any] = {
         "stage": "sft",
         "objective": {"type": "sft"},
-        "model": {"layer_pattern": "+-+-", "moe": None, "mamba": None},
+        "model": PATTERN,
         "optimizer": {"muon": {"learning_rate": 2e-2}, "adamw": {"learning_rate": 1e-2}},
         "parallelism": {"world_size": 1},
         "training": {

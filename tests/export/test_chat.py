@@ -9,11 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
+from equilibrium_mcore.config.data import TokenizerConfig
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.load import save_config
 from equilibrium_mcore.data.chat.build import build_conversations
+from equilibrium_mcore.data.chat.special_tokens import add_special_tokens
 from equilibrium_mcore.export.convert import export_hugging_face
-from tests.export.chat_run import ANSWERS, QUESTIONS, rows
+from tests.export.chat_run import ANSWERS, PATTERN, QUESTIONS, chat_run, fine_tune, rows
 from tests.export.test_convert import run_tool
 
 MARK = "<|im_end|>"
@@ -115,3 +117,30 @@ def test_a_template_of_ones_own(fine_tuned, tmp_path):
     )
     said = model.generate(**asked, max_new_tokens=20, do_sample=False)[0]
     assert tokenizer.decode(said).endswith(MARK)
+
+
+def test_a_grown_vocabulary_learns_the_template_of_its_new_tokens(
+    ranks, data, fine_tuned, tmp_path
+):
+    """add_special_tokens, initial weights of fewer tokens, fine-tuning, and the release."""
+    tokens = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    old = TokenizerConfig(**{**data["tokenizer"], "model": Path(data["tokenizer"]["model"])})
+    added = add_special_tokens(old, tokens, tmp_path / "llama3.model")
+    config = chat_run(
+        data,
+        tmp_path,
+        data={
+            "template": "llama3",
+            "tokenizer": {**data["tokenizer"], "model": str(added.path)},
+        },
+        model={**PATTERN, "vocab_size": added.vocab_size[1]},
+        checkpoint={"initial_weights": str(fine_tuned.output_directory)},
+    )
+    ranks.run(1, fine_tune, config)
+    export_hugging_face(config.output_directory, tmp_path / "out", dtype="float32")
+    answer = pipeline(
+        "text-generation", model=str(tmp_path / "out"), trust_remote_code=True, dtype=torch.float32
+    )
+    said = answer([{"role": "user", "content": "two"}], do_sample=False, max_new_tokens=30)
+    assert said[0]["generated_text"][-1]["content"] == ANSWERS["two"]
+    assert "from the weights of `run`" in (tmp_path / "out" / "README.md").read_text()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from equilibrium_mcore.export.talk import Sampling
+from equilibrium_mcore.export.speaker import Sampling
 from tests.export.chat_run import ANSWERS, QUESTIONS
 
 ROOT = Path(__file__).parents[2]
