@@ -142,7 +142,7 @@ have "$model" ||
     --dtype float32 --verify || { rm -rf "$model"; false; }  # not verified: not there
 
 begin 9/9 "Generation with transformers, on the CPU"
-python_shown examples/generate.py "$model" --prompt "def read_lines(path):" \
+python_shown tools/generate.py "$model" --prompt "def read_lines(path):" \
   --max-new-tokens "$new_tokens"
 
 part="the summary"

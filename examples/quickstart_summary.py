@@ -155,9 +155,7 @@ def summary(run: Path, *, output: Path, margin: float, seconds: float | None) ->
     ):
         print(f"    {what:<20}{path}")
     print("  try next")
-    print(
-        f'    .venv/bin/python examples/generate.py "{output / "hugging_face"}" --prompt "import"'
-    )
+    print(f'    .venv/bin/python tools/generate.py "{output / "hugging_face"}" --prompt "import"')
     print("    bash examples/quickstart.sh --steps 600 --output runs/longer")
     print("    .venv/bin/python -m equilibrium_mcore.pretrain configs/runs/quickstart.yaml \\")
     print("        output_directory=runs/adamw optimizer.matrices=adamw training.steps=100")

@@ -6,8 +6,9 @@ Examples:
     python tools/add_special_tokens.py data/llama --output data/llama_chat --template llama3
 
 The tokenizer is a SentencePiece .model, a Hugging Face tokenizer.json, or the folder of one. Old
-ids stay; new tokens get the next ones. A model knows them when its model.vocab_size is at least the
-new size: docs/fine_tuning.md.
+ids stay; new tokens get the next ones. A run grows a model that was trained before: set its
+checkpoint.initial_weights, and model.vocab_size to the size that is printed here. Rows of new
+tokens start at the mean of the old ones: docs/fine_tuning.md.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import sys
 
 from tqdm import tqdm
 
+from equilibrium_mcore.config.chat import BUILT_IN, template_named
 from equilibrium_mcore.export.convert import export_hugging_face
 from equilibrium_mcore.export.verify import verify_export
 from equilibrium_mcore.export.weights import DTYPES
@@ -29,11 +30,15 @@ def main() -> int:
     add("--output", type=user_path, required=True, help="the folder to write")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (bfloat16)")
     add("--main-weights", action="store_true", help="from the optimizer's float32 copies")
+    template = f"{', '.join(BUILT_IN)}, a Jinja FILE, or none (the run's, if it has conversations)"
+    add("--chat-template", metavar="TEMPLATE", help=template)
     add("--overwrite", action="store_true", help="replace what it wrote there before")
     add("--verify", action="store_true", help="compare its logits with Megatron's afterwards")
     options = vars(parser.parse_args())
-    verify = options.pop("verify")
+    verify, template = options.pop("verify"), options.pop("chat_template")
     checkpoint, output = options.pop("checkpoint"), options.pop("output")
+    if template is not None:
+        options["chat_template"] = template if template == "none" else template_named(template)
     try:
         with tqdm(desc="converting", unit=" tensors") as bar:
 

@@ -150,6 +150,7 @@ def make_twin(config: RunConfig, layouts: list[Layout], *, folder: Path) -> RunC
         steps=STEPS,
         epochs=None,
         stop_after_steps=None,
+        frozen=[],  # names of the run's own layers, and what trains is compared
         precision="fp32",  # float64 inside, where the trace is sharp
         validation_interval_steps=0,
         backend="torch",

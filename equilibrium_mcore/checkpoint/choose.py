@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from equilibrium_mcore.checkpoint import directory
+from equilibrium_mcore.checkpoint.compatibility import grown_vocabulary, noted_changes
 from equilibrium_mcore.checkpoint.lineage import Line
 from equilibrium_mcore.checkpoint.manifest import (
     Damage,
@@ -149,6 +150,7 @@ def open_together(path: Path, *, needs_state: bool, verify: bool) -> Opened:
 
 def _chosen(config: RunConfig, opened: Opened, notes: list[Note]) -> Choice:
     line = on_first_rank(lambda: Line.after(opened.facts))
+    notes = notes + _changes(opened.config, config, resumed=True)
     return Choice(opened, None, line, (*notes, *_left(config, line)))
 
 
@@ -160,6 +162,7 @@ def _from_scratch(config: RunConfig, notes: list[Note]) -> Choice:
             config.checkpoint.initial_weights, verify=config.checkpoint.verify
         )
         notes = notes + _verified(weights, config, start)
+        notes += _changes(weights.config, config, resumed=False)
     return Choice(None, weights, line, (*notes, *_left(config, line)))
 
 
@@ -173,6 +176,13 @@ def open_weights_together(path: Path, *, verify: bool) -> Opened:
         return open_together(found, needs_state=False, verify=verify)
     except DamagedCheckpointError as error:
         raise with_way_out(error) from None
+
+
+def _changes(saved: RunConfig, wanted: RunConfig, *, resumed: bool) -> list[Note]:
+    changed = noted_changes(saved, wanted, resumed=resumed)
+    grown = {} if resumed else grown_vocabulary(saved, wanted)
+    told = [("settings_changed", changed), ("vocabulary_grown", grown)]
+    return [note for note in told if note[1]]
 
 
 def find_weights(path: Path) -> Path:

@@ -18,6 +18,7 @@ BALANCING = {
     "model.moe.z_loss_coefficient",
     "model.moe.expert_bias_update_rate",
 }
+VOCABULARY = "model.vocab_size"
 # Settings that may differ although they lie in a section that must not.
 FREE = {"model.name", "model.mamba.chunk_size", *BALANCING}
 # Why a setting of the data must not change, where it is not plain.
@@ -59,9 +60,20 @@ def check_resumable(saved: RunConfig, wanted: RunConfig, *, checkpoint: str) -> 
 
 
 def check_same_model(saved: RunConfig, wanted: RunConfig, *, checkpoint: str) -> None:
-    """Raise ConfigError with every difference between the models, for weights alone."""
+    """Raise ConfigError with every difference between the models, for weights alone.
+
+    The vocabulary may be larger than it was: `checkpoint/vocabulary.py` fills the new rows.
+    """
     before, now = _model(saved), _model(wanted)
-    problems = [
+    problems = []
+    had, has = before.pop(VOCABULARY), now.pop(VOCABULARY)
+    if has < had:
+        problems.append(
+            f"{VOCABULARY}={has} is less than the {had} of the weights: rows of tokens would be "
+            f"lost, and a tokenizer only grows. Set it to {had}, or to more for a tokenizer with "
+            "new tokens"
+        )
+    problems += [
         f"{key}={now.get(key)!r} differs from the {before.get(key)!r} of the weights: name the "
         "model that they were trained with"
         for key in sorted(before.keys() | now.keys())
@@ -69,6 +81,30 @@ def check_same_model(saved: RunConfig, wanted: RunConfig, *, checkpoint: str) ->
     ]
     if problems:
         raise ConfigError(problems, source=f"checkpoint.initial_weights={checkpoint}")
+
+
+def noted_changes(saved: RunConfig, wanted: RunConfig, *, resumed: bool) -> dict[str, str]:
+    """Settings that may change and whose change is worth a line in the log: `before -> now`."""
+    before, now = (_flatten(c.model.model_dump(mode="json"), "model") for c in (saved, wanted))
+    keys = [key for key in sorted(BALANCING) if key in before and key in now]
+    if resumed:
+        keys.append("training.frozen")
+        before["training.frozen"], now["training.frozen"] = (
+            c.training.frozen for c in (saved, wanted)
+        )
+    return {key: f"{before[key]} -> {now[key]}" for key in keys if before[key] != now[key]}
+
+
+def grown_vocabulary(saved: RunConfig, wanted: RunConfig) -> dict[str, str]:
+    """What is to be said of a vocabulary that is larger than the weights'; empty where it is not"""
+    old, new = saved.model, wanted.model
+    if new.vocab_size <= old.vocab_size:
+        return {}
+    return {
+        "tokens": f"{old.vocab_size} -> {new.vocab_size}",
+        "rows": f"{old.padded_vocab_size} -> {new.padded_vocab_size}",
+        "new_rows": "the mean of the old ones",
+    }
 
 
 def _model(config: RunConfig) -> dict[str, Any]:

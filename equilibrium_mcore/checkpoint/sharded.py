@@ -29,9 +29,11 @@ from equilibrium_mcore.checkpoint.manifest import Files, describe_file, write_ma
 from equilibrium_mcore.checkpoint.opened import Opened
 from equilibrium_mcore.checkpoint.safe_load import allowed_classes_only
 from equilibrium_mcore.checkpoint.together import on_every_rank, on_first_rank
+from equilibrium_mcore.checkpoint.vocabulary import fill_new_rows
 from equilibrium_mcore.config.load import save_config
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.files.whole import sync_directory, sync_file
+from equilibrium_mcore.optim.frozen import check_optimizer_state
 from equilibrium_mcore.optim.optimizer import HybridOptimizer
 from equilibrium_mcore.parallel.random_states import random_states, set_random_states
 
@@ -139,6 +141,7 @@ def load_checkpoint(
     """
     path, facts = opened.path, opened.facts
     check_resumable(opened.config, config, checkpoint=str(path))
+    check_optimizer_state(opened.config, config, checkpoint=str(path))
     same_layout = _layout_facts(facts) == _layout_facts(
         {
             "layout": config.parallelism.model_dump(mode="json"),
@@ -164,9 +167,12 @@ def load_weights(
     *,
     config: RunConfig,
     chunks: list[torch.nn.Module],
+    groups: ProcessGroupCollection,
     optimizer: HybridOptimizer | None = None,
 ) -> None:
     """Load the model's weights alone, and make an optimizer take them as its main weights.
+
+    Tokens that the weights have no rows for start with the mean of the others' rows.
 
     `weights` is an opened checkpoint, or a run's output directory or checkpoint, which is opened
     and verified first. Collective. Raises ConfigError, and DamagedCheckpointError.
@@ -179,6 +185,7 @@ def load_weights(
         state = dist_checkpointing.load(wanted, str(weights.path))
     for name, chunk in _named_chunks(chunks):
         chunk.load_state_dict(state[name])
+    fill_new_rows(chunks, saved=weights.config.model, wanted=config.model, groups=groups)
     if optimizer is not None:
         optimizer.refresh_main_weights()
 

@@ -5,6 +5,7 @@ Plain values, as in `schema.py`. What they become is in `data/chat/`.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator
@@ -45,6 +46,11 @@ def _known_template(value: object) -> object:
 TemplateChoice = Annotated[
     Literal["chatml", "llama3", "plain"] | JinjaTemplateConfig, BeforeValidator(_known_template)
 ]
+
+
+def template_named(text: str) -> TemplateChoice:
+    """A built-in template by its name; every other text is the path of a Jinja file."""
+    return text if text in BUILT_IN else JinjaTemplateConfig(jinja=Path(text))
 
 
 class ConversationSourceConfig(Section):

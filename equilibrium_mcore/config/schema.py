@@ -307,6 +307,11 @@ class TrainingConfig(Section):
     stop_after_steps: PositiveInt | None = setting(
         None, "save and stop at this step, to be resumed later; null: run to the end"
     )
+    frozen: list[str] = setting(
+        [],
+        "parameters that do not train: names with * for any text, as tools/show_param_groups.py "
+        "prints them, e.g. embedding.*",
+    )
     seed: NonNegativeInt = setting(1234, "seed of weights, data order and dropout")
     precision: Literal["fp32", "bf16", "fp16", "fp8"] = setting("bf16", "number format")
     fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = setting(

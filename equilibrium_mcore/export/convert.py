@@ -14,10 +14,13 @@ from equilibrium_mcore.checkpoint.directory import (
     read_state,
 )
 from equilibrium_mcore.checkpoint.opened import open_weights
+from equilibrium_mcore.config.chat import ConversationsConfig, TemplateChoice
 from equilibrium_mcore.config.data import TokenizerConfig
 from equilibrium_mcore.config.load import load_run
 from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.data.chat.render import Renderer, build_renderer
 from equilibrium_mcore.data.tokenizer import Tokenizer, load_tokenizer
+from equilibrium_mcore.export.chat_files import TEMPLATE_FILE
 from equilibrium_mcore.export.config_json import AUTO_MAP, config_values
 from equilibrium_mcore.export.mapping import plan
 from equilibrium_mcore.export.model_card import model_card
@@ -69,6 +72,7 @@ def export_hugging_face(
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
     main_weights: bool = False,
     tokenizer: TokenizerConfig | None = None,
+    chat_template: TemplateChoice | Literal["of_the_run", "none"] = "of_the_run",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -80,13 +84,15 @@ def export_hugging_face(
         dtype: of the weights; `A_log`, `D`, `dt_bias` and expert biases stay float32.
         main_weights: take the optimizer's float32 copies of weights that train in bfloat16.
         tokenizer: instead of the one that the run's config names.
+        chat_template: `of_the_run` is that of conversations it was trained on, and else none.
         max_shard_bytes: a .safetensors file holds at most this much, or one tensor.
         overwrite: replace a folder that an earlier export wrote.
         progress: called with (tensors written, tensors in all).
 
     Everything is written to a temporary folder and renamed at the end. Raises FileNotFoundError for
     what is not there, FileExistsError for an output that must not be replaced (`files/replace.py`),
-    and ValueError where checkpoint and config do not fit.
+    ValueError where checkpoint and config do not fit, and ConfigError for a chat template that the
+    tokenizer cannot write.
     """
     sources = [checkpoint, checkpoint := find_checkpoint(checkpoint)]
 
@@ -102,6 +108,7 @@ def export_hugging_face(
     reader = CheckpointReader(checkpoint, main_weights=main_weights)
     plan(config.model, reader.names())  # raises before a folder is begun
     loaded = _load_tokenizer(config, tokenizer)
+    renderer = _renderer(config, loaded, chat_template)
     with whole_folder(target, check=check) as folder:
         weights = write_model(
             folder,
@@ -109,6 +116,7 @@ def export_hugging_face(
             config=config,
             dtype=dtype,
             tokenizer=loaded,
+            renderer=renderer,
             max_shard_bytes=max_shard_bytes,
             progress=progress,
         )
@@ -124,6 +132,7 @@ def write_model(
     config: RunConfig,
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
     tokenizer: Tokenizer | None = None,
+    renderer: Renderer | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> WeightsReport:
@@ -133,6 +142,7 @@ def write_model(
         source: the model's tensors, of a checkpoint or of a run in memory (`LiveTensors`).
         config: of the run that the model is of.
         tokenizer: the one that the run's config names if not given.
+        renderer: of its chat template, if it gets one.
 
     See `export_hugging_face` for the others. Raises ValueError where source, tokenizer and config
     do not fit.
@@ -140,7 +150,7 @@ def write_model(
     rows = plan(config.model, source.names())
     tokenizer = tokenizer or _load_tokenizer(config)
     values = _write_settings(folder, config, tokenizer, dtype)
-    write_tokenizer(tokenizer, folder)
+    write_tokenizer(tokenizer, folder, renderer=renderer)
     return write_weights(
         folder,
         source=source,
@@ -164,6 +174,14 @@ def _load_tokenizer(config: RunConfig, settings: TokenizerConfig | None = None) 
             f"vocab_size={config.model.vocab_size}: it is not the tokenizer of the training data"
         )
     return tokenizer
+
+
+def _renderer(
+    config: RunConfig, tokenizer: Tokenizer, choice: TemplateChoice | Literal["of_the_run", "none"]
+) -> Renderer | None:
+    if choice == "of_the_run":
+        choice = config.data.template if isinstance(config.data, ConversationsConfig) else "none"
+    return None if choice == "none" else build_renderer(choice, tokenizer)
 
 
 def _write_settings(
@@ -205,6 +223,7 @@ def _write_card(folder: Path, config: RunConfig, checkpoint: Path, weights: Weig
         total_parameters=weights.parameters,
         active_parameters=weights.active_parameters,
         splits_special_tokens=bool(settings.get("split_special_tokens", False)),
+        chat=(folder / TEMPLATE_FILE).is_file(),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
 

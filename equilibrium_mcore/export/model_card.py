@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from equilibrium_mcore.checkpoint.directory import step_of
+from equilibrium_mcore.config.chat import ConversationsConfig, JinjaTemplateConfig
 from equilibrium_mcore.config.pattern import LAYER_KINDS, layers_of
 from equilibrium_mcore.config.schema import RunConfig
 
@@ -28,8 +30,8 @@ license_name: fill-in-before-publishing
 > **Licence: not chosen.** Whoever publishes this folder must choose a licence, name it in the
 > header above (`license:`) and replace this notice. Until then nobody has a right to use it.
 
-A language model with {total:,} parameters, of which {active:,} work on each token. It continues
-text; it was not tuned to follow instructions or to refuse anything.
+A language model with {total:,} parameters, of which {active:,} work on each token.
+{purpose}
 
 ## Use
 
@@ -40,7 +42,7 @@ folder = "path/to/this/folder"
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
-prompt = tokenizer("def fibonacci(n):", return_tensors="pt")
+{prompt}
 output = model.generate(**prompt, max_new_tokens=64, do_sample=True, temperature=0.8, top_p=0.95)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```
@@ -65,12 +67,22 @@ One residual layer per letter, `x + layer(RMSNorm(x))`: `{pattern}`
 
 {training}
 
-Data, by share of the tokens drawn:
+{data}:
 
 {sources}
 
 Written from a Megatron-Core distributed checkpoint by equilibrium_mcore. Weights are {dtype}{kept}.
 """
+
+
+CONTINUES = "It continues text; it was not tuned to follow instructions or to refuse anything."
+ANSWERS = "It was fine-tuned on conversations; it was not tuned to refuse anything."
+TEXT_PROMPT = 'prompt = tokenizer("def fibonacci(n):", return_tensors="pt")'
+CHAT_PROMPT = """\
+messages = [{"role": "user", "content": "What is a list?"}]
+prompt = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)"""
 
 
 def model_card(
@@ -82,11 +94,12 @@ def model_card(
     total_parameters: int,
     active_parameters: int,
     splits_special_tokens: bool,
+    chat: bool = False,
 ) -> str:
     """The model card, in Markdown.
 
     `state` holds the checkpoint's facts (step, tokens); `active_parameters` are those that work on
-    one token.
+    one token; `chat` is whether the folder has a chat template.
     """
     pattern = layers_of(config.model.layer_pattern)
     layers = [
@@ -94,23 +107,37 @@ def model_card(
         for letter in LAYER_KINDS
         if letter in pattern
     ]
-    weights = sum(source.weight for source in config.data.sources)
-    sources = [f"- {source.name}: {source.weight / weights:.1%}" for source in config.data.sources]
+    data, sources = _sources(config)
     return CARD.format(
         name=config.model.name,
         total=total_parameters,
         active=active_parameters,
+        purpose=ANSWERS if isinstance(config.data, ConversationsConfig) else CONTINUES,
+        prompt=CHAT_PROMPT if chat else TEXT_PROMPT,
         not_parsed=" not" if splits_special_tokens else "",
         pattern=pattern,
         layers="\n".join(layers),
         shapes="\n".join(f"| {key} | {value} |" for key, value in _shapes(config)),
         training="\n".join(f"- {line}" for line in _training(config, checkpoint, state)),
-        sources="\n".join(sources),
+        data=data,
+        sources="\n".join(f"- {source}" for source in sources),
         dtype=dtype,
         kept=(
             "" if dtype == "float32" else "; `A_log`, `D`, `dt_bias` and expert biases are float32"
         ),
     )
+
+
+def _sources(config: RunConfig) -> tuple[str, list[str]]:
+    """What stands above the list of the data, and its lines."""
+    data = config.data
+    if isinstance(data, ConversationsConfig):
+        own = isinstance(data.template, JinjaTemplateConfig)
+        template = "a chat template of its own" if own else f"chat template `{data.template}`"
+        return f"Conversations, each once per epoch, {template}", [s.name for s in data.sources]
+    total = sum(source.weight for source in data.sources)
+    shares = [f"{source.name}: {source.weight / total:.1%}" for source in data.sources]
+    return "Data, by share of the tokens drawn", shares
 
 
 def _shapes(config: RunConfig) -> list[tuple[str, str]]:
@@ -161,10 +188,23 @@ def _shapes(config: RunConfig) -> list[tuple[str, str]]:
     return rows
 
 
+def _origin(config: RunConfig) -> str:
+    """What the run started from: by name, since a path says more of a host than of a model."""
+    weights = config.checkpoint.initial_weights
+    if weights is None:
+        return "from random weights"
+    if step_of(weights) is not None:
+        return f"from the weights of `{weights.parents[1].name}`, checkpoint `{weights.name}`"
+    return f"from the weights of `{weights.name}`"
+
+
 def _training(config: RunConfig, checkpoint: Path, state: dict[str, Any]) -> list[str]:
     """What is known of the training."""
     t, o = config.training, config.optimizer
-    lines = [f"run `{config.name}`, checkpoint `{checkpoint.name}`"]
+    lines = [
+        f"run `{config.name}`, checkpoint `{checkpoint.name}`",
+        f"stage `{config.stage}`, {_origin(config)}",
+    ]
     if {"step", "tokens"} <= state.keys():
         lines.append(f"{state['step']:,} of {t.steps:,} steps, {state['tokens']:,} tokens")
     matrices = (

@@ -61,6 +61,7 @@ class HybridOptimizer:
         self.parameters = describe_parameters(
             chunks, groups, model=config.model, optimizer=config.optimizer
         )
+        self.device = next(chunks[0].parameters()).device
         assign_owners(self.parameters, distributed=config.parallelism.distributed_optimizer)
         self._owned = [p for p in self.parameters if self._keeps(p)]
         averages = self.settings.schedule_free is not None
@@ -176,9 +177,8 @@ class HybridOptimizer:
             for p in self.parameters
             if p.counts_in_norm and p.is_owned
         ]
-        device = self.parameters[0].model.device
         total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
-        total = total.to(device)
+        total = total.to(self.device)
         torch.distributed.all_reduce(total)
         return total.sqrt().item()
 

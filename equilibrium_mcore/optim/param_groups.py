@@ -10,6 +10,7 @@ from typing import Any
 
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.models.parameters import build_on_meta
+from equilibrium_mcore.optim.frozen import frozen_names
 from equilibrium_mcore.optim.parameters import layout_free_names
 from equilibrium_mcore.optim.parts import part_shapes
 from equilibrium_mcore.optim.treatment import Treatment, check_overrides_match, treatment_of
@@ -17,18 +18,18 @@ from equilibrium_mcore.optim.treatment import Treatment, check_overrides_match, 
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter of the whole model."""
+    """One parameter of the whole model; no treatment where it is frozen."""
 
     name: str
     shape: tuple[int, ...]
-    treatment: Treatment
+    treatment: Treatment | None
 
     @property
     def parts(self) -> list[str]:
         """Maps that a matrix optimizer treats by themselves, e.g. `gate 320x1536`."""
-        parts = self.treatment.parts
-        if not self.treatment.is_matrix:
+        if self.treatment is None or not self.treatment.is_matrix:
             return []
+        parts = self.treatment.parts
         if parts is None:
             return ["x".join(map(str, self.shape))]
         shapes = part_shapes(self.shape, parts)
@@ -39,29 +40,37 @@ class Row:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
+        facts = {"name": self.name, "shape": list(self.shape), "frozen": self.treatment is None}
+        if self.treatment is None:
+            return facts
         values = asdict(self.treatment)
         values.pop("parts")
-        return {"name": self.name, "shape": list(self.shape), "parts": self.parts, **values}
+        return {**facts, "parts": self.parts, **values}
 
 
 def parameter_rows(config: RunConfig) -> list[Row]:
     """Every parameter of the run's model, in the model's order.
 
     `accelerator.install()` must have run before this module is imported. Raises ConfigError where
-    an override decides nothing, or gives a matrix optimizer what is no matrix.
+    an override decides nothing, or gives a matrix optimizer what is no matrix, and for
+    `training.frozen` that names nothing or everything.
     """
     optimizer = config.optimizer
+    frozen = frozen_names(config.model, config.training.frozen)
     rows = [
         Row(
             name,
             tuple(tensor.shape),
-            treatment_of(name, tensor.shape, model=config.model, optimizer=optimizer),
+            None
+            if name in frozen
+            else treatment_of(name, tensor.shape, model=config.model, optimizer=optimizer),
         )
         for name, tensor in layout_free_names(build_on_meta(config.model))
     ]
-    decided = [row.treatment.override for row in rows]
+    trained = [row for row in rows if row.treatment is not None]
+    decided = [row.treatment.override for row in trained]
     counts = [decided.count(override.pattern) for override in optimizer.overrides]
-    check_overrides_match(optimizer.overrides, counts, [row.name for row in rows])
+    check_overrides_match(optimizer.overrides, counts, [row.name for row in trained])
     return rows
 
 
@@ -74,6 +83,10 @@ def as_text(rows: list[Row]) -> str:
     cells = [("parameter", "number", "shape", "kind", "optimizer", "rate", "decay", "parts", "why")]
     for (name, shape, t), members in groups.items():
         size = "x".join(map(str, shape))
+        if t is None:
+            dashes = ["-"] * 5
+            cells.append((name, str(len(members)), size, *dashes, "training.frozen"))
+            continue
         rates = f"{t.learning_rate:g}", f"{t.weight_decay:g}"
         parts = ", ".join(members[0].parts) or "-"
         cells.append((name, str(len(members)), size, t.kind, t.optimizer, *rates, parts, t.why))
@@ -85,11 +98,15 @@ def as_text(rows: list[Row]) -> str:
     return "\n".join([*lines, "", *_summary(rows)])
 
 
+def _updated_by(row: Row) -> str:
+    return "frozen" if row.treatment is None else row.treatment.optimizer
+
+
 def _summary(rows: list[Row]) -> list[str]:
     total = sum(prod(row.shape) for row in rows)
     lines = []
-    for name in sorted({row.treatment.optimizer for row in rows}):
-        chosen = [row for row in rows if row.treatment.optimizer == name]
+    for name in sorted({_updated_by(row) for row in rows}):
+        chosen = [row for row in rows if _updated_by(row) == name]
         elements = sum(prod(row.shape) for row in chosen)
         matrices = sum(len(row.parts) for row in chosen)
         line = f"{name}: {len(chosen):,} parameters, {elements:,} elements ({elements / total:.1%})"

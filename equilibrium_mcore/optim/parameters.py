@@ -14,6 +14,8 @@ from equilibrium_mcore.config.schema import ModelConfig, OptimizerConfig
 from equilibrium_mcore.optim.parts import part_shapes
 from equilibrium_mcore.optim.treatment import Treatment, check_overrides_match, treatment_of
 
+EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+
 
 @dataclass(eq=False)
 class Parameter:
@@ -82,7 +84,7 @@ def describe_parameters(
     patterns = [override.pattern for override in optimizer.overrides]
     if patterns:
         decided = [sum(p.treatment.override == pattern for p in found) for pattern in patterns]
-        counts = torch.tensor(decided, device=found[0].model.device)
+        counts = torch.tensor(decided, device=next(chunks[0].parameters()).device)
         torch.distributed.all_reduce(counts)
         names = [parameter.name for parameter in found]
         check_overrides_match(optimizer.overrides, counts.tolist(), names)
@@ -138,11 +140,12 @@ def _describe(
     is_expert = not getattr(tensor, "allreduce", True)
     tensor_group = groups.expt_tp if is_expert else groups.tp
     is_split = getattr(tensor, "tensor_model_parallel", False) and tensor_group.size() > 1
-    is_shared_copy = getattr(tensor, "shared", False)
+    is_shared_copy = getattr(tensor, "shared", False)  # of a tied table, on the last stage
+    treated_as = EMBEDDING if is_shared_copy else name  # so that both stay one
     return Parameter(
         name=name,
         model=tensor,
-        treatment=treatment_of(name, tensor.shape, model=model, optimizer=optimizer),
+        treatment=treatment_of(treated_as, tensor.shape, model=model, optimizer=optimizer),
         data_group=groups.expt_dp if is_expert else groups.dp_cp,
         tensor_group=tensor_group,
         partition_dim=tensor.partition_dim if is_split else None,

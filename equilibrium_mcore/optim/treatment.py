@@ -94,8 +94,8 @@ def check_overrides_match(
             hint = f", e.g. {near[0]}" if near else ""
             problems.append(
                 f"optimizer.overrides: pattern {override.pattern!r} decides no parameter (none has "
-                "such a name, or an earlier pattern takes them all): use * for any text and the "
-                f"names that tools/show_param_groups.py prints{hint}"
+                "such a name, an earlier pattern takes them all, or training.frozen does): use * "
+                f"for any text and the names that tools/show_param_groups.py prints{hint}"
             )
     if problems:
         raise ConfigError(problems)

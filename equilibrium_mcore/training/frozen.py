@@ -45,5 +45,5 @@ def load_frozen(
         raise ConfigError(problems, source=f"the model of {opened.path} in this run's layout")
     with kept_random_states():
         _, chunks = build_chunks(wanted, groups, trainable=False)
-    load_weights(opened, config=wanted, chunks=chunks)
+    load_weights(opened, config=wanted, chunks=chunks, groups=groups)
     return chunks

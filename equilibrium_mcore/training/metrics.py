@@ -34,6 +34,9 @@ EventName = Literal[
     "latest_lost",
     "left_alone",
     "renamed",
+    # of settings that differ from those that the checkpoint or the weights were saved under
+    "settings_changed",
+    "vocabulary_grown",
 ]
 
 logger = logging.getLogger(__name__)

@@ -70,7 +70,9 @@ def count_share(config: RunConfig, world_size: int | None = None) -> Share:
     the run has no matrices for Muon.
     """
     world_size = resolve_world_size(config.parallelism, world_size)
-    rows = [row for row in parameter_rows(config) if row.treatment.optimizer == "muon"]
+    rows = [
+        row for row in parameter_rows(config) if row.treatment and row.treatment.optimizer == "muon"
+    ]
     if not rows:
         raise ValueError(
             f"optimizer.matrices={config.optimizer.matrices!r}: Muon updates nothing in this run"

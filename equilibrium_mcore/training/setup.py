@@ -32,6 +32,7 @@ from equilibrium_mcore.data.samples import Samples
 from equilibrium_mcore.data.stream import DatasetStream, TrainStream
 from equilibrium_mcore.models.provider import build_model
 from equilibrium_mcore.models.transformer_config import build_transformer_config
+from equilibrium_mcore.optim.frozen import freeze, frozen_names
 from equilibrium_mcore.optim.optimizer import HybridOptimizer
 from equilibrium_mcore.parallel import accelerator, process_groups
 from equilibrium_mcore.parallel.host import describe_host
@@ -168,6 +169,7 @@ def build_chunks(
     on_gpu = accelerator.has_cuda()
     layout = config.parallelism
     transformer = build_transformer_config(config.model, layout, config.training, on_gpu=on_gpu)
+    frozen = frozen_names(config.model, config.training.frozen)
     chunks = []
     for stage in range(layout.virtual_pipeline):
         virtual_stage = stage if layout.virtual_pipeline > 1 else None
@@ -180,6 +182,12 @@ def build_chunks(
             on_gpu=on_gpu,
             virtual_stage=virtual_stage,
             transformer_config=transformer,
+        )
+        freeze(
+            module,
+            frozen,
+            model=config.model,
+            recomputes=config.training.recompute != "none",
         )
         if on_gpu:
             module.cuda()
@@ -220,7 +228,13 @@ def resume(run: Run) -> None:
         run.progress = Progress(**{f.name: progress[f.name] for f in fields(Progress)})
         run.resumed_from = choice.checkpoint.path
     elif choice.weights is not None:
-        load_weights(choice.weights, config=config, chunks=run.chunks, optimizer=run.optimizer)
+        load_weights(
+            choice.weights,
+            config=config,
+            chunks=run.chunks,
+            optimizer=run.optimizer,
+            groups=run.groups,
+        )
 
 
 def teardown(run: Run) -> None:

@@ -110,3 +110,32 @@ def test_a_state_that_is_not_finite_never_becomes_latest(ranks, data, tmp_path):
     # What the last save, of a finite state, wrote is all that there is.
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["latest", "step_00000004"]
+
+
+BALANCED = {**MODEL, "layer_pattern": "ME"}
+UNBALANCED = {**BALANCED, "moe": {**MODEL["moe"], "load_balancing": "none"}}
+CHANGED = {"model.moe.load_balancing": "seq_aux_loss -> none"}
+
+
+def test_what_changed_of_balancing_is_told(ranks, data, tmp_path):
+    """At a resume and with initial weights, once; nothing is told where nothing changed."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    one = {"parallelism": {"world_size": 1}}
+    balanced = tiny_run(data, first, model=BALANCED, **one)
+    ranks.run(1, _train, _until(balanced, 1))
+    ranks.run(1, _train, _until(balanced, 2))
+    assert "settings_changed" not in _events(first)
+    weights = {"initial_weights": str(first)}
+    unbalanced = tiny_run(data, second, model=UNBALANCED, checkpoint=weights, **one)
+    ranks.run(1, _train, _until(unbalanced, 1))
+    assert _events(second)["settings_changed"] == CHANGED
+    frozen = unbalanced.training.model_copy(update={"frozen": ["embedding.*"]})
+    resumed = tiny_run(data, first, model=UNBALANCED, **one)
+    resumed = _until(resumed.model_copy(update={"training": frozen}), 3)
+    assert ranks.run(1, _train, resumed) == [2]
+    assert _events(first)["settings_changed"] == {
+        **CHANGED,
+        "training.frozen": "[] -> ['embedding.*']",
+    }
+    lines = (first / "metrics.jsonl").read_text().splitlines()
+    assert sum('"settings_changed"' in line for line in lines) == 1

@@ -250,3 +250,13 @@ def exported(
         return made[name]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def fine_tuned(ranks, data, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run of supervised fine-tuning that has ended; its output directory has a checkpoint."""
+    from tests.export.chat_run import chat_run, fine_tune
+
+    config = chat_run(data, tmp_path_factory.mktemp("fine_tuned"))
+    assert ranks.run(1, fine_tune, config)[0] < 0.3
+    return config

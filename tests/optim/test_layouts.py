@@ -60,10 +60,12 @@ def _update_given_gradients(
     run = setup(config, place)
     run.optimizer = HybridOptimizer(run.chunks, run.groups, config, main_dtype=dtype)
     start = [p.model.detach().clone() for p in run.optimizer.parameters]
-    load_weights(gradients, config=config, chunks=run.chunks, optimizer=None)
+    load_weights(gradients, config=config, chunks=run.chunks, optimizer=None, groups=run.groups)
     other = [p.model.detach().clone() for p in run.optimizer.parameters]
     initial = config.checkpoint.initial_weights
-    load_weights(initial, config=config, chunks=run.chunks, optimizer=run.optimizer)
+    load_weights(
+        initial, config=config, chunks=run.chunks, optimizer=run.optimizer, groups=run.groups
+    )
     for first, second in ((0.0, 1.0), (-0.7, 1.0), (0.3, -0.5)):
         for parameter, a, b in zip(run.optimizer.parameters, start, other, strict=True):
             parameter.gradient.copy_(first * a + second * b)

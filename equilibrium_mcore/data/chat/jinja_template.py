@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from equilibrium_mcore.config.chat import BUILT_IN
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.data.chat.jinja_text import GENERATION, guarded, of_user
 from equilibrium_mcore.data.chat.segments import Segment, Turn
@@ -30,7 +31,10 @@ class JinjaRenderer:
         try:
             self.source = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"chat template {path}: {error}; give a Jinja file") from None
+            known = ", ".join(BUILT_IN)
+            raise ConfigError(
+                f"chat template {path}: {error}; give a Jinja file, or one of {known}"
+            ) from None
         self.marked = bool(GENERATION.search(self.source))
         longest_first = sorted(vocabulary.controls, key=len, reverse=True)
         self._controls = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")

@@ -159,6 +159,7 @@ EXEMPT: dict[str, str] = {
     "parallelism.overlap_grad_reduce": "needs a GPU",
     "parallelism.timeout_minutes": _WHEN,
     "training.stop_after_steps": _WHEN,
+    "training.frozen": "a certificate's twin trains everything: tests/optim/test_frozen.py",
     "training.precision": _PRECISION,
     "training.fp8_recipe": _PRECISION,
     "training.fp8_format": _PRECISION,

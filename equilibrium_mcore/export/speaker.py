@@ -1,0 +1,99 @@
+"""A model that speaks: an exported folder with its tokenizer, one answer at a time, streamed."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen; temperature 0 takes the likeliest."""
+
+    temperature: float = 0.7
+    top_p: float = 0.9
+    max_new_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what no token could be chosen with."""
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature:g}: it is 0 (the likeliest) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p:g}: it is more than 0, and 1 at most")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens}: it is 1 or more")
+
+    def settings(self) -> dict[str, Any]:
+        """As `generate` of transformers takes them."""
+        chosen: dict[str, Any] = {"do_sample": False}
+        if self.temperature:
+            chosen = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
+        return {**chosen, "max_new_tokens": self.max_new_tokens}
+
+
+class Said(NamedTuple):
+    """An answer."""
+
+    text: str
+    tokens: int
+    seconds: float
+
+
+class Speaker:
+    """A model with its tokenizer, on the GPU where there is one."""
+
+    def __init__(self, folder: Path, sampling: Sampling, *, chat: bool, seed: int) -> None:
+        """Raises ValueError where a chat is asked for and the folder has no template for it."""
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # of loading weights: it would stand before the text
+        logging.set_verbosity_error()
+        self.sampling = sampling
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        if chat and self.tokenizer.chat_template is None:
+            raise no_template(str(folder), "--checkpoint RUN --output NEW")
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        torch.manual_seed(seed)
+
+    def say(self, inputs: Any) -> Said:
+        """Print the continuation of `inputs` as it comes; Ctrl-C ends it, and what came counts."""
+        import torch
+        from transformers import TextStreamer
+
+        class Noted(TextStreamer):
+            ids: list[int]
+
+            def put(self, value: torch.Tensor) -> None:
+                if not self.next_tokens_are_prompt:
+                    self.ids.extend(value.tolist())
+                super().put(value)
+
+        decoding = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        streamer = Noted(self.tokenizer, skip_prompt=True, **decoding)
+        streamer.ids, start = [], time.monotonic()
+        given = {
+            name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")
+        }
+        try:
+            with torch.inference_mode():
+                self.model.generate(**given, streamer=streamer, **self.sampling.settings())
+        except KeyboardInterrupt:
+            streamer.end()
+            print("(stopped)", file=sys.stderr, flush=True)
+        text = self.tokenizer.decode(streamer.ids, **decoding)
+        return Said(text, len(streamer.ids), time.monotonic() - start)
+
+
+def no_template(what: str, options: str) -> ValueError:
+    """The error of a chat with a model that has no chat template."""
+    return ValueError(
+        f"--chat, but {what} has no chat template: give it one (python "
+        f"tools/convert_checkpoint.py {options} --chat-template chatml, then talk with NEW), or "
+        "leave --chat out to continue a text"
+    )
