@@ -22,14 +22,12 @@ PP2 = {"world_size": 2, "pipeline": 2}
 
 def tables(place, config, steps: int, save: bool = False) -> dict[str, Any]:
     """This rank's rows of the tables as loaded, and losses of steps from there."""
-    import torch
 
     from equilibrium_mcore.optim.parameters import layout_free_names
     from equilibrium_mcore.training.callbacks import CheckpointCallback, LogCallback
     from equilibrium_mcore.training.setup import setup, teardown
     from equilibrium_mcore.training.step import train_step
 
-    torch.set_num_threads(1)
     run = setup(config, place)
     log = LogCallback(config)
     log.on_start(run)

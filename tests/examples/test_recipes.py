@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = "the rate of change in prices follows what people expect of them next year".split()
+LETTERS = random.Random(1)
+WORDS = ["".join(LETTERS.choices("abcdefghijklmnop", k=LETTERS.randint(2, 7))) for _ in range(400)]
 TINY = [
     "model.layer_pattern=MM|MM",
     "model.hidden_size=64",
@@ -80,7 +81,7 @@ def test_the_small_mamba_from_web_text_to_an_assistant(tmp_path: Path) -> None:
     web = write(tmp_path / "web.jsonl", fineweb_rows(draw))
     instructions = write(tmp_path / "alpaca.jsonl", alpaca_rows(draw))
     tokenizer = tmp_path / "tokenizer.model"
-    run("tools/train_tokenizer.py", "--input", web, "--output", tokenizer, "--vocab-size", 320)
+    run("tools/train_tokenizer.py", "--input", web, "--output", tokenizer, "--vocab-size", 512)
     run(
         *("tools/prepare_dataset.py", "recipes/mamba_slm/fineweb", "--output", tmp_path / "web"),
         *("--local", f"fineweb={web}", "--total-tokens", "4e3"),
@@ -99,7 +100,7 @@ def test_the_small_mamba_from_web_text_to_an_assistant(tmp_path: Path) -> None:
         *("tools/prepare_dataset.py", "recipes/mamba_slm/alpaca", "--output", tmp_path / "chats"),
         *("--local", f"alpaca={instructions}", "validation.ratio=0.1"),
     )
-    prepared = (tmp_path / "chats/alpaca.train.jsonl").read_text(encoding="utf-8")
+    prepared = (tmp_path / "chats/data/alpaca.train.jsonl").read_text(encoding="utf-8")
     first = json.loads(prepared.splitlines()[0])["messages"]
     assert [message["role"] for message in first] == ["user", "assistant"]
     assert prepared.count("\\n\\n") > 5  # an input stands after a blank line
@@ -107,8 +108,8 @@ def test_the_small_mamba_from_web_text_to_an_assistant(tmp_path: Path) -> None:
         *("-m", "equilibrium_mcore.train", "configs/runs/mamba_slm/sft.yaml", *TINY),
         *("training.epochs=1", "training.validation_interval_steps=3"),
         f"data.tokenizer.model={tokenizer}",
-        f"data.sources.0.train=[{tmp_path / 'chats/alpaca.train.jsonl'}]",
-        f"data.sources.0.validation=[{tmp_path / 'chats/alpaca.validation.jsonl'}]",
+        f"data.sources.0.train=[{tmp_path / 'chats/data/alpaca.train.jsonl'}]",
+        f"data.sources.0.validation=[{tmp_path / 'chats/data/alpaca.validation.jsonl'}]",
         f"checkpoint.initial_weights={tmp_path / 'pretrain'}",
         f"output_directory={tmp_path / 'sft'}",
     )

@@ -55,7 +55,4 @@ def chat_run(data: dict[str, Any], folder: Path, /, **changes: Any) -> RunConfig
 
 def fine_tune(place: Place, config: RunConfig) -> float:
     """Train to the end and save; the last loss."""
-    import torch
-
-    torch.set_num_threads(1)  # tiny products: threads would wait for each other on a busy host
     return train_steps(place, config, config.training.steps, save=True)["loss"][-1]

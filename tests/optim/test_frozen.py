@@ -30,14 +30,12 @@ LAYOUTS = {
 
 def observed(place, config, steps: int, save: bool = False) -> dict[str, Any]:
     """Train; what was seen on this rank, weights as bytes by name."""
-    import torch
 
     from equilibrium_mcore.optim.parameters import layout_free_names
     from equilibrium_mcore.training.callbacks import CheckpointCallback, LogCallback
     from equilibrium_mcore.training.setup import setup, teardown
     from equilibrium_mcore.training.step import train_step
 
-    torch.set_num_threads(1)
     run = setup(config, place)
     named = [pair for chunk in run.chunks for pair in layout_free_names(chunk)]
     buffers = [b for c in run.chunks for b in (*c.buffers, *c.expert_parallel_buffers)]
