@@ -87,7 +87,9 @@ def _ask_for_gradient(module: torch.nn.Module, arguments: object, output: torch.
 
 
 def _unmatched(pattern: str, names: Sequence[str]) -> str:
-    near = ", ".join(get_close_matches(pattern, names, n=3, cutoff=0.0))
+    literal = pattern.replace("*", "")
+    near = get_close_matches(literal, names, n=3, cutoff=0.4)
+    near = ", ".join(near or get_close_matches(literal, names, n=1, cutoff=0.0))
     text = f"training.frozen: pattern {pattern!r} names no parameter; use * for any text"
     if BIAS in pattern:
         return (
