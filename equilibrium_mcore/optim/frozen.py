@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -19,8 +21,8 @@ BIAS = "expert_bias"  # of the router: a buffer, which no gradient moves
 def frozen_names(model: ModelConfig, patterns: Sequence[str]) -> frozenset[str]:
     """Layout-free names of the parameters of `model` that the patterns name; no rank is asked.
 
-    Raises ConfigError for a pattern that names none, where nothing is left to train, and for a
-    bias that would train beside a frozen matrix.
+    Raises ConfigError for a pattern that names none, where nothing is left to train, and for what
+    some backend could not train beside what is frozen: a matrix's bias, other experts of a layer.
     """
     if not patterns:
         return frozenset()
@@ -29,6 +31,7 @@ def frozen_names(model: ModelConfig, patterns: Sequence[str]) -> frozenset[str]:
     problems = [
         *(_unmatched(p, names) for p in patterns if not any(fnmatchcase(n, p) for n in names)),
         *_biases_beside_frozen_matrices(names, frozen),
+        *_experts_apart(names, frozen),
     ]
     if len(frozen) == len(names):
         problems.append(
@@ -84,7 +87,9 @@ def _ask_for_gradient(module: torch.nn.Module, arguments: object, output: torch.
 
 
 def _unmatched(pattern: str, names: Sequence[str]) -> str:
-    near = ", ".join(get_close_matches(pattern, names, n=3, cutoff=0.0))
+    literal = pattern.replace("*", "")
+    near = get_close_matches(literal, names, n=3, cutoff=0.4)
+    near = ", ".join(near or get_close_matches(literal, names, n=1, cutoff=0.0))
     text = f"training.frozen: pattern {pattern!r} names no parameter; use * for any text"
     if BIAS in pattern:
         return (
@@ -109,3 +114,20 @@ def _biases_beside_frozen_matrices(names: Sequence[str], frozen: frozenset[str])
             f"({len(silent)} such): beside a frozen matrix a bias gets no gradient; freeze both, "
             "or neither"
         )
+
+
+def _experts_apart(names: Sequence[str], frozen: frozenset[str]) -> Iterator[str]:
+    """Transformer Engine multiplies a layer's experts at once, by the first one's requires_grad."""
+    layers: dict[str, set[str]] = defaultdict(set)
+    for name in names:
+        together, count = re.subn(r"local_experts\.\d+", "local_experts.*", name)
+        if count:
+            layers[together].add(name)
+    for together, members in layers.items():
+        held = members & frozen
+        if held and held != members:
+            yield (
+                f"training.frozen names {len(held)} of the {len(members)} experts' {together}, e.g."
+                f" {min(held)}: the experts of a layer are frozen together, or none of them"
+            )
+            return

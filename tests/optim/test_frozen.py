@@ -193,6 +193,7 @@ def test_a_tied_table_and_its_copy_have_one_rate(ranks, frozen_run):
         (["embeding.*"], r"'embeding\.\*' names no parameter.*e\.g\..*embedding\.word_embeddings"),
         (["*.expert_bias"], r"model\.moe\.expert_bias_update_rate=0"),
         (["*"], r"names all \d+ parameters"),
+        (["*.local_experts.3.*"], r"names 1 of the 8 experts'.*are frozen together"),
     ],
 )
 def test_patterns_that_cannot_be_meant(data, tmp_path, patterns, message):
