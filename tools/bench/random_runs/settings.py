@@ -148,7 +148,16 @@ EXEMPT: dict[str, str] = {
     "name": _NAME,
     "output_directory": _NAME,
     "model.name": _NAME,
+    "stage": "certified by tests/stages; it sets defaults, and what it takes is drawn",
+    "description": _NAME,
+    "tags": _NAME,
     "data.name": _NAME,
+    "data.type": "conversations are packed documents in which answers count: chat.yaml is certified",
+    "data.template": _TOKENS,
+    "data.max_tokens": _TOKENS,
+    "data.too_long": _TOKENS,
+    "data.window": _TOKENS,
+    "data.prefetch_factor": _TOKENS,
     "data.tokenizer": _TOKENS,
     "data.sources": _TOKENS,
     "data.split": _TOKENS,
@@ -159,6 +168,7 @@ EXEMPT: dict[str, str] = {
     "parallelism.overlap_grad_reduce": "needs a GPU",
     "parallelism.timeout_minutes": _WHEN,
     "training.stop_after_steps": _WHEN,
+    "training.epochs": _WHEN,
     "training.frozen": "a certificate's twin trains everything: tests/optim/test_frozen.py",
     "training.precision": _PRECISION,
     "training.fp8_recipe": _PRECISION,
@@ -175,10 +185,10 @@ def leaves(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[s
     """Every setting of the schema: `model.moe.top_k`; of a list its items', without an index."""
     for name, field in section.model_fields.items():
         inside = sections_in(field.annotation)
-        if len(inside) == 1:
-            yield from leaves(inside[0], f"{prefix}{name}.")
-        else:  # a value, or one of several sections, which is drawn whole
+        if not inside or prefix + name in DRAWN:  # a value, or a section that is drawn whole
             yield prefix + name
+        for kind in inside if prefix + name not in DRAWN else ():
+            yield from leaves(kind, f"{prefix}{name}.")
 
 
 def is_exempt(key: str) -> bool:
