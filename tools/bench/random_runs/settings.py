@@ -152,7 +152,7 @@ EXEMPT: dict[str, str] = {
     "description": _NAME,
     "tags": _NAME,
     "data.name": _NAME,
-    "data.type": "conversations are packed documents in which answers count: chat.yaml is certified",
+    "data.type": "conversations are packed documents where answers count: chat.yaml is certified",
     "data.template": _TOKENS,
     "data.max_tokens": _TOKENS,
     "data.too_long": _TOKENS,
