@@ -15,13 +15,12 @@ _REQUIRED = {"model", "data", "training"}
 class StageSettings(NamedTuple):
     """A stage, as far as settings go.
 
-    `defaults` are laid under what a run file says. `data` and `objectives` are the kinds that it
-    takes; `data_folders` is where in `configs/data` its mixtures are.
+    `defaults` are laid under what a run file says. `data` is the kind that it takes;
+    `data_folder` is where in `configs/data` its mixtures are.
     """
 
     meaning: str
     data: str
-    objectives: tuple[str, ...]
     data_folder: str
     defaults: Mapping[str, Any]
     needs_weights: bool = False
@@ -31,14 +30,12 @@ STAGES: dict[str, StageSettings] = {
     "pretrain": StageSettings(
         "from random weights, on text",
         data="indexed",
-        objectives=("next_token", "sft"),
         data_folder="pretrain",
         defaults={},
     ),
     "midtrain": StageSettings(
         "from weights, on other text, while the rate falls (a WSD tail)",
         data="indexed",
-        objectives=("next_token", "sft"),
         data_folder="midtrain",
         defaults={"optimizer": {"schedule": {"kind": "wsd"}}, "data": {"packing": "documents"}},
         needs_weights=True,
@@ -46,7 +43,6 @@ STAGES: dict[str, StageSettings] = {
     "sft": StageSettings(
         "supervised fine-tuning, on what the assistant says in conversations",
         data="conversations",
-        objectives=("sft",),
         data_folder="posttrain/sft",
         defaults={"objective": {"type": "sft"}, "data": {"type": "conversations"}},
     ),
@@ -71,19 +67,14 @@ def with_stage_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, **merge(laid, there)}
 
 
-@rule("stage", "data", "objective")
-def a_stage_has_its_kinds(subject: Subject) -> Iterator[str]:
+@rule("stage", "data")
+def a_stage_has_its_data(subject: Subject) -> Iterator[str]:
     config, settings = subject.config, STAGES[subject.config.stage]
     if config.data.type != settings.data:
         fit = [name for name, stage in STAGES.items() if stage.data == config.data.type]
         yield (
             f"data.type={config.data.type!r} with stage={config.stage!r}, which trains on "
             f"{settings.data}: name such data, or set stage to {' or '.join(fit)}"
-        )
-    if config.objective.type not in settings.objectives:
-        yield (
-            f"objective.type={config.objective.type!r} with stage={config.stage!r}: it takes "
-            f"{' or '.join(settings.objectives)}; leave the objective out for the stage's own"
         )
 
 

@@ -44,15 +44,9 @@ CASES = [
         {"training.steps": None, "training.epochs": 2.0},
     ),
     (
-        "a_stage_has_its_kinds",
+        "a_stage_has_its_data",
         {"stage": "sft", "data.type": "indexed"},
         ["data.type='indexed'", "stage='sft'", "pretrain or midtrain"],
-        SFT,
-    ),
-    (
-        "a_stage_has_its_kinds",
-        {**SFT, "objective": {"type": "next_token"}},
-        ["objective.type='next_token'", "it takes sft"],
         SFT,
     ),
     (
