@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,11 @@ from tests.export.chat_run import ANSWERS, QUESTIONS
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 600  # only what hangs takes as long
 GREEDY = ("--temperature", "0")
+
+
+def _heed_interrupts() -> None:
+    """A shell that starts the tests in the background has interrupts ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Talks:
@@ -36,6 +42,7 @@ class Talks:
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "TMPDIR": str(self.temporary)},
+            preexec_fn=_heed_interrupts,
         )
 
     def __call__(self, *arguments: object, said: str = "") -> tuple[int, str, str]:
@@ -136,6 +143,8 @@ def test_texts_are_continued_each_by_itself_and_alike_with_a_seed(talks, endless
 def test_an_interrupt_ends_the_answer_and_not_the_talk(talks, endless):
     """Twice: after the first the next question is answered, too."""
     process = talks.start(endless, "--max-new-tokens", 10**6, "--temperature", 2, "--top-p", 1)
+    hangs = threading.Timer(PATIENCE_SECONDS, process.kill)
+    hangs.start()
     out = process.stdout.fileno()
     for _ in range(2):
         process.stdin.write("def f(x):\n")
@@ -152,6 +161,7 @@ def test_an_interrupt_ends_the_answer_and_not_the_talk(talks, endless):
     process.stdin.write("/exit\n")
     process.stdin.flush()
     process.communicate(timeout=PATIENCE_SECONDS)
+    hangs.cancel()
     assert process.returncode == 0
 
 
