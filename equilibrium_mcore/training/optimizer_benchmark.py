@@ -146,7 +146,9 @@ def _loads(config: RunConfig, rows: list[Row], world_size: int) -> list[float]:
 
 def measure(config: RunConfig, *, steps: int) -> tuple[Times, Comparison]:
     """Train the run's model on made-up tokens in this process, then race the two Muons."""
-    training = config.training.model_copy(update={"steps": steps + 1, "stop_after_steps": None})
+    training = config.training.model_copy(
+        update={"steps": steps + 1, "epochs": None, "stop_after_steps": None}
+    )
     schedule = config.optimizer.schedule.model_copy(
         update={"kind": "constant", "warmup_steps": 0, "decay_steps": 0}
     )

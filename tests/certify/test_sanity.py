@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from equilibrium_mcore.config.yaml_io import to_yaml
 from equilibrium_mcore.parallel import accelerator
+from tests.data.chat.support import messages_of, random_chats, write_rows
 from tests.support.runs import MODEL, tiny_run
 
 accelerator.quiet_libraries()
@@ -306,3 +307,51 @@ def test_the_tool_exits_with_1_and_writes_json(data, tmp_path):
     written = json.loads((tmp_path / "out.json").read_text())
     assert not written["passed"]
     assert [c["verdict"] for c in written["checks"]] == ["PASS", "FAIL"]
+
+
+def test_a_fine_tuning_run_by_epochs_is_checked_too(data, tmp_path):
+    """Conversations: no end of document, packed, their validation in files of its own."""
+    rows = [{"messages": messages_of(turns)} for turns in random_chats(200, seed=5)]
+    files = {
+        part: [str(write_rows(tmp_path / f"{part}.jsonl", part_rows))]
+        for part, part_rows in (("train", rows[:180]), ("validation", rows[180:]))
+    }
+    chats = {
+        "type": "conversations",
+        "name": "chats",
+        "tokenizer": data["tokenizer"],
+        "sources": [{"name": "random", **files}],
+        "too_long": "cut",
+    }
+    config = tiny_run(
+        chats,
+        tmp_path / "run",
+        stage="sft",
+        model={**MODEL, "moe": {**MODEL["moe"], "load_balancing": "none"}},
+        training={
+            "sequence_length": 128,
+            "global_batch_size": 4,
+            "precision": "fp32",
+            "steps": None,
+            "epochs": 2.0,
+        },
+    )
+    wanted = ["schedule", "batch_statistics", "data_order", "validation_split", "alignment"]
+    report = run_ladder(config, only=wanted)
+    assert [check.name for check in report.checks] == wanted and not report.failed
+    assert not (tmp_path / "run").exists()
+    same = config.model_copy(
+        update={
+            "data": config.data.model_copy(
+                update={
+                    "sources": [
+                        config.data.sources[0].model_copy(
+                            update={"validation": config.data.sources[0].train}
+                        )
+                    ]
+                }
+            )
+        }
+    )
+    (check,) = run_ladder(same, only=["validation_split"]).failed
+    assert "are in both splits" in check.summary

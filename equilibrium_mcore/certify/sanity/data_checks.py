@@ -14,6 +14,8 @@ from torch import Tensor
 from equilibrium_mcore.certify.sanity.verdict import Check, judged, skipped
 from equilibrium_mcore.certify.sanity.workbench import Observed
 from equilibrium_mcore.data.blend import Datasets
+from equilibrium_mcore.data.chat.dataset import ConversationDataset
+from equilibrium_mcore.data.chat.examples import Examples
 from equilibrium_mcore.data.ledger.dataset import LedgerDataset
 from equilibrium_mcore.data.ledger.source import SourceDocuments, Span
 from equilibrium_mcore.data.tokenizer import Tokenizer
@@ -29,15 +31,20 @@ MOST_IN_VALIDATION_TWICE = 0.05
 DOCUMENTS_COMPARED = 20_000
 
 
-def check_alignment(seen: Observed, tokenizer: Tokenizer | None) -> Check:
-    """labels[i] is tokens[i + 1] and positions count up, in what the model itself was given."""
+def check_alignment(seen: Observed, tokenizer: Tokenizer | None, *, ended: bool = True) -> Check:
+    """labels[i] is tokens[i + 1] and positions count up, in what the model itself was given.
+
+    Where packed documents meet, the label is the next token of neither. `ended`: each document ends
+    with the tokenizer's end of document, as those of text do.
+    """
     problems: list[str] = []
-    eod = tokenizer.eod if tokenizer else None
+    eod = tokenizer.eod if tokenizer and ended else None
     for number, given in enumerate(seen.inputs):
         tokens, labels, positions = (
             given[name].cpu() for name in ("input_ids", "labels", "position_ids")
         )
-        wrong = (labels[:, :-1] != tokens[:, 1:]).nonzero()
+        inside = positions[:, 1:] != 0
+        wrong = ((labels[:, :-1] != tokens[:, 1:]) & inside).nonzero()
         if len(wrong):
             row, i = wrong[0].tolist()
             share = len(wrong) / tokens[:, 1:].numel()
@@ -138,7 +145,8 @@ def check_batch_statistics(datasets: Datasets, tokenizer: Tokenizer) -> Check:
         return float((tokens == token).mean()) if token is not None else 0.0
 
     # Looked at in the sources: the first samples may hold nothing but beginnings of documents.
-    marked = {part.path: _marked_ends(part, tokenizer.eod) for part in parts(datasets.train)}
+    ended = [part for part in parts(datasets.train) if part.ended]
+    marked = {part.path: _marked_ends(part, tokenizer.eod) for part in ended}
     figures = {
         "tokens": int(tokens.size),
         "distinct": int(np.unique(tokens).size),
@@ -146,7 +154,7 @@ def check_batch_statistics(datasets: Datasets, tokenizer: Tokenizer) -> Check:
         "unknown": share(tokenizer.unk_id),
         "padding": share(tokenizer.pad_id if tokenizer.pad_id != tokenizer.eod else None),
         "counted_in_loss": float(mask.mean()),
-        "documents_with_end": min(marked.values()),
+        **({"documents_with_end": min(marked.values())} if marked else {}),
     }
     problems = []
     for path, marked_share in marked.items():
@@ -168,8 +176,8 @@ def check_batch_statistics(datasets: Datasets, tokenizer: Tokenizer) -> Check:
     return judged(
         "batch_statistics",
         problems,
-        f"{figures['documents_with_end']:.0%} of documents or more end with the end-of-document "
-        f"token; of {tokens.size:,} tokens {figures['end_of_document']:.2%} are it, "
+        _ends_text(figures)
+        + f"of {tokens.size:,} tokens {figures['end_of_document']:.2%} are the end of a document, "
         f"{figures['unknown']:.2%} unknown, {figures['padding']:.2%} padding; "
         f"{figures['counted_in_loss']:.0%} counted; {figures['distinct']:,} distinct",
         figures=figures,
@@ -221,7 +229,7 @@ def check_validation_split(datasets: Datasets) -> Check:
             max(train.numbers.start, validation.numbers.start),
             min(train.numbers.stop, validation.numbers.stop),
         )
-        if both:
+        if both and train.path == validation.path:
             problems.append(
                 f"{len(both):,} documents of {train.path} are in both splits, the first is "
                 f"number {both[0]}"
@@ -252,6 +260,13 @@ def _marked_ends(part: Part, eod: int | None) -> float:
     return float(np.mean([end == eod for end in ends])) if ends and eod is not None else 1.0
 
 
+def _ends_text(figures: dict[str, Any]) -> str:
+    if "documents_with_end" not in figures:
+        return ""
+    share = figures["documents_with_end"]
+    return f"{share:.0%} of documents or more end with the end-of-document token; "
+
+
 @dataclass(frozen=True)
 class Part:
     """One source's documents in one split: numbers in the file, which follow each other."""
@@ -259,6 +274,7 @@ class Part:
     path: str
     numbers: range
     read: Callable[[int], np.ndarray]
+    ended: bool = True  # whether each should end with the tokenizer's end of document
 
 
 def _hashes(part: Part) -> list[bytes]:
@@ -271,6 +287,8 @@ def parts(dataset: Any) -> list[Part]:
     """The sources of a split, whoever orders its documents."""
     if isinstance(dataset, LedgerDataset):
         return [_ledger_part(source) for source in dataset.sources]
+    if isinstance(dataset, ConversationDataset):
+        return [_conversations_part(dataset.examples)]
     megatron = dataset.dataset
     return [_megatron_part(part) for part in getattr(megatron, "datasets", [megatron])]
 
@@ -280,6 +298,16 @@ def _ledger_part(source: SourceDocuments) -> Part:
         path=str(source.prefix),
         numbers=range(source.begin, source.end),
         read=lambda n: source.read(Span(n, 0, source.length(n))),
+    )
+
+
+def _conversations_part(examples: Examples) -> Part:
+    ends = np.cumsum(examples.lengths)
+    return Part(
+        path=f"conversations {examples.fingerprint}",
+        numbers=range(len(examples)),
+        read=lambda n: np.array(examples.ids[ends[n] - examples.lengths[n] : ends[n]]),
+        ended=False,
     )
 
 

@@ -18,7 +18,7 @@ from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.blend import Datasets
 from equilibrium_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from equilibrium_mcore.processes.threads import one_thread
-from equilibrium_mcore.training.run_data import build_run_datasets
+from equilibrium_mcore.training.run_data import build_run_datasets, with_steps
 
 OBSERVED_STEPS = 4
 NEEDS_DATA = ("batch_statistics", "data_order", "validation_split")
@@ -52,6 +52,8 @@ def run_ladder(
         raise ConfigError(f"check {unknown[0]!r} is unknown; there are {', '.join(NAMES)}")
     # The model is tiny: more threads would only wait for each other.
     with one_thread(), tempfile.TemporaryDirectory(prefix="equilibrium_sanity_") as folder:
+        if not made_up_tokens:
+            config = _with_steps(config, Path(folder))
         small, changes = sanity_config(config, folder=Path(folder), made_up_tokens=made_up_tokens)
         if made_up_tokens:
             changes.append("made-up tokens instead of the run's data")
@@ -79,7 +81,7 @@ class _Ladder:
 
     def climb(self) -> None:
         """Run what is wanted, cheapest first."""
-        self._try("schedule", lambda: learning_checks.show_schedule(self.asked))
+        self._try("schedule", self._schedule)
         datasets, tokenizer = self._data()
         if self.wanted & {*NEEDS_DATA, *NEEDS_STEPS}:
             self._first_steps(datasets, tokenizer)
@@ -135,7 +137,10 @@ class _Ladder:
             except Exception as error:  # e.g. gradients that are not finite
                 self._add(_raised("first_steps", error))
                 return
-            self._try("alignment", lambda: data_checks.check_alignment(seen, tokenizer))
+            ended = self.config.data.type == "indexed"  # by the end of a document
+            self._try(
+                "alignment", lambda: data_checks.check_alignment(seen, tokenizer, ended=ended)
+            )
             self._try(
                 "initial_loss",
                 lambda: model_checks.check_initial_loss(run, seen, self.asked.model),
@@ -146,6 +151,11 @@ class _Ladder:
             self._try("router", lambda: model_checks.check_router(run, seen))
             self._try("optimizer_groups", lambda: model_checks.check_optimizer_groups(seen))
             self._try("determinism", lambda: model_checks.check_determinism(run, seen))
+
+    def _schedule(self) -> Check:
+        if self.asked.training.steps is None:
+            return skipped("schedule", "training.epochs become steps when the data is read")
+        return learning_checks.show_schedule(self.asked)
 
     def _no_data(self, name: str) -> Callable[[], Check]:
         return lambda: skipped(name, "made-up tokens were asked for")
@@ -163,6 +173,14 @@ class _Ladder:
     def _add(self, done: Check) -> None:
         self.report.checks.append(done)
         self.show(done.text())
+
+
+def _with_steps(config: RunConfig, folder: Path) -> RunConfig:
+    """Epochs as steps; what is encoded for that stays out of the run's own folder."""
+    if config.training.steps is not None:
+        return config
+    elsewhere = config.data.model_copy(update={"cache_directory": folder / "data_cache"})
+    return with_steps(config.model_copy(update={"data": elsewhere}))
 
 
 def _raised(name: str, error: Exception) -> Check:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from equilibrium_mcore.certify.sanity.verdict import Check, judged
-from equilibrium_mcore.certify.sanity.workbench import opened, varied
+from equilibrium_mcore.certify.sanity.workbench import any_number_of_samples, opened, varied
 from equilibrium_mcore.config.schema import OptimizerConfig, RunConfig
 from equilibrium_mcore.data.blend import Datasets
 from equilibrium_mcore.data.samples import Samples
@@ -91,7 +91,7 @@ def check_overfit(config: RunConfig, datasets: Datasets, tokenizer: Tokenizer | 
     )
     fast = varied(
         config,
-        data={"train_samples": None},
+        data=any_number_of_samples(config),
         optimizer=_fast(config.optimizer),
         training={
             "sequence_length": length,
@@ -161,7 +161,7 @@ def check_precision(config: RunConfig, datasets: Datasets, *, asked: str) -> Che
         changed = varied(
             config,
             model={"vocab_size": vocabulary},
-            data={"train_samples": None},
+            data=any_number_of_samples(config),
             training={
                 "precision": "fp32" if name == "unrounded" else name,
                 "sequence_length": length,

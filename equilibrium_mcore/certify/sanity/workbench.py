@@ -64,18 +64,23 @@ def sanity_config(
     length = min(config.training.sequence_length, LONGEST_SEQUENCE)
     if length < config.training.sequence_length:
         changes.append(f"sequences of {length} instead of {config.training.sequence_length}")
-    values["data"].update(cache_directory=str(folder / "index_cache"), num_workers=0)
-    samples = train_samples(config)
+    values["data"].update(cache_directory=str(folder / "data_cache"), num_workers=0)
+    samples = MOST_SAMPLES if config.training.steps is None else train_samples(config)
     if samples > MOST_SAMPLES:
         samples = MOST_SAMPLES
-        if config.data.order == "megatron":
+        if config.data.type == "indexed" and config.data.order == "megatron":
             changes.append(f"the order of the data is made for {samples:,} sequences only")
-    values["data"]["train_samples"] = samples
+    if config.data.type == "indexed":
+        values["data"]["train_samples"] = samples
+    elif length < config.training.sequence_length:
+        values["data"].update(max_tokens=None, too_long="cut")
+        changes.append(f"conversations cut after the last answer that fits into {length} tokens")
     values["training"].update(
         sequence_length=length,
         micro_batch_size=4,
         global_batch_size=8,
         steps=samples // 8,
+        epochs=None,
         stop_after_steps=None,
         frozen=[],  # names of the run's own layers; the checks want a gradient everywhere
         precision="fp32",
@@ -93,6 +98,11 @@ def varied(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
     """`config` with some settings of some sections changed, checked anew."""
     values = _merged(config.model_dump(mode="json"), sections)
     return run_from_mapping(_fitting(values))
+
+
+def any_number_of_samples(config: RunConfig) -> dict[str, Any]:
+    """The change of `data` after which its order is made for as many steps as there are."""
+    return {"train_samples": None} if config.data.type == "indexed" else {"num_workers": 0}
 
 
 def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
