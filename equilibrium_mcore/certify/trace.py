@@ -56,9 +56,9 @@ class Trace:
     weights: dict[int, dict[str, Whole]]
     update: dict[str, Whole]
     state: dict[str, dict[str, Whole]]
-    balancing: dict[str, dict[str, Whole]]
     choices: dict[tuple[int, int], Routing]  # by (step, layer)
     narrow: dict[str, int]  # what was not float64, over all ranks
+    balancing: dict[str, dict[str, Whole]] = field(default_factory=dict)  # by objective
 
 
 def trace_rank(
