@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from equilibrium_mcore.checkpoint.directory import latest_checkpoint
 from equilibrium_mcore.config.chat import ConversationsConfig
 from equilibrium_mcore.export.convert import export_hugging_face, read_run_config
 from equilibrium_mcore.export.speaker import Said, Sampling, Speaker, no_template
+from equilibrium_mcore.files.temporary import temporary_folder
 
 EXIT = "/exit"
 ENDS = f"(Ctrl-C ends an answer; {EXIT} or Ctrl-D ends the talk)"
@@ -66,8 +66,8 @@ def _released(path: Path, *, chat: bool) -> Iterator[Path]:
     config = read_run_config(checkpoint)
     if chat and not isinstance(config.data, ConversationsConfig):
         raise no_template(f"{path}, a run on text,", f"--checkpoint {path} --output NEW")
-    with tempfile.TemporaryDirectory(prefix="equilibrium_mcore_") as temporary:
-        folder = Path(temporary) / checkpoint.name
+    with temporary_folder("equilibrium_mcore_") as temporary:
+        folder = temporary / checkpoint.name
         print(f"exporting {checkpoint} for this talk", file=sys.stderr)
         dtype = "float32" if config.training.precision == "fp32" else "bfloat16"
         export_hugging_face(checkpoint, folder, dtype=dtype)

@@ -10,11 +10,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,6 +27,7 @@ from equilibrium_mcore.config.pattern import CUT, count_kinds
 from equilibrium_mcore.config.schema import ModelConfig, RunConfig
 from equilibrium_mcore.data.blend import Datasets
 from equilibrium_mcore.data.samples import Samples
+from equilibrium_mcore.files.temporary import temporary_folder
 from equilibrium_mcore.models.flops import training_flops_per_token
 from equilibrium_mcore.models.parameters import count_parameters
 from equilibrium_mcore.optim.muon import Muon
@@ -230,8 +229,8 @@ def _train_once(
         vocab_size=config.model.vocab_size,
     )
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="equilibrium_bench_") as folder:
-        config = config.model_copy(update={"output_directory": Path(folder)})
+    with temporary_folder("equilibrium_bench_") as folder:
+        config = config.model_copy(update={"output_directory": folder})
         place = Place.alone()
         try:
             run = setup(config, place, datasets=Datasets(tokens, None, None))

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from megatron.core.optimizer.emerging_optimizers import TensorParallelMuon
@@ -21,6 +19,7 @@ from equilibrium_mcore.config.layout import global_batch_tokens, resolve_world_s
 from equilibrium_mcore.config.pattern import CUT, cut_into
 from equilibrium_mcore.config.schema import ParallelismConfig, RunConfig
 from equilibrium_mcore.data.blend import Datasets
+from equilibrium_mcore.files.temporary import temporary_folder
 from equilibrium_mcore.models.flops import training_flops_per_token
 from equilibrium_mcore.optim import muon as muon_module
 from equilibrium_mcore.optim.ownership import newton_schulz_operations, spread
@@ -157,10 +156,10 @@ def measure(config: RunConfig, *, steps: int) -> tuple[Times, Comparison]:
         sequence_length=training.sequence_length,
         vocab_size=config.model.vocab_size,
     )
-    with tempfile.TemporaryDirectory(prefix="equilibrium_bench_") as folder:
+    with temporary_folder("equilibrium_bench_") as folder:
         alone = config.model_copy(
             update={
-                "output_directory": Path(folder),
+                "output_directory": folder,
                 "parallelism": ParallelismConfig(),
                 "training": training,
                 "optimizer": config.optimizer.model_copy(update={"schedule": schedule}),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.blend import Datasets
 from equilibrium_mcore.data.tokenizer import Tokenizer, load_tokenizer
+from equilibrium_mcore.files.temporary import temporary_folder
 from equilibrium_mcore.processes.threads import one_thread
 from equilibrium_mcore.training.run_data import build_run_datasets, with_steps
 
@@ -51,10 +51,10 @@ def run_ladder(
     if unknown:
         raise ConfigError(f"check {unknown[0]!r} is unknown; there are {', '.join(NAMES)}")
     # The model is tiny: more threads would only wait for each other.
-    with one_thread(), tempfile.TemporaryDirectory(prefix="equilibrium_sanity_") as folder:
+    with one_thread(), temporary_folder("equilibrium_sanity_") as folder:
         if not made_up_tokens:
-            config = _with_steps(config, Path(folder))
-        small, changes = sanity_config(config, folder=Path(folder), made_up_tokens=made_up_tokens)
+            config = _with_steps(config, folder)
+        small, changes = sanity_config(config, folder=folder, made_up_tokens=made_up_tokens)
         if made_up_tokens:
             changes.append("made-up tokens instead of the run's data")
         ladder = _Ladder(config, small, made_up_tokens, set(only) or set(NAMES), show)
