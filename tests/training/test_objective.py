@@ -64,13 +64,14 @@ def whole(results: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 def config_of(data: dict, folder: Any, *, objective: dict, parallelism: dict, **training: Any):
     coefficient = training.pop("coefficient", 0.01)
+    balancing = training.pop("balancing", "seq_aux_loss")
     return tiny_run(
         {**data, "packing": "documents", "document_multiple": 4},
         folder,
         model={
             **MODEL,
             "layer_pattern": "ME|+E",
-            "moe": {**MODEL["moe"], "load_balancing": "seq_aux_loss"}
+            "moe": {**MODEL["moe"], "load_balancing": balancing}
             | {"aux_loss_coefficient": coefficient},
         },
         objective=objective,
@@ -104,6 +105,29 @@ def test_trap_8_token_mean_per_micro_batch_or_rank(ranks, data, tmp_path, start,
         found = ranks.run(2, gradients, config, start)
         assert found[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-5)
         assert found[0]["tokens"] == expected[0]["tokens"] < 4 * 64
+        assert_close(whole(found), whole(expected), 1e-4)
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
+def test_trap_8_the_same_batch_in_other_micro_batches(ranks, data, tmp_path, start, reduction):
+    """1, 2 and 4 micro-batches, on one data rank and on two (trl#3021, open-instruct#1161)."""
+    objective = {"type": "sft", "reduction": reduction}
+
+    def seen(world_size: int, size: int) -> list[dict[str, Any]]:
+        config = config_of(
+            data,
+            tmp_path / f"{world_size}_{size}",
+            objective=objective,
+            parallelism={"world_size": world_size},
+            balancing="none",
+            micro_batch_size=size,
+        )
+        return ranks.run(world_size, gradients, config, start)
+
+    expected = seen(1, 1)
+    for world_size, size in ((1, 2), (1, 4), (2, 1), (2, 2)):
+        found = seen(world_size, size)
+        assert found[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-6)
         assert_close(whole(found), whole(expected), 1e-4)
 
 
