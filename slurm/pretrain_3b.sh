@@ -5,7 +5,7 @@
 #   sbatch slurm/pretrain_3b.sh
 #   sbatch --nodes=4 --account=ACCOUNT slurm/pretrain_3b.sh training.steps=1000
 #
-# Options of sbatch given on its command line replace those below. Words behind the script's name are
+# Options of sbatch given on its command line replace those below. Words after the script's name are
 # passed to the run as key=value overrides. Variables, all with a default:
 #
 #   RUN_CONFIG         the run                           configs/runs/pretrain_3b.yaml

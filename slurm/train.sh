@@ -6,11 +6,11 @@
 #     sbatch --nodes=4 --account=ACCOUNT slurm/train.sh training.epochs=3
 #
 # RUN_CONFIG is a run or an experiment file; its stage decides what is trained. Options of sbatch given
-# on its command line replace those below. Words behind the script's name are passed to the run as
+# on its command line replace those below. Words after the script's name are passed to the run as
 # key=value overrides. slurm/pretrain_3b.sh is this script with defaults of its own. Variables:
 #
 #   RUN_CONFIG         the run, of any stage             needed
-#   OUTPUT_DIRECTORY   checkpoints and logs; on a file   needed, or output_directory=... behind the
+#   OUTPUT_DIRECTORY   checkpoints and logs; on a file   needed, or output_directory=... after the
 #                      system that all nodes share       script's name
 #   EQUILIBRIUM_ROOT   the repository                    the folder that sbatch was called in
 #   VENV               the virtual environment           $EQUILIBRIUM_ROOT/.venv

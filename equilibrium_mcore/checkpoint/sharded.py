@@ -22,7 +22,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 import equilibrium_mcore
 from equilibrium_mcore.checkpoint import directory, publish, structure
 from equilibrium_mcore.checkpoint.choose import open_weights_together
-from equilibrium_mcore.checkpoint.compatibility import check_resumable, check_same_model
+from equilibrium_mcore.checkpoint.compatibility import check_same_model
 from equilibrium_mcore.checkpoint.finite import check_finite
 from equilibrium_mcore.checkpoint.lineage import Line
 from equilibrium_mcore.checkpoint.manifest import Files, describe_file, write_manifest
@@ -137,10 +137,10 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Load everything from a checkpoint into the run; returns its progress. Collective.
 
-    Raises ConfigError where a setting that the state depends on differs.
+    `check_resumable` was asked before. Raises ConfigError where optimizer state that the run needs
+    was not saved.
     """
     path, facts = opened.path, opened.facts
-    check_resumable(opened.config, config, checkpoint=str(path))
     check_optimizer_state(opened.config, config, checkpoint=str(path))
     same_layout = _layout_facts(facts) == _layout_facts(
         {

@@ -57,7 +57,7 @@ class DataConfig(Section):
     packing: Literal["stream", "documents"] = setting(
         "stream",
         "stream: a document sees what stands before it in its sequence; documents: attention, "
-        "Mamba's state and positions begin anew at each, and no label belongs to the next one",
+        "Mamba's state and positions start again at each, and no label belongs to the next one",
     )
     document_multiple: PositiveInt = setting(
         1,

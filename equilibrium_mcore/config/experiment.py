@@ -11,7 +11,7 @@ from typing import Any
 from equilibrium_mcore.config import experiment_rules
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.experiment_words import OWN, SECTIONS, WORDS, converted
-from equilibrium_mcore.config.problems import nearest
+from equilibrium_mcore.config.problems import nearest, unknown_key
 from equilibrium_mcore.config.references import merge
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.config.stages import DEFAULT_STAGE
@@ -121,8 +121,8 @@ def _unknown_word(section: str, key: str) -> str:
         return f"{name}: no word of an experiment file, but a setting: write it below {OWN}: {own}"
     elsewhere = [word for word in WORDS if word.partition(".")[2] == key]
     here = [word.partition(".")[2] for word in WORDS if word.startswith(f"{section}.")]
-    hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else nearest(key, here)
-    return f"{name}: unknown key{hint}; legal keys here: {', '.join(here)}"
+    hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else None
+    return unknown_key(name, key, here, hint=hint)
 
 
 def _setting_named(section: str, key: str) -> str | None:

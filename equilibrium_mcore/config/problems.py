@@ -101,7 +101,7 @@ def _explain(error: dict, kind: type[BaseModel], prefix: str) -> Problem:
 def _text(error: dict, kind: type[BaseModel], location: list, key: str) -> str:
     code, context = error["type"], error.get("ctx", {})
     if code == "extra_forbidden":
-        return _unknown_key(key, str(location[-1]), _legal_keys(kind, location[:-1]))
+        return unknown_key(key, str(location[-1]), _legal_keys(kind, location[:-1]))
     if code in ("union_tag_invalid", "union_tag_not_found"):
         return _wrong_tag(key, code, context)
     if code == "value_error":  # one of the schema's own rules, which says it all
@@ -141,9 +141,10 @@ def _type_hint(wanted: str, value: Any) -> str:
     return ""
 
 
-def _unknown_key(key: str, name: str, legal: list[str]) -> str:
-    hint = nearest(name, legal)
-    return f"{key}: unknown key{hint}; legal keys here: {', '.join(legal) or 'none'}"
+def unknown_key(key: str, name: str, allowed: list[str], *, hint: str | None = None) -> str:
+    """What is said of a key that is none; `hint` instead of the one that is spelled nearly so."""
+    hint = nearest(name, allowed) if hint is None else hint
+    return f"{key}: unknown key{hint}; allowed keys here: {', '.join(allowed) or 'none'}"
 
 
 def _wrong_tag(key: str, code: str, context: dict) -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.experiments.fingerprints import fingerprint
 from equilibrium_mcore.experiments.pipeline import Pipeline, Step
+from equilibrium_mcore.files.exclusive import exclusive
 from equilibrium_mcore.files.whole import write_whole
 
 STATE_FILE = "pipeline.json"
@@ -81,27 +80,19 @@ def record_of(step: Step) -> dict[str, Any]:
 
 
 def read_by(step: Step) -> list[Path]:
-    """The declared inputs, and files that are words of the command, also behind a `=`."""
+    """The declared inputs, and files that are words of the command, also after a `=`."""
     own = set(step.outputs.values())
     words = [part for word in step.command[1:] for part in (word, word.partition("=")[2]) if part]
     named = [Path(word) for word in words if len(word) < 4096 and _is_file(Path(word))]
     return [path for path in dict.fromkeys([*step.inputs, *named]) if path not in own]
 
 
-@contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
+def one_at_a_time(folder: Path) -> AbstractContextManager[None]:
     """While it is open, no other pipeline runs in the folder. Raises ConfigError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".pipeline.lock").open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"{folder}: a pipeline runs in it; wait for its end, or choose another folder"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-        yield
+    held = ConfigError(
+        f"{folder}: a pipeline runs in it; wait for its end, or choose another folder"
+    )
+    return exclusive(folder / ".pipeline.lock", held=held)
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

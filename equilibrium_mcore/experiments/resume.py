@@ -27,7 +27,7 @@ def load_stored_run(
     """The run of `folder/config.yaml`, to be resumed in `folder` up to its last step.
 
     Where it stopped before (`training.stop_after_steps`) is forgotten; `overrides` may set it
-    anew. Raises ConfigError for a folder that is no run's.
+    again. Raises ConfigError for a folder that is no run's.
     """
     _refuse_folder(folder)
     if any(override.partition("=")[0].strip() == "output_directory" for override in overrides):

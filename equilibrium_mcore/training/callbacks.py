@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from equilibrium_mcore.checkpoint.sharded import save_checkpoint
-from equilibrium_mcore.config.data import DataConfig
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.entropy import ngram_baseline, validation_pairs
@@ -21,6 +20,7 @@ from equilibrium_mcore.training.metrics import (
     ValidationRecord,
     memory_gib,
 )
+from equilibrium_mcore.training.run_data import DATA_KINDS
 from equilibrium_mcore.training.run_folder import RunLock
 from equilibrium_mcore.training.setup import Run
 from equilibrium_mcore.training.step import StepOutcome, validation_figures
@@ -258,11 +258,8 @@ def _beside_loss(figures: dict[str, float]) -> dict[str, float]:
 
 
 def _entropies(run: Run) -> dict[str, float]:
-    """Unigram and bigram entropy of the very tokens that validation scores.
-
-    For conversations, of which a part counts only, there is no such baseline.
-    """
-    if not isinstance(run.config.data, DataConfig):
+    """Unigram and bigram entropy of the very tokens that validation scores, where that is known."""
+    if not DATA_KINDS[type(run.config.data)].has_baseline:
         return {}
     training = run.config.training
     count = training.validation_batches * training.global_batch_size

@@ -26,11 +26,13 @@ class DataKind(NamedTuple):
     """What a kind of data gives a run.
 
     `build` makes its datasets, continuing at a checkpoint's progress; `count` gives the sequences
-    of so many epochs, and how they were counted.
+    of so many epochs, and how they were counted. `has_baseline`: n-grams of the training split can
+    be counted beside the loss; of conversations only a part counts.
     """
 
     build: Callable[[RunConfig, Progress | None, Say], Datasets]
     count: Callable[[RunConfig, float], tuple[int, str]]
+    has_baseline: bool
 
 
 def build_run_datasets(
@@ -183,6 +185,6 @@ def _validation_samples(config: RunConfig) -> int:
 
 
 DATA_KINDS: dict[type, DataKind] = {
-    DataConfig: DataKind(_indexed, _indexed_epochs),
-    ConversationsConfig: DataKind(_conversations, _conversation_epochs),
+    DataConfig: DataKind(_indexed, _indexed_epochs, has_baseline=True),
+    ConversationsConfig: DataKind(_conversations, _conversation_epochs, has_baseline=False),
 }

@@ -57,7 +57,7 @@ PROBLEMS = {
         "filters.0: min_length=9 is more than max_length=3: nothing would be kept"
     ),
     "{type: length, min_len: 3}": (
-        "filters.0.min_len: unknown key; did you mean 'min_length'?; legal keys here: type, enabled"
+        "filters.0.min_len: unknown key; did you mean 'min_length'?; allowed keys here: type"
     ),
     "{type: length, min_length: -1}": "filters.0.min_length=-1: must be at least 0 (fewer are",
     "{type: length, min_length: '3'}": "filters.0.min_length='3': must be a whole number, not text",

@@ -134,7 +134,7 @@ def test_overrides_apply_in_order_and_before_checks(run_file: Path) -> None:
         ("training.steps.more=1", ["training.steps is 100", "no keys inside"]),
         ("training..steps=1", ["key.subkey=value"]),
         ("training.steps=[1", ["not valid YAML", "training.steps"]),
-        ("training.stpes=1", ["did you mean 'steps'", "legal keys"]),
+        ("training.stpes=1", ["did you mean 'steps'", "allowed keys"]),
         ("modle.name=x", ["did you mean 'model'"]),
     ],
 )

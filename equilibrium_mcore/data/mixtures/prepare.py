@@ -15,11 +15,10 @@ decides; the datasets are written. Nothing has its final name before all of them
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +60,7 @@ from equilibrium_mcore.data.mixtures.write import (
     conversation_texts,
 )
 from equilibrium_mcore.data.tokenizer import load_tokenizer
+from equilibrium_mcore.files.exclusive import exclusive
 from equilibrium_mcore.files.replace import refuse_sources
 from equilibrium_mcore.files.whole import write_whole
 
@@ -360,20 +360,12 @@ def _final_places(output: Path) -> list[Path]:
     return [output / "data", *(output / name for name in files)]
 
 
-@contextlib.contextmanager
-def _locked(work: Path) -> Iterator[None]:
+def _locked(work: Path) -> contextlib.AbstractContextManager[None]:
     """One run at a time in a folder; raises FileExistsError for the second."""
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FileExistsError(
-                f"{work}: another run prepares this folder; wait for it, or choose another --output"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-        yield
+    held = FileExistsError(
+        f"{work}: another run prepares this folder; wait for it, or choose another --output"
+    )
+    return exclusive(work / "lock", held=held)
 
 
 def _progress_bar(name: str, target: int | None, kind: str):
