@@ -21,6 +21,7 @@ from equilibrium_mcore.config.experiment_words import WORDS
 from equilibrium_mcore.config.load import run_from_mapping, usage
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.config.yaml_io import parse_yaml
+from tools.dev.tree import said_of, tree_text
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -61,49 +62,18 @@ def inline_code(document: Path) -> list[str]:
 # ---------------------------------------------------------------------------------------- the tree
 
 
-def tree() -> dict[str, str]:
-    """README's tree: path and its words. A folder's path ends in /."""
-    entries: dict[str, str] = {}
-    folders: list[str] = []
-    for line in fenced(README, "text")[0].splitlines():
-        indent, name, words = re.fullmatch(r"( *)(\S+) *(.*)", line).groups()
-        del folders[len(indent) // 2 :]
-        path = "".join([*folders, name])
-        assert path not in entries, f"{path} stands twice in README's tree"
-        entries[path] = words
-        if name.endswith("/"):
-            folders.append(name)
-    return entries
+def test_the_tree_is_up_to_date():
+    """docs/tree.md is what the files say of themselves: python tools/dev/tree.py writes it."""
+    assert read(ROOT / "docs" / "tree.md") == tree_text()
 
 
-def project_files() -> list[str]:
-    """Files that git tracks; all files, where this is no git checkout."""
-    git = ["git", "-c", f"safe.directory={ROOT}", "ls-files", "--", *LISTED_BY_FILE]
-    listed = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False)
-    if listed.returncode == 0 and listed.stdout:
-        return [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
-    found = (path for folder in LISTED_BY_FILE for path in (ROOT / folder).rglob("*"))
-    return [str(p.relative_to(ROOT)) for p in found if p.is_file() and p.suffix != ".pyc"]
-
-
-def test_every_entry_of_the_tree_exists_and_says_something():
-    for path, words in tree().items():
-        place = ROOT / path
-        assert place.is_dir() if path.endswith("/") else place.is_file(), f"{path} is not there"
-        assert words or path.endswith("/"), f"{path} has no words"
-
-
-def test_every_file_is_in_the_tree():
-    there = tree()
-    missing = [
-        name for name in project_files() if Path(name).name != "__init__.py" and name not in there
-    ]
-    assert not missing, f"README's tree lacks {', '.join(missing)}"
-
-
-def test_every_folder_of_tests_is_in_the_tree():
-    folders = {f"tests/{p.parent.name}/" for p in (ROOT / "tests").glob("*/*.py")}
-    assert folders <= tree().keys()
+def test_a_file_that_does_not_say_what_it_is_is_an_error(tmp_path):
+    silent = tmp_path / "silent.py"
+    silent.write_text("x = 1\n")
+    with pytest.raises(ValueError, match="does not say what it is"):
+        said_of(silent)
+    silent.write_text('"""Doubles a number. Slowly."""\n')
+    assert said_of(silent) == "Doubles a number"
 
 
 # ------------------------------------------------------------------------------------------- links
