@@ -9,6 +9,15 @@ import pytest
 
 from tests.support.pool import RankPool
 from tests.support.runs import make_data
+from tests.support.text import (  # noqa: F401  (fixtures)
+    repository,
+    texts,
+    tokenizer,
+    tokenizer_config,
+    two_sources,
+    write_dataset,
+    write_jsonl,
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

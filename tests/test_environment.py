@@ -13,7 +13,7 @@ HIDING = re.compile(
 # Where such a name may stand, and why.
 ALLOWED = {
     "tests/test_environment.py": "it names what it looks for",
-    "tests/data/mixtures/test_hub.py": "what is said to users who set it is tested",
+    "tests/corpus/mixtures/test_hub.py": "what is said to users who set it is tested",
     "tests/parallel/test_rank_server.py": "ranks with several threads are what is tested",
     "tests/processes/test_processes.py": "that it is heeded is tested",
     "tools/bench/certificates.py": "the number of threads is what the campaign varies",

@@ -17,7 +17,7 @@ import argparse
 import sys
 
 from equilibrium_mcore.config.data import TokenizerConfig
-from equilibrium_mcore.data.chat.special_tokens import add_special_tokens
+from equilibrium_mcore.corpus.special_tokens import add_special_tokens
 from equilibrium_mcore.data.chat.templates import TEMPLATES
 from equilibrium_mcore.files.paths import user_path
 

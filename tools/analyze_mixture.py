@@ -15,8 +15,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from equilibrium_mcore.corpus.mixtures.cost_report import report
 from equilibrium_mcore.files.paths import user_path
-from equilibrium_mcore.planning.mixture_report import report
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from equilibrium_mcore.data.merge import merge_datasets
+from equilibrium_mcore.corpus.merge import merge_datasets
 from equilibrium_mcore.files.paths import user_path
 
 

@@ -18,7 +18,7 @@ import argparse
 import signal
 import sys
 
-from equilibrium_mcore.data.mixtures.command import run
+from equilibrium_mcore.corpus.mixtures.command import run
 from equilibrium_mcore.files.paths import user_path
 
 

@@ -14,7 +14,7 @@ import argparse
 import sys
 
 from equilibrium_mcore.config.data import TokenizerConfig
-from equilibrium_mcore.data.partitions import preprocess_in_partitions
+from equilibrium_mcore.corpus.partitions import preprocess_in_partitions
 from equilibrium_mcore.data.verify import verify_datasets
 from equilibrium_mcore.files.paths import user_path
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from equilibrium_mcore.data.filters.train_perplexity import train_perplexity_model
+from equilibrium_mcore.corpus.filters.train_perplexity import train_perplexity_model
 from equilibrium_mcore.files.paths import user_path
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from equilibrium_mcore.data.filters.train_classifier import train_quality_classifier
+from equilibrium_mcore.corpus.filters.train_classifier import train_quality_classifier
 from equilibrium_mcore.files.paths import user_path
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from equilibrium_mcore.data.train_tokenizer import CHAT_TOKENS, train_tokenizer
+from equilibrium_mcore.corpus.train_tokenizer import CHAT_TOKENS, train_tokenizer
 from equilibrium_mcore.files.paths import user_path
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from equilibrium_mcore.data.filters.trial_command import report_trial
+from equilibrium_mcore.corpus.filters.trial_command import report_trial
 from equilibrium_mcore.files.paths import user_path
 
 

@@ -1,1 +1,1 @@
-"""Text to batches: tokenizers, indexed datasets, blends, the loader, n-gram baselines."""
+"""Datasets to batches: indexed files, blends, the ledger, conversations, the loader."""

@@ -12,12 +12,12 @@ import pytest
 
 from equilibrium_mcore.config.data import SourceConfig
 from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.corpus.indexed_writer import IndexedWriter
+from equilibrium_mcore.corpus.merge import merge_datasets
 from equilibrium_mcore.data import block_hashes
 from equilibrium_mcore.data.blend import build_datasets
 from equilibrium_mcore.data.block_hashes import BLOCK_BYTES, FileBlocks, sample_blocks
 from equilibrium_mcore.data.indexed_files import Manifest, dataset_paths, read_manifest
-from equilibrium_mcore.data.indexed_writer import IndexedWriter
-from equilibrium_mcore.data.merge import merge_datasets
 from equilibrium_mcore.data.verify import verify_datasets
 
 LENGTH = 5000  # tokens of a document

@@ -7,8 +7,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from equilibrium_mcore.config.data import TokenizerConfig
+from equilibrium_mcore.corpus.train_tokenizer import train_tokenizer
 from equilibrium_mcore.data.tokenizer import load_tokenizer
-from equilibrium_mcore.data.train_tokenizer import train_tokenizer
 
 HARD_TEXTS = [
     "",

@@ -131,7 +131,7 @@ def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import json
     import textwrap
 
-    from equilibrium_mcore.data.train_tokenizer import train_tokenizer
+    from equilibrium_mcore.corpus.train_tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
     texts = [inspect.getsource(module) for module in (argparse_module(), inspect, textwrap, json)]

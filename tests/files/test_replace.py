@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from equilibrium_mcore.data.filters.model_file import check_output, save_model
+from equilibrium_mcore.corpus.filters.model_file import check_output, save_model
+from equilibrium_mcore.corpus.indexed_writer import IndexedWriter
+from equilibrium_mcore.corpus.merge import merge_datasets
+from equilibrium_mcore.corpus.train_tokenizer import train_tokenizer
 from equilibrium_mcore.data.indexed_files import dataset_paths
-from equilibrium_mcore.data.indexed_writer import IndexedWriter
-from equilibrium_mcore.data.merge import merge_datasets
-from equilibrium_mcore.data.train_tokenizer import train_tokenizer
 from equilibrium_mcore.files.paths import report_path
 from equilibrium_mcore.files.replace import mark_folder, writable_folder
 from equilibrium_mcore.files.whole import whole_folder, write_whole

@@ -203,7 +203,7 @@ def test_show_param_groups_names_a_pattern_without_parameters():
 
 
 def _count_share() -> list[tuple[float, float, float]]:
-    from equilibrium_mcore.training.optimizer_benchmark import count_share
+    from tools.bench.measure.optimizer import count_share
 
     config = load_run("configs/runs/pretrain_3b.yaml")
     shares = [count_share(config, world_size) for world_size in (8, 64)]

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from equilibrium_mcore.config.load import load_model
+from equilibrium_mcore.corpus.mixtures.cost_report import report
 from equilibrium_mcore.models.flops import training_flops_per_token
-from equilibrium_mcore.planning.mixture_report import report
 from equilibrium_mcore.planning.training_cost import Cluster, training_cost
 
 

@@ -43,8 +43,8 @@ MODEL: dict[str, Any] = {
 def make_data(folder: Path) -> dict[str, Any]:
     """Two small sources of made-up text with a tokenizer, as the `data` section of a run."""
     from equilibrium_mcore.config.data import TokenizerConfig
-    from equilibrium_mcore.data.preprocess import preprocess
-    from equilibrium_mcore.data.train_tokenizer import train_tokenizer
+    from equilibrium_mcore.corpus.preprocess import preprocess
+    from equilibrium_mcore.corpus.train_tokenizer import train_tokenizer
 
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 7))) for _ in range(400)]

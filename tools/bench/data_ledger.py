@@ -16,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from equilibrium_mcore.files.paths import user_path
 from equilibrium_mcore.parallel import accelerator
 
@@ -34,7 +36,7 @@ def main() -> int:
     options = vars(parser.parse_args())
     accelerator.quiet_libraries()
     accelerator.install()  # before megatron-core is imported
-    from equilibrium_mcore.data.ledger import benchmark
+    from tools.bench.measure import ledger as benchmark
 
     try:
         with tempfile.TemporaryDirectory(dir=options.pop("folder")) as folder:

@@ -5,9 +5,12 @@ import json
 import os
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 # Long and short tensors alternate over a step; segments that can grow keep memory from splintering.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from equilibrium_mcore.files.paths import report_path
 from equilibrium_mcore.files.whole import write_whole
@@ -33,8 +36,8 @@ def main() -> int:
     accelerator.install()  # before megatron-core is imported
     if not arguments.rehearse and not accelerator.has_cuda():
         parser.error("this host has no CUDA device: --rehearse runs every part at a tiny size")
-    from equilibrium_mcore.training.benchmark import REHEARSAL, Plan, run_benchmark
-    from equilibrium_mcore.training.benchmark_report import markdown
+    from tools.bench.measure.gpu import REHEARSAL, Plan, run_benchmark
+    from tools.bench.measure.gpu_report import markdown
 
     chosen = {
         name: value

@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from equilibrium_mcore.config.load import load_run
 from equilibrium_mcore.parallel import accelerator
@@ -32,7 +35,7 @@ def main() -> int:
         measured, counted = load_run(arguments.measured), load_run(arguments.counted)
         accelerator.quiet_libraries()
         accelerator.install()  # before megatron-core is imported
-        from equilibrium_mcore.training import optimizer_benchmark as benchmark
+        from tools.bench.measure import optimizer as benchmark
 
         share = benchmark.count_share(counted, arguments.world_size)
         print(benchmark.report_share(counted, share), end="\n\n", flush=True)

@@ -15,7 +15,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from equilibrium_mcore.data.benchmark import run_benchmark
+from tools.bench.measure.preprocess import run_benchmark
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from equilibrium_mcore.files.paths import user_path
 
 TOOL = Path(__file__).resolve().parents[1] / "preprocess_data.py"

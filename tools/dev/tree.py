@@ -3,8 +3,8 @@
 Examples:
     python tools/dev/tree.py            # writes docs/tree.md
     python tools/dev/tree.py --check    # says whether it is up to date; a test runs this
-A Python file is described by its docstring, a script or a YAML file by its first comment, a document
-by its first line of text. A file that says nothing is an error: describe it in the file itself.
+A Python file is described by its docstring, a script or a YAML file by its first comment, a
+document by its first sentence. A file that says nothing is an error: say there what it is.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ PICTURES = (".png", ".svg")
 WIDTH = 96
 HEAD = """# Every file
 
-Written by `python tools/dev/tree.py` from the first sentence of each file; a test compares. What the
-packages are for, and how they depend on each other: [architecture.md](architecture.md).
+Written by `python tools/dev/tree.py` from the first sentence of each file; a test compares. What
+the packages are for, and how they depend on each other: [architecture.md](architecture.md).
 """
 
 

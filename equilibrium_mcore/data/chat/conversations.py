@@ -4,7 +4,7 @@
     {"conversations": [{"from", "value"}, ...], "system": optional}   ShareGPT
     {"instruction", "input": optional, "output", "system": optional}  Alpaca
 
-Roles by other names (human, gpt, function, ...) are those of `data/mixtures/documents.py`. An
+Roles by other names (human, gpt, function, ...) are in `segments.py`. An
 assistant's message with `"weight": 0` is context only; a row's own `weight` scales its loss.
 """
 
@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 import orjson
 
 from equilibrium_mcore.config.errors import ConfigError
-from equilibrium_mcore.data.chat.segments import Turn
+from equilibrium_mcore.data.chat.segments import ROLE_NAMES, Turn
 from equilibrium_mcore.data.jsonl import parse_line
-from equilibrium_mcore.data.mixtures.documents import ROLES
 from equilibrium_mcore.data.text_files import lines_of
 
 MOST_PROBLEMS = 20
@@ -131,8 +130,8 @@ def _turn(message: Any, key: str) -> Turn:
         if not isinstance(message, Mapping) or role_key not in message:
             continue
         role = message[role_key]
-        if not isinstance(role, str) or role not in ROLES:
-            raise RowError(f"{key}.{role_key}", f"{role!r:.60} is none of {', '.join(ROLES)}")
+        if not isinstance(role, str) or role not in ROLE_NAMES:
+            raise RowError(f"{key}.{role_key}", f"{role!r:.60} is none of {', '.join(ROLE_NAMES)}")
         for name in _BESIDE_TEXT:
             if message.get(name):
                 raise RowError(
@@ -140,7 +139,7 @@ def _turn(message: Any, key: str) -> Turn:
                     "only the content is trained on: write it there, as the model shall",
                 )
         content = _text(message.get(content_key), f"{key}.{content_key}")
-        return Turn(ROLES[role], content, _trained(message, ROLES[role], key))
+        return Turn(ROLE_NAMES[role], content, _trained(message, ROLE_NAMES[role], key))
     raise RowError(key, f"is {message!r:.80}; a message has role and content, or from and value")
 
 

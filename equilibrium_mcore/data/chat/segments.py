@@ -12,6 +12,20 @@ from typing import NamedTuple
 import numpy as np
 
 ROLES = ("system", "user", "assistant", "tool")
+ROLE_NAMES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "ipython": "tool",
+}
+"""What data sets call the roles, and the role that each name means."""
 
 
 class Turn(NamedTuple):

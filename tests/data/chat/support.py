@@ -7,10 +7,10 @@ import random
 from pathlib import Path
 
 from equilibrium_mcore.config.data import TokenizerConfig
+from equilibrium_mcore.corpus.special_tokens import add_special_tokens
 from equilibrium_mcore.data.chat.segments import Turn
-from equilibrium_mcore.data.chat.special_tokens import add_special_tokens
 from equilibrium_mcore.data.chat.templates import TEMPLATES
-from tests.data.byte_level import train_byte_level
+from tests.support.byte_level import train_byte_level
 
 CONTROLS = sorted({t for row in TEMPLATES.values() for t in row.controls if t is not None})
 FORGED = [*CONTROLS, "<|endoftext|>", "<unk>", "\n", "\n\n", " ", "\n(", "user", "assistant\n"]

@@ -100,7 +100,7 @@ def test_every_problem_with_its_line(tmp_path):
 def test_what_prepare_dataset_writes_is_read(tmp_path):
     """Its record, from its own code, compressed: the same turns come back."""
     from equilibrium_mcore.config.mixture import DatasetConfig
-    from equilibrium_mcore.data.mixtures.documents import to_document
+    from equilibrium_mcore.corpus.mixtures.documents import to_document
 
     dataset = DatasetConfig(
         name="d", source="x", mix_ratio=1.0, columns={"messages": "said", "system": "rules"}

@@ -13,12 +13,12 @@ from transformers import AutoTokenizer
 from equilibrium_mcore.config.chat import JinjaTemplateConfig
 from equilibrium_mcore.config.data import TokenizerConfig
 from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.corpus.train_tokenizer import train_tokenizer
 from equilibrium_mcore.data.chat.render import build_renderer
 from equilibrium_mcore.data.chat.segments import Turn, joined
 from equilibrium_mcore.data.chat.templates import TEMPLATES
 from equilibrium_mcore.data.chat.vocabulary import ChatVocabulary
 from equilibrium_mcore.data.tokenizer import load_tokenizer
-from equilibrium_mcore.data.train_tokenizer import train_tokenizer
 from equilibrium_mcore.export.chat_files import check_same_chats
 from equilibrium_mcore.export.tokenizer_files import write_tokenizer
 from tests.data.chat.conftest import TOKENIZERS

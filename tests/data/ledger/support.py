@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from equilibrium_mcore.config.data import SourceConfig
+from equilibrium_mcore.corpus.indexed_writer import IndexedWriter
 from equilibrium_mcore.data.indexed_files import read_header
-from equilibrium_mcore.data.indexed_writer import IndexedWriter
 from equilibrium_mcore.data.ledger import lanes
 from equilibrium_mcore.data.ledger.source import SourceDocuments, Span
 

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 
 from equilibrium_mcore.config.errors import ConfigError
-from equilibrium_mcore.data.ledger import benchmark
 from equilibrium_mcore.data.ledger.ledger import Ledger
 from equilibrium_mcore.data.ledger.record import (
     LedgerFile,
@@ -20,6 +19,7 @@ from equilibrium_mcore.data.ledger.record import (
 from equilibrium_mcore.data.ledger.report import as_text, report
 from equilibrium_mcore.data.ledger.trace import readings
 from tests.data.ledger.support import SEED, write_source
+from tools.bench.measure import ledger as benchmark
 
 BATCH, LENGTH = 4, 16
 

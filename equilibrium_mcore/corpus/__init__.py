@@ -1,0 +1,1 @@
+"""Text to datasets, before any run: preprocessing, filters, mixtures, tokenizers."""

@@ -1,0 +1,130 @@
+"""A trial of filters as a table for the terminal, as Markdown, or as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+
+from equilibrium_mcore.corpus.filters.trial import Stage, Trial
+
+COLUMNS = ("filter", "reached", "kept", "dropped", "share", "changed", "characters", "ms/document")
+SAMPLE_NOTE = (
+    "Deduplication saw a sample only: in the whole file a document meets more others, so more "
+    "are dropped. Use --sample 0."
+)
+
+
+def as_table(trial: Trial) -> str:
+    """Columns aligned with spaces; reasons with examples below."""
+    rows = [COLUMNS, *map(_cells, trial.stages)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    lines = [_headline(trial), ""]
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    for stage in trial.stages:
+        for reason, entry in _by_size(stage):
+            lines += ["", f"{stage.type}: {reason}: {entry.documents:,}"]
+            lines += [f"    {example}" for example in entry.examples]
+    return "\n".join([*lines, *_notes(trial)]) + "\n"
+
+
+def as_markdown(trial: Trial) -> str:
+    """The same as Markdown."""
+    lines = [_headline(trial), "", f"| {' | '.join(COLUMNS)} |"]
+    lines.append("|---" + "|---:" * (len(COLUMNS) - 1) + "|")
+    lines += [
+        f"| {' | '.join(_escaped(cell) for cell in _cells(stage))} |" for stage in trial.stages
+    ]
+    if any(stage.reasons for stage in trial.stages):
+        lines += [
+            "",
+            "| filter | reason | documents | beginning of the first |",
+            "|---|---|---:|---|",
+        ]
+    for stage in trial.stages:
+        for reason, entry in _by_size(stage):
+            first = entry.examples[0] if entry.examples else ""
+            lines.append(
+                f"| {stage.type} | {_escaped(reason)} | {entry.documents:,} | {_escaped(first)} |"
+            )
+    return "\n".join([*lines, *_notes(trial)]) + "\n"
+
+
+def as_json(trial: Trial) -> str:
+    """The same for programs, with every example."""
+    stages = [
+        {
+            "type": stage.type,
+            "settings": stage.settings,
+            "reached": stage.reached,
+            "kept": stage.kept,
+            "dropped": stage.dropped,
+            "reasons": {
+                reason: {"documents": entry.documents, "examples": entry.examples}
+                for reason, entry in _by_size(stage)
+            },
+            "changed": stage.changed,
+            "characters_removed": stage.characters_removed,
+            "milliseconds_per_document": round(stage.milliseconds_per_document, 4),
+        }
+        for stage in trial.stages
+    ]
+    values = {
+        "path": str(trial.path),
+        "documents_in_file": trial.documents_in_file,
+        "sampled": trial.sampled,
+        "characters": trial.characters,
+        "kept": trial.kept,
+        "characters_kept": trial.characters_kept,
+        "filters": stages,
+    }
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+
+FORMATS: dict[str, Callable[[Trial], str]] = {
+    "table": as_table,
+    "markdown": as_markdown,
+    "json": as_json,
+}
+
+
+def _cells(stage: Stage) -> Sequence[str]:
+    settings = ", ".join(f"{key}={_short(value)}" for key, value in stage.settings.items())
+    return (
+        f"{stage.type} {settings}".strip(),
+        f"{stage.reached:,}",
+        f"{stage.kept:,}",
+        f"{stage.dropped:,}",
+        f"{stage.dropped / max(stage.reached, 1):.1%}",
+        f"{stage.changed:,}",
+        f"{-stage.characters_removed:+,}" if stage.characters_removed else "0",
+        f"{stage.milliseconds_per_document:.3f}",
+    )
+
+
+def _headline(trial: Trial) -> str:
+    share = trial.kept / trial.sampled
+    characters = trial.characters_kept / max(trial.characters, 1)
+    return (
+        f"{trial.path}: {trial.sampled:,} of {trial.documents_in_file:,} documents tried; "
+        f"{trial.kept:,} kept ({share:.1%}), with {characters:.1%} of the characters"
+    )
+
+
+def _notes(trial: Trial) -> list[str]:
+    return ["", SAMPLE_NOTE] if trial.looks_across_a_sample else []
+
+
+def _by_size(stage: Stage) -> list:
+    return sorted(stage.reasons.items(), key=lambda item: -item[1].documents)
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

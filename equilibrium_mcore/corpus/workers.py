@@ -1,0 +1,178 @@
+"""Ranges of text to token ids: what one worker does, and a pool of them that keeps the order.
+
+Only the names of ranges go to a worker and only token ids come back; texts do not travel. At most
+`IN_FLIGHT_PER_WORKER` ranges per worker are under way, so memory does not grow with the input.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from equilibrium_mcore.corpus.encode import (
+    THREAD_VARIABLES,
+    BatchEncoder,
+    EncoderPlan,
+    open_encoder,
+)
+from equilibrium_mcore.corpus.process_pool import deaths_told, leave_with_parent, start_pool
+from equilibrium_mcore.data.inputs import Range, read_span
+from equilibrium_mcore.data.jsonl import BYTE_ORDER_MARK, parse_lines
+
+IN_FLIGHT_PER_WORKER = 3
+BAD_LINES_KEPT = 20  # of a range
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is the same for all ranges of a run."""
+
+    plan: EncoderPlan
+    keys: tuple[str, ...]
+    append_eod: bool
+
+
+@dataclass
+class Encoded:
+    """What becomes of a Range.
+
+    Attributes:
+        lines: of each span.
+        tokens, lengths: per key, ids as bytes and each document's number of them (int32).
+        bad_lines: number of the span, of the line within it (from 1), and the reason.
+    """
+
+    lines: list[int] = field(default_factory=list)
+    tokens: dict[str, bytes] = field(default_factory=dict)
+    lengths: dict[str, np.ndarray] = field(default_factory=dict)
+    bad_lines: list[tuple[int, int, str]] = field(default_factory=list)
+    bad_count: int = 0
+
+
+def encode_range(piece: Range, encoder: BatchEncoder, job: Job) -> Encoded:
+    """Read the range, encode its documents, note its bad lines."""
+    result = Encoded()
+    documents: list[tuple[str, ...]] = []
+    for number, span in enumerate(piece.spans):
+        data = read_span(span)
+        if span.head:
+            data = data.removeprefix(BYTE_ORDER_MARK)
+        bad: list[tuple[int, str]] = []
+        found, lines = parse_lines(data, job.keys, bad)
+        documents += found
+        result.lines.append(lines)
+        result.bad_count += len(bad)
+        room = BAD_LINES_KEPT - len(result.bad_lines)
+        result.bad_lines += [(number, line, reason) for line, reason in bad[:room]]
+    if piece.encode:
+        for column, key in enumerate(job.keys):
+            ids, lengths = encoder.encode([texts[column] for texts in documents])
+            if job.append_eod:
+                ids, lengths = with_eod(ids, lengths, encoder.eod)
+            result.tokens[key] = ids.tobytes()
+            result.lengths[key] = lengths.astype(np.int32)
+    return result
+
+
+def with_eod(ids: np.ndarray, lengths: np.ndarray, eod: int) -> tuple[np.ndarray, np.ndarray]:
+    """The end-of-document id behind each document; an empty one stays empty, as in Megatron-LM."""
+    filled = lengths > 0
+    ends = np.cumsum(lengths)[filled]
+    longer = np.empty(ids.size + ends.size, ids.dtype)
+    at = ends + np.arange(ends.size)
+    is_text = np.ones(longer.size, bool)
+    is_text[at] = False
+    longer[at] = eod
+    longer[is_text] = ids
+    return longer, lengths + filled
+
+
+# ------------------------------------------------------------------------------------ pool
+
+
+class Workers:
+    """Maps ranges to Encoded in order: in this process, or on a bounded queue of workers.
+
+    Make it before anything starts a thread: the workers are then forked. A fork would wait for
+    threads of this process that it does not have, so later they are fresh interpreters.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._in_flight = count * IN_FLIGHT_PER_WORKER
+        self._pool: ProcessPoolExecutor | None = None
+        if count > 1:
+            self._pool = start_pool(count, _start_worker, os.getpid())
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def in_order(
+        self, ranges: Iterator[Range], job: Job, *, encode: Callable[[], bool]
+    ) -> Iterator[tuple[Range, Encoded]]:
+        """Yields (range, result) in order; `encode()` says whether new ranges need token ids.
+
+        Raises ChildProcessError where a worker dies.
+        """
+        if self._pool is None:
+            encoder = open_encoder(job.plan)
+            for piece in ranges:
+                yield piece, encode_range(replace(piece, encode=encode()), encoder, job)
+                _done_with(piece)
+            return
+        with deaths_told():
+            yield from self._in_pool(self._pool, ranges, job, encode)
+
+    def _in_pool(
+        self,
+        pool: ProcessPoolExecutor,
+        ranges: Iterator[Range],
+        job: Job,
+        encode: Callable[[], bool],
+    ) -> Iterator[tuple[Range, Encoded]]:
+        pending: deque = deque()
+        for piece in ranges:
+            pending.append(
+                (piece, pool.submit(_encode_in_worker, replace(piece, encode=encode()), job))
+            )
+            if len(pending) >= self._in_flight:
+                yield from _finished(pending)
+        while pending:
+            yield from _finished(pending)
+
+
+def _finished(pending: deque) -> Iterator[tuple[Range, Encoded]]:
+    piece, future = pending.popleft()
+    yield piece, future.result()
+    _done_with(piece)
+
+
+def _done_with(piece: Range) -> None:
+    if piece.spooled is not None:
+        piece.spooled.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------ in a worker
+
+_opened: dict[EncoderPlan, BatchEncoder] = {}  # of this worker process
+
+
+def _start_worker(parent: int) -> None:
+    # Each process is one core's worth; the libraries would start threads in each.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
+    leave_with_parent(parent)
+
+
+def _encode_in_worker(piece: Range, job: Job) -> Encoded:
+    if job.plan not in _opened:
+        _opened[job.plan] = open_encoder(job.plan)
+    return encode_range(piece, _opened[job.plan], job)

@@ -1,0 +1,362 @@
+"""What one device can do, and what training makes of it: `tools/bench/gpu.py` prints this.
+
+The roofs are measured in the same process as the training, because data sheets are not reached.
+The training is `training.setup` and `training.step` themselves, on made-up tokens.
+`docs/performance.md` defines every figure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from equilibrium_mcore.config import rules
+from equilibrium_mcore.config.load import load_model, run_from_mapping
+from equilibrium_mcore.config.pattern import CUT, count_kinds
+from equilibrium_mcore.config.schema import ModelConfig, RunConfig
+from equilibrium_mcore.data.blend import Datasets
+from equilibrium_mcore.data.samples import Samples
+from equilibrium_mcore.files.temporary import temporary_folder
+from equilibrium_mcore.models.flops import training_flops_per_token
+from equilibrium_mcore.models.parameters import count_parameters
+from equilibrium_mcore.optim.muon import Muon
+from equilibrium_mcore.parallel import accelerator, process_groups
+from equilibrium_mcore.parallel.host import describe_host
+from equilibrium_mcore.parallel.launch import Place
+from equilibrium_mcore.training.setup import Run, setup
+from equilibrium_mcore.training.step import train_step
+from tools.bench.measure.gpu_report import Report, Roofs, TrainingFigures, versions
+
+GIB = 2**30
+# What the estimate of memory may fill, of what is free: it is rough, and the allocator needs room.
+MEMORY_SHARE = 0.90
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained, and how long."""
+
+    model: str = "equilibrium_3b"
+    sequence_length: int = 4096
+    sequences_per_step: int = 16  # 65,536 tokens: a device's share in configs/runs/pretrain_3b.yaml
+    warmup_steps: int = 3
+    steps: int = 8
+    time_limit_seconds: float = 400.0
+
+
+REHEARSAL = Plan(
+    model="equilibrium_tiny", sequence_length=64, sequences_per_step=2, warmup_steps=1, steps=2
+)
+
+
+def run_benchmark(plan: Plan, *, precisions: tuple[str, ...]) -> Report:
+    """Measure the roofs, then train in each of `precisions` ("bf16", "fp8").
+
+    A precision that this host lacks, or that fails, is named in `not_run` with the reason.
+    """
+    report = Report(describe_host().device_name, versions(), measure_roofs())
+    for precision in precisions:
+        try:
+            report.training.append(train(plan, precision, report.roofs))
+        except Exception as error:  # one part's failure must not cost the others' figures
+            report.not_run[precision] = f"{type(error).__name__}: {error}"
+        _release()
+    return report
+
+
+# ------------------------------------------------------------------------------------ the roofs
+
+
+def measure_roofs() -> Roofs:
+    """Matrix and copy roofs. On a CPU host the sizes are tiny and the figures mean nothing."""
+    on_gpu = accelerator.has_cuda()
+    sizes = (4096, 8192, 12288) if on_gpu else (256,)
+    bf16 = max(_product_tflops(size, torch.bfloat16) for size in sizes)
+    fp8 = None
+    if on_gpu and torch.cuda.get_device_capability() >= (8, 9):
+        fp8 = max(_product_tflops(size, torch.float8_e4m3fn) for size in sizes)
+    elements = GIB if on_gpu else 2**20
+    source = torch.randint(0, 127, (elements,), dtype=torch.int8, device=accelerator.device())
+    target = torch.empty_like(source)
+    seconds = _median_seconds(lambda: target.copy_(source))
+    return Roofs(bf16, fp8, copy_gb_per_second=2 * elements / seconds / 1e9)
+
+
+def _product_tflops(size: int, dtype: torch.dtype) -> float:
+    """TFLOP/s of a square product. Random operands: zeros run faster than any real data."""
+    device = accelerator.device()
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    if dtype == torch.float8_e4m3fn:
+        one = torch.ones((), device=device)
+        right = right.t()  # this product wants its second operand by columns
+
+        def product() -> torch.Tensor:
+            return torch._scaled_mm(left, right, one, one, out_dtype=torch.bfloat16)
+    else:
+
+        def product() -> torch.Tensor:
+            return left @ right
+
+    return 2 * size**3 / _median_seconds(product) / 1e12
+
+
+def _median_seconds(work: Callable[[], object], *, warmup: int = 5, repeats: int = 20) -> float:
+    """Median time of one call: by CUDA events on a GPU, by the clock on a CPU."""
+    for _ in range(warmup):
+        work()
+    if not accelerator.has_cuda():
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in events:
+        start.record()
+        work()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
+
+
+# -------------------------------------------------------------------------------- the training
+
+
+class MadeUpTokens(Samples):
+    """Samples of uniformly random tokens; sample i is the same in every call."""
+
+    def __init__(self, *, samples: int, sequence_length: int, vocab_size: int) -> None:
+        self.samples, self.length, self.vocab = samples, sequence_length, vocab_size
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        text = np.random.default_rng(index).integers(0, self.vocab, self.length + 1)
+        return {
+            "tokens": text[:-1],
+            "labels": text[1:],
+            "position_ids": np.arange(self.length),
+            "loss_mask": np.ones(self.length, dtype=np.float32),
+        }
+
+
+def train(plan: Plan, precision: str, roofs: Roofs) -> TrainingFigures:
+    """Train the largest cut of the model that fits. Raises ValueError where nothing fits."""
+    model = load_model(plan.model)
+    blocks = model.layer_pattern.split(CUT)
+    estimates = []
+    for kept, micro_batch in candidates(len(blocks), plan.sequences_per_step):
+        cut = model.model_copy(update={"layer_pattern": CUT.join(blocks[-kept:])})
+        tokens = micro_batch * plan.sequence_length
+        needed = memory_estimate_gib(cut, precision=precision, micro_batch_tokens=tokens)
+        estimates.append(f"{kept} blocks at micro batch {micro_batch}: {needed:.0f} GiB")
+        if needed > MEMORY_SHARE * _free_memory_gib():
+            continue
+        config = run_config(cut, plan, precision=precision, micro_batch_size=micro_batch)
+        try:
+            return _train_once(
+                config, plan, roofs, blocks=f"{kept} of {len(blocks)}", estimated_gib=needed
+            )
+        except torch.OutOfMemoryError:
+            pass  # the estimate was too low: go on with the next smaller one
+        _release()
+    raise ValueError(
+        f"{model.name} does not fit in {_free_memory_gib():.0f} GiB: {'; '.join(estimates)}"
+    )
+
+
+def candidates(blocks: int, sequences_per_step: int) -> list[tuple[int, int]]:
+    """(blocks kept, micro batch), best first: a smaller micro batch before a smaller model."""
+    micro_batches = [size for size in (4, 2, 1) if sequences_per_step % size == 0]
+    whole = [(blocks, size) for size in micro_batches]
+    return whole + [(kept, 1) for kept in (blocks * 2 // 3, blocks // 3) if kept]
+
+
+def run_config(
+    model: ModelConfig, plan: Plan, *, precision: str, micro_batch_size: int
+) -> RunConfig:
+    """The run of one measurement. Raises ValueError where this host cannot do it."""
+    no_file = "made_up_tokens"
+    config = run_from_mapping(
+        {
+            "name": "benchmark",
+            "output_directory": no_file,  # replaced when the run starts
+            "model": model.model_dump(mode="json"),
+            "data": {
+                "name": no_file,
+                "tokenizer": {"type": "SentencePieceTokenizer", "model": f"{no_file}.model"},
+                "sources": [{"name": no_file, "prefix": no_file, "weight": 1.0}],
+            },
+            "training": {
+                "sequence_length": plan.sequence_length,
+                "micro_batch_size": micro_batch_size,
+                "global_batch_size": plan.sequences_per_step,
+                "steps": plan.warmup_steps + plan.steps,
+                "precision": precision,
+            },
+            "optimizer": {"muon": {"matmul_precision": "medium", "extra_scale": 0.2}},
+            "checkpoint": {"resume": "never"},
+        }
+    )
+    problems = rules.check(config, world_size=1, host=describe_host())
+    if problems:
+        raise ValueError("; ".join(problems))
+    return config
+
+
+def _train_once(
+    config: RunConfig, plan: Plan, roofs: Roofs, *, blocks: str, estimated_gib: float
+) -> TrainingFigures:
+    torch.cuda.reset_peak_memory_stats()
+    training = config.training
+    tokens_per_step = plan.sequences_per_step * plan.sequence_length
+    tokens = MadeUpTokens(
+        samples=training.steps * training.global_batch_size,
+        sequence_length=training.sequence_length,
+        vocab_size=config.model.vocab_size,
+    )
+    start = time.perf_counter()
+    with temporary_folder("equilibrium_bench_") as folder:
+        config = config.model_copy(update={"output_directory": folder})
+        place = Place.alone()
+        try:
+            run = setup(config, place, datasets=Datasets(tokens, None, None))
+            losses, seconds, optimizer, muon = [], [], [], []
+            with _optimizer_clock(run) as clock:
+                for step in range(plan.warmup_steps + plan.steps):
+                    before = time.perf_counter()
+                    losses.append(train_step(run).loss)
+                    _wait()
+                    if step >= plan.warmup_steps:
+                        seconds.append(time.perf_counter() - before)
+                        optimizer.append(clock["all"])
+                        muon.append(clock["muon"])
+                        if time.perf_counter() - start > plan.time_limit_seconds:
+                            break
+            run.stream.close()
+        finally:
+            process_groups.destroy()
+    step_seconds = statistics.median(seconds)
+    rate = tokens_per_step / step_seconds
+    tflops = rate * training_flops_per_token(config.model, training.sequence_length) / 1e12
+    roof = roofs.fp8_tflops if training.precision == "fp8" else roofs.bf16_tflops
+    return TrainingFigures(
+        precision=training.precision,
+        model=config.model.name,
+        blocks=blocks,
+        micro_batch_size=training.micro_batch_size,
+        sequence_length=training.sequence_length,
+        sequences_per_step=plan.sequences_per_step,
+        measured_steps=len(seconds),
+        seconds_per_step=step_seconds,
+        tokens_per_second=rate,
+        model_tflops=tflops,
+        share_of_roof=tflops / roof,
+        optimizer_share=statistics.median(optimizer) / step_seconds,
+        muon_share=statistics.median(muon) / step_seconds,
+        peak_memory_gib=accelerator.memory_gib(),
+        estimated_memory_gib=estimated_gib,
+        first_loss=losses[0],
+        last_loss=losses[-1],
+    )
+
+
+@contextlib.contextmanager
+def _optimizer_clock(run: Run) -> Iterator[dict[str, float]]:
+    """Seconds of the last step in the whole optimizer (`all`) and in Muon (`muon`)."""
+    clock = {"all": 0.0, "muon": 0.0}
+    plain, began = run.optimizer.step, {}
+
+    def timed_step():
+        _wait()
+        start = time.perf_counter()
+        result = plain()
+        _wait()
+        clock["all"] = time.perf_counter() - start
+        return result
+
+    def before(optimizer, args, kwargs) -> None:
+        if isinstance(optimizer, Muon):
+            _wait()
+            began["muon"] = time.perf_counter()
+
+    def after(optimizer, args, kwargs) -> None:
+        if isinstance(optimizer, Muon):
+            _wait()
+            clock["muon"] = time.perf_counter() - began["muon"]
+
+    hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+    run.optimizer.step = timed_step
+    try:
+        yield clock
+    finally:
+        del run.optimizer.step  # the method of the class again
+        for hook in hooks:
+            hook.remove()
+
+
+# ---------------------------------------------------------------------------------- the memory
+
+
+def memory_estimate_gib(model: ModelConfig, *, precision: str, micro_batch_tokens: int) -> float:
+    """Rough need of one device that holds the whole model: it chooses a size, nothing more.
+
+    Per parameter: weight 2 bytes, main weight 4, gradient 4, and Muon's momentum 4 or AdamW's two
+    moments 8; in FP8 the quantized weights, by rows and by columns, 2 more.
+    """
+    counts = count_parameters(model).by_kind
+    tables = counts["embedding"] + counts.get("output", 0)
+    matrices = sum(counts.values()) - tables  # and vectors, which weigh nothing beside them
+    static = matrices * (14 + 2 * (precision == "fp8")) + tables * 18
+    transient = 6 * GIB  # Muon's batches, the norm of the largest gradient, work space, CUDA itself
+    return (static + transient + micro_batch_tokens * activation_bytes_per_token(model)) / GIB
+
+
+def activation_bytes_per_token(model: ModelConfig) -> int:
+    """What forward keeps per token for backward, in bf16 without recomputation; rough."""
+    hidden, counts = model.hidden_size, count_kinds(model.layer_pattern)
+    per_layer = dict.fromkeys(("mamba", "mla", "attention", "mlp", "moe"), 8 * hidden)
+    if mamba := model.mamba:
+        inner, states = mamba.num_heads * mamba.head_dim, mamba.num_groups * mamba.state_dim
+        per_layer["mamba"] += 2 * (6 * inner + 2 * states)
+    if mla := model.mla:
+        widths = 2 * (mla.qk_nope_head_dim + mla.qk_rope_head_dim) + 2 * mla.v_head_dim
+        per_layer["mla"] += 2 * 2 * mla.num_heads * widths
+    if gqa := model.attention:
+        per_layer["attention"] += 2 * 4 * gqa.num_heads * gqa.head_dim
+    if mlp := model.mlp:
+        per_layer["mlp"] += 2 * 4 * mlp.ffn_hidden_size
+    if moe := model.moe:
+        routed = moe.top_k * (2 * hidden + 8 * moe.expert_ffn_hidden_size)
+        per_layer["moe"] += 2 * (routed + 6 * moe.shared_ffn_hidden_size) + 16 * moe.num_experts
+    layers = sum(counts.get(kind, 0) * size for kind, size in per_layer.items())
+    return layers + 14 * model.padded_vocab_size  # logits, and their float32 copies in the loss
+
+
+def _free_memory_gib() -> float:
+    if not accelerator.has_cuda():
+        return float("inf")
+    return torch.cuda.mem_get_info()[0] / GIB
+
+
+def _release() -> None:
+    """Give back what a finished or failed run held."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _wait() -> None:
+    torch.cuda.synchronize()
