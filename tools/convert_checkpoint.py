@@ -13,10 +13,10 @@ import sys
 from tqdm import tqdm
 
 from equilibrium_mcore.config.chat import BUILT_IN, template_named
-from equilibrium_mcore.export.convert import export_hugging_face
-from equilibrium_mcore.export.verify import verify_export
-from equilibrium_mcore.export.weights import DTYPES
 from equilibrium_mcore.files.paths import user_path
+from equilibrium_mcore.hugging_face.convert import export_hugging_face
+from equilibrium_mcore.hugging_face.verify import verify_export
+from equilibrium_mcore.hugging_face.weights import DTYPES
 
 
 def main() -> int:

@@ -16,9 +16,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from equilibrium_mcore.export.speaker import Sampling
-from equilibrium_mcore.export.talk import talk
 from equilibrium_mcore.files.paths import user_path
+from equilibrium_mcore.hugging_face.speaker import Sampling
+from equilibrium_mcore.hugging_face.talk import talk
 
 
 def main() -> int:

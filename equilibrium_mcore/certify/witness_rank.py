@@ -16,9 +16,9 @@ from equilibrium_mcore.certify.tokens import made_up_datasets
 from equilibrium_mcore.certify.whole import pieces_of
 from equilibrium_mcore.checkpoint.pieces import assemble
 from equilibrium_mcore.config.schema import RunConfig
-from equilibrium_mcore.export.config_json import config_values
-from equilibrium_mcore.export.mapping import ParamMapping, plan
-from equilibrium_mcore.export.weights import to_hugging_face
+from equilibrium_mcore.hugging_face.config_json import config_values
+from equilibrium_mcore.hugging_face.mapping import ParamMapping, plan
+from equilibrium_mcore.hugging_face.weights import to_hugging_face
 from equilibrium_mcore.parallel.launch import Place
 from equilibrium_mcore.training.setup import Run, setup, teardown
 from equilibrium_mcore.training.step import train_step
@@ -116,8 +116,12 @@ def _transformers_model(run: Run, rows: list[ParamMapping]) -> torch.nn.Module:
     """The exported class with the run's weights, in float64."""
     from transformers.utils import logging
 
-    from equilibrium_mcore.export.hugging_face.configuration_equilibrium import EquilibriumConfig
-    from equilibrium_mcore.export.hugging_face.modeling_equilibrium import EquilibriumForCausalLM
+    from equilibrium_mcore.hugging_face.model_code.configuration_equilibrium import (
+        EquilibriumConfig,
+    )
+    from equilibrium_mcore.hugging_face.model_code.modeling_equilibrium import (
+        EquilibriumForCausalLM,
+    )
 
     logging.set_verbosity_error()  # that it takes its PyTorch kernels is what is wanted
     config = run.config

@@ -25,8 +25,8 @@ from equilibrium_mcore.checkpoint.safe_load import (
     read_metadata,
 )
 from equilibrium_mcore.checkpoint.structure import PROGRESS_KEY
-from equilibrium_mcore.export.convert import export_hugging_face
-from equilibrium_mcore.export.reader import CheckpointReader
+from equilibrium_mcore.hugging_face.convert import export_hugging_face
+from equilibrium_mcore.hugging_face.reader import CheckpointReader
 from tests.checkpoint.support import Evil, make_old, plant_in_metadata, plant_object
 from tests.support.pool import RankError
 from tests.support.runs import train_steps

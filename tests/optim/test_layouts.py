@@ -14,7 +14,7 @@ import torch
 
 from equilibrium_mcore.checkpoint import directory
 from equilibrium_mcore.config.schema import RunConfig
-from equilibrium_mcore.export.reader import CheckpointReader
+from equilibrium_mcore.hugging_face.reader import CheckpointReader
 from equilibrium_mcore.parallel.launch import Place
 from tests.parallel.test_layouts import LAYOUTS
 from tests.support.runs import tiny_run, train_steps

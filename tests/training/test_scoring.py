@@ -208,7 +208,7 @@ def one_rank(ranks, data, start, tmp_path_factory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def exported(start, tmp_path_factory) -> Path:
-    from equilibrium_mcore.export.convert import export_hugging_face
+    from equilibrium_mcore.hugging_face.convert import export_hugging_face
 
     folder = tmp_path_factory.mktemp("exported") / "model"
     export_hugging_face(start, folder, dtype="float32")
@@ -218,7 +218,7 @@ def exported(start, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_scores_are_those_of_the_exported_model(one_rank, exported, temperature):
     """transformers' class knows no padding rows: with them in the normaliser this fails."""
-    from equilibrium_mcore.export.verify import hugging_face_logits
+    from equilibrium_mcore.hugging_face.verify import hugging_face_logits
 
     for index, batch in enumerate(made_up_batches()):
         logits = hugging_face_logits(exported, batch["tokens"])

@@ -91,9 +91,13 @@ def plain_steps(config: RunConfig, examples: Any) -> Callable[[], int]:
     """The same with transformers' class and AdamW: as many examples a step as are packed."""
     import torch
 
-    from equilibrium_mcore.export.config_json import config_values
-    from equilibrium_mcore.export.hugging_face.configuration_equilibrium import EquilibriumConfig
-    from equilibrium_mcore.export.hugging_face.modeling_equilibrium import EquilibriumForCausalLM
+    from equilibrium_mcore.hugging_face.config_json import config_values
+    from equilibrium_mcore.hugging_face.model_code.configuration_equilibrium import (
+        EquilibriumConfig,
+    )
+    from equilibrium_mcore.hugging_face.model_code.modeling_equilibrium import (
+        EquilibriumForCausalLM,
+    )
 
     values = config_values(config.model, sequence_length=config.training.sequence_length)
     model = EquilibriumForCausalLM(EquilibriumConfig(**values))

@@ -2,7 +2,7 @@ r"""The Jinja text of a chat template, for `apply_chat_template` of an exported 
 
 A chat template makes text, and the tokenizer looks for control tokens in that text: a user who
 writes `<|im_end|>` would end his turn. Two code points that no text holds prevent it, together with
-two lines of the exported tokenizer.json (`export/chat_files.py`):
+two lines of the exported tokenizer.json (`hugging_face/chat_files.py`):
 
     U+FDD0  is put into every control token that a content spells, and taken out again by the
             tokenizer's normalizer: after control tokens were looked for, before text is encoded

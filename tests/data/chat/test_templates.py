@@ -19,8 +19,8 @@ from equilibrium_mcore.data.chat.segments import Turn, joined
 from equilibrium_mcore.data.chat.templates import TEMPLATES
 from equilibrium_mcore.data.chat.vocabulary import ChatVocabulary
 from equilibrium_mcore.data.tokenizer import load_tokenizer
-from equilibrium_mcore.export.chat_files import check_same_chats
-from equilibrium_mcore.export.tokenizer_files import write_tokenizer
+from equilibrium_mcore.hugging_face.chat_files import check_same_chats
+from equilibrium_mcore.hugging_face.tokenizer_files import write_tokenizer
 from tests.data.chat.conftest import TOKENIZERS
 from tests.data.chat.support import messages_of, random_chats
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from equilibrium_mcore.config.pattern import layers_of
 from equilibrium_mcore.config.schema import ModelConfig
-from equilibrium_mcore.export.transforms import (
+from equilibrium_mcore.hugging_face.transforms import (
     Copy,
     Join,
     SplitGated,

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from equilibrium_mcore.config.data import TokenizerConfig
 from equilibrium_mcore.data.tokenizer import load_tokenizer
-from equilibrium_mcore.export.tokenizer_files import PROBE, check_same_ids, write_tokenizer
+from equilibrium_mcore.hugging_face.tokenizer_files import PROBE, check_same_ids, write_tokenizer
 
 
 def real_texts() -> list[str]:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from equilibrium_mcore.config.schema import ModelConfig
-from equilibrium_mcore.export.mapping import ParamMapping
-from equilibrium_mcore.export.source import TensorSource
+from equilibrium_mcore.hugging_face.mapping import ParamMapping
+from equilibrium_mcore.hugging_face.source import TensorSource
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -82,8 +82,12 @@ def to_hugging_face(
 
 def expected_shapes(hugging_face_config: dict[str, Any]) -> dict[str, torch.Size]:
     """Shapes of the tensors that the Hugging Face model of these config values loads."""
-    from equilibrium_mcore.export.hugging_face.configuration_equilibrium import EquilibriumConfig
-    from equilibrium_mcore.export.hugging_face.modeling_equilibrium import EquilibriumForCausalLM
+    from equilibrium_mcore.hugging_face.model_code.configuration_equilibrium import (
+        EquilibriumConfig,
+    )
+    from equilibrium_mcore.hugging_face.model_code.modeling_equilibrium import (
+        EquilibriumForCausalLM,
+    )
 
     with torch.device("meta"):
         model = EquilibriumForCausalLM(EquilibriumConfig(**hugging_face_config))

@@ -27,7 +27,7 @@ from equilibrium_mcore.config.schema import (
     TrainingConfig,
 )
 from equilibrium_mcore.data.tokenizer import load_tokenizer
-from equilibrium_mcore.export.verify import _world_of_one
+from equilibrium_mcore.hugging_face.verify import _world_of_one
 from equilibrium_mcore.parallel import accelerator
 
 accelerator.install()
@@ -238,7 +238,7 @@ def exported(
     tmp_path_factory: pytest.TempPathFactory, saved: Callable[[str], Saved]
 ) -> Callable[[str], Path]:
     """Exports a model of MODELS in float32, once."""
-    from equilibrium_mcore.export.convert import export_hugging_face
+    from equilibrium_mcore.hugging_face.convert import export_hugging_face
 
     made: dict[str, Path] = {}
 
@@ -255,7 +255,7 @@ def exported(
 @pytest.fixture(scope="session")
 def fine_tuned(ranks, data, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A run of supervised fine-tuning that has ended; its output directory has a checkpoint."""
-    from tests.export.chat_run import chat_run, fine_tune
+    from tests.hugging_face.chat_run import chat_run, fine_tune
 
     config = chat_run(data, tmp_path_factory.mktemp("fine_tuned"))
     assert ranks.run(1, fine_tune, config)[0] < 0.3

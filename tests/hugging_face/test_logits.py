@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.export.conftest import MODELS
+from tests.hugging_face.conftest import MODELS
 
 TOLERANCE = 1e-4
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from equilibrium_mcore.data.chat.render import Renderer
 from equilibrium_mcore.data.tokenizer import SPACE_MARK, SentencePieceTokenizer, Tokenizer
-from equilibrium_mcore.export.chat_files import add_chat_template
+from equilibrium_mcore.hugging_face.chat_files import add_chat_template
 
 # Text that shows most ways in which two tokenizers differ.
 PROBE = (

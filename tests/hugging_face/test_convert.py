@@ -14,9 +14,9 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from equilibrium_mcore.config.load import save_config
-from equilibrium_mcore.export.convert import export_hugging_face, find_checkpoint
-from equilibrium_mcore.export.verify import TOLERANCE, verify_export
-from tests.export.conftest import MODELS
+from equilibrium_mcore.hugging_face.convert import export_hugging_face, find_checkpoint
+from equilibrium_mcore.hugging_face.verify import TOLERANCE, verify_export
+from tests.hugging_face.conftest import MODELS
 
 ROOT = Path(__file__).parents[2]
 KEPT = ("A_log", "mixer.D", "dt_bias", "correction_bias")

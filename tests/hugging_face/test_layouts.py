@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from equilibrium_mcore.export.convert import export_hugging_face
-from equilibrium_mcore.export.mapping import plan
-from equilibrium_mcore.export.reader import CheckpointReader
-from equilibrium_mcore.export.verify import TOLERANCE, verify_export
+from equilibrium_mcore.hugging_face.convert import export_hugging_face
+from equilibrium_mcore.hugging_face.mapping import plan
+from equilibrium_mcore.hugging_face.reader import CheckpointReader
+from equilibrium_mcore.hugging_face.verify import TOLERANCE, verify_export
 from tests.support.runs import tiny_run, train_steps
 
 LAYOUTS = {

@@ -39,9 +39,9 @@ class Watched:
 def train_and_compare(place: Place, config: RunConfig, folder: Path) -> dict[str, Any]:
     """Names whose live tensors differ from the checkpoint's; folders of both on rank 0."""
     from equilibrium_mcore.checkpoint.directory import latest_checkpoint
-    from equilibrium_mcore.export.convert import write_model
-    from equilibrium_mcore.export.live import LiveTensors
-    from equilibrium_mcore.export.reader import CheckpointReader
+    from equilibrium_mcore.hugging_face.convert import write_model
+    from equilibrium_mcore.hugging_face.live import LiveTensors
+    from equilibrium_mcore.hugging_face.reader import CheckpointReader
     from equilibrium_mcore.training.callbacks import CheckpointCallback, LogCallback
     from equilibrium_mcore.training.setup import setup, teardown
     from equilibrium_mcore.training.step import train_step

@@ -20,23 +20,23 @@ from equilibrium_mcore.config.load import load_run
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.chat.render import Renderer, build_renderer
 from equilibrium_mcore.data.tokenizer import Tokenizer, load_tokenizer
-from equilibrium_mcore.export.chat_files import TEMPLATE_FILE
-from equilibrium_mcore.export.config_json import AUTO_MAP, config_values
-from equilibrium_mcore.export.mapping import plan
-from equilibrium_mcore.export.model_card import model_card
-from equilibrium_mcore.export.reader import CheckpointReader
-from equilibrium_mcore.export.source import TensorSource
-from equilibrium_mcore.export.tokenizer_files import write_tokenizer
-from equilibrium_mcore.export.weights import (
+from equilibrium_mcore.files.replace import mark_folder, writable_folder
+from equilibrium_mcore.files.whole import whole_folder
+from equilibrium_mcore.hugging_face.chat_files import TEMPLATE_FILE
+from equilibrium_mcore.hugging_face.config_json import AUTO_MAP, config_values
+from equilibrium_mcore.hugging_face.mapping import plan
+from equilibrium_mcore.hugging_face.model_card import model_card
+from equilibrium_mcore.hugging_face.reader import CheckpointReader
+from equilibrium_mcore.hugging_face.source import TensorSource
+from equilibrium_mcore.hugging_face.tokenizer_files import write_tokenizer
+from equilibrium_mcore.hugging_face.weights import (
     DEFAULT_SHARD_BYTES,
     Progress,
     WeightsReport,
     write_weights,
 )
-from equilibrium_mcore.files.replace import mark_folder, writable_folder
-from equilibrium_mcore.files.whole import whole_folder
 
-MODELLING_CODE = Path(__file__).parent / "hugging_face"
+MODELLING_CODE = Path(__file__).parent / "model_code"
 MODELLING_FILES = ("configuration_equilibrium.py", "modeling_equilibrium.py")
 
 

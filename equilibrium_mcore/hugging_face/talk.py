@@ -10,9 +10,9 @@ from pathlib import Path
 
 from equilibrium_mcore.checkpoint.directory import latest_checkpoint
 from equilibrium_mcore.config.chat import ConversationsConfig
-from equilibrium_mcore.export.convert import export_hugging_face, read_run_config
-from equilibrium_mcore.export.speaker import Said, Sampling, Speaker, no_template
 from equilibrium_mcore.files.temporary import temporary_folder
+from equilibrium_mcore.hugging_face.convert import export_hugging_face, read_run_config
+from equilibrium_mcore.hugging_face.speaker import Said, Sampling, Speaker, no_template
 
 EXIT = "/exit"
 ENDS = f"(Ctrl-C ends an answer; {EXIT} or Ctrl-D ends the talk)"

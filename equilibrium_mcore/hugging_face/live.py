@@ -16,7 +16,7 @@ from torch import Tensor
 
 from equilibrium_mcore.checkpoint.pieces import Piece, assemble, parts_of, piece_of
 from equilibrium_mcore.checkpoint.together import on_first_rank
-from equilibrium_mcore.export.source import TensorSource
+from equilibrium_mcore.hugging_face.source import TensorSource
 from equilibrium_mcore.parallel import accelerator
 
 STOP = -1  # asked for when no further tensor is wanted

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from equilibrium_mcore.config.load import load_model
-from equilibrium_mcore.export.config_json import config_values
-from equilibrium_mcore.export.mapping import TABLE, ParamMapping, expand, plan
-from equilibrium_mcore.export.reader import CheckpointReader
-from equilibrium_mcore.export.weights import expected_shapes
-from tests.export.conftest import MODELS
+from equilibrium_mcore.hugging_face.config_json import config_values
+from equilibrium_mcore.hugging_face.mapping import TABLE, ParamMapping, expand, plan
+from equilibrium_mcore.hugging_face.reader import CheckpointReader
+from equilibrium_mcore.hugging_face.weights import expected_shapes
+from tests.hugging_face.conftest import MODELS
 
 
 @pytest.fixture

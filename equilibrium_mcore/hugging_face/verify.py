@@ -12,8 +12,8 @@ from torch import Tensor
 
 from equilibrium_mcore.config.schema import ParallelismConfig, RunConfig
 from equilibrium_mcore.data.tokenizer import load_tokenizer
-from equilibrium_mcore.export.convert import find_checkpoint, read_run_config
-from equilibrium_mcore.export.weights import DTYPES
+from equilibrium_mcore.hugging_face.convert import find_checkpoint, read_run_config
+from equilibrium_mcore.hugging_face.weights import DTYPES
 
 TOLERANCE = 1e-4  # float32, max abs difference of logits
 TEXT = "def add(a, b):\n    return a + b\n\nA list is an ordered collection of values. "

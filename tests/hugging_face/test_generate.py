@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from equilibrium_mcore.export.speaker import Sampling
-from tests.export.chat_run import ANSWERS, QUESTIONS
+from equilibrium_mcore.hugging_face.speaker import Sampling
+from tests.hugging_face.chat_run import ANSWERS, QUESTIONS
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 600  # only what hangs takes as long
@@ -86,7 +86,7 @@ SHOWING = "{{ raise_exception('asked with ' ~ messages) }}"
 
 @pytest.fixture(scope="module")
 def released(fine_tuned, tmp_path_factory) -> Path:
-    from equilibrium_mcore.export.convert import export_hugging_face
+    from equilibrium_mcore.hugging_face.convert import export_hugging_face
 
     folder = tmp_path_factory.mktemp("released") / "chat"
     export_hugging_face(fine_tuned.output_directory, folder, dtype="float32")

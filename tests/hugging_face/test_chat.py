@@ -14,9 +14,9 @@ from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.load import save_config
 from equilibrium_mcore.corpus.special_tokens import add_special_tokens
 from equilibrium_mcore.data.chat.build import build_conversations
-from equilibrium_mcore.export.convert import export_hugging_face
-from tests.export.chat_run import ANSWERS, PATTERN, QUESTIONS, chat_run, fine_tune, rows
-from tests.export.test_convert import run_tool
+from equilibrium_mcore.hugging_face.convert import export_hugging_face
+from tests.hugging_face.chat_run import ANSWERS, PATTERN, QUESTIONS, chat_run, fine_tune, rows
+from tests.hugging_face.test_convert import run_tool
 
 MARK = "<|im_end|>"
 
