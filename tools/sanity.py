@@ -35,7 +35,7 @@ def main() -> int:
         config = load_run(options.config, options.overrides)
         accelerator.quiet_libraries()
         accelerator.install()  # before megatron-core is imported
-        from equilibrium_mcore.certify.sanity.ladder import run_ladder
+        from equilibrium_mcore.sanity.ladder import run_ladder
 
         report = run_ladder(
             config,

@@ -1,1 +1,1 @@
-"""Proofs about a run before it is trained: the certificate of layouts, and the sanity ladder."""
+"""The certificate: the same numbers in every layout, proved before a run is trained."""

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from equilibrium_mcore.certify.sanity.verdict import Check, judged, skipped
-from equilibrium_mcore.certify.sanity.workbench import Observed, grouped_by_layer, to_device
 from equilibrium_mcore.config.pattern import LAYER_KINDS, layers_of
 from equilibrium_mcore.config.schema import ModelConfig
 from equilibrium_mcore.parallel import accelerator
+from equilibrium_mcore.sanity.verdict import Check, judged, skipped
+from equilibrium_mcore.sanity.workbench import Observed, grouped_by_layer, to_device
 from equilibrium_mcore.training.setup import Run
 from equilibrium_mcore.training.step import validation_loss
 

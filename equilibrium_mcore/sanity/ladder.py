@@ -8,9 +8,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from equilibrium_mcore.certify.sanity import data_checks, learning_checks, model_checks
-from equilibrium_mcore.certify.sanity.verdict import Check, SanityReport, Verdict, skipped
-from equilibrium_mcore.certify.sanity.workbench import observe, opened, sanity_config, varied
 from equilibrium_mcore.certify.tokens import MadeUpTokens
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import RunConfig
@@ -18,6 +15,9 @@ from equilibrium_mcore.data.blend import Datasets
 from equilibrium_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from equilibrium_mcore.files.temporary import temporary_folder
 from equilibrium_mcore.processes.threads import one_thread
+from equilibrium_mcore.sanity import data_checks, learning_checks, model_checks
+from equilibrium_mcore.sanity.verdict import Check, SanityReport, Verdict, skipped
+from equilibrium_mcore.sanity.workbench import observe, opened, sanity_config, varied
 from equilibrium_mcore.training.run_data import build_run_datasets, with_steps
 
 OBSERVED_STEPS = 4

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from equilibrium_mcore.certify.sanity.verdict import Check, judged
-from equilibrium_mcore.certify.sanity.workbench import any_number_of_samples, opened, varied
 from equilibrium_mcore.config.schema import OptimizerConfig, RunConfig
 from equilibrium_mcore.data.blend import Datasets
 from equilibrium_mcore.data.samples import Samples
 from equilibrium_mcore.data.tokenizer import Tokenizer
 from equilibrium_mcore.optim.schedule import learning_rate_factor
 from equilibrium_mcore.parallel.host import describe_host
+from equilibrium_mcore.sanity.verdict import Check, judged
+from equilibrium_mcore.sanity.workbench import any_number_of_samples, opened, varied
 from equilibrium_mcore.training.setup import Run
 from equilibrium_mcore.training.step import train_step
 

@@ -26,14 +26,14 @@ accelerator.install()  # before megatron-core is imported
 from megatron.core.models.hybrid.hybrid_model import HybridModel  # noqa: E402
 from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 
-from equilibrium_mcore.certify.sanity import data_checks, learning_checks  # noqa: E402
-from equilibrium_mcore.certify.sanity.ladder import NEEDS_DATA, NEEDS_STEPS, run_ladder  # noqa: E402
-from equilibrium_mcore.certify.sanity.workbench import sanity_config  # noqa: E402
 from equilibrium_mcore.data.blend import Datasets  # noqa: E402
 from equilibrium_mcore.data.ledger.dataset import LedgerDataset  # noqa: E402
 from equilibrium_mcore.data.ledger.source import SourceDocuments  # noqa: E402
 from equilibrium_mcore.models import mamba, norms  # noqa: E402
 from equilibrium_mcore.optim import optimizer as optim_optimizer  # noqa: E402
+from equilibrium_mcore.sanity import data_checks, learning_checks  # noqa: E402
+from equilibrium_mcore.sanity.ladder import NEEDS_DATA, NEEDS_STEPS, run_ladder  # noqa: E402
+from equilibrium_mcore.sanity.workbench import sanity_config  # noqa: E402
 from equilibrium_mcore.training import run_data  # noqa: E402
 from equilibrium_mcore.training import setup as training_setup  # noqa: E402
 

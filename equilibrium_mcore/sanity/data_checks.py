@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from equilibrium_mcore.certify.sanity.verdict import Check, judged, skipped
-from equilibrium_mcore.certify.sanity.workbench import Observed
 from equilibrium_mcore.data.blend import Datasets
 from equilibrium_mcore.data.chat.dataset import ConversationDataset
 from equilibrium_mcore.data.chat.examples import Examples
 from equilibrium_mcore.data.ledger.dataset import LedgerDataset
 from equilibrium_mcore.data.ledger.source import SourceDocuments, Span
 from equilibrium_mcore.data.tokenizer import Tokenizer
+from equilibrium_mcore.sanity.verdict import Check, judged, skipped
+from equilibrium_mcore.sanity.workbench import Observed
 from equilibrium_mcore.training.run_data import build_run_datasets
 from equilibrium_mcore.training.setup import Run
 

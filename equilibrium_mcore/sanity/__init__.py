@@ -1,0 +1,1 @@
+"""Checks of a run's config before it is trained: data, model, learning, in rising cost."""
