@@ -27,6 +27,10 @@ from equilibrium_mcore.checkpoint.finite import check_finite
 from equilibrium_mcore.checkpoint.lineage import Line
 from equilibrium_mcore.checkpoint.manifest import Files, describe_file, write_manifest
 from equilibrium_mcore.checkpoint.opened import Opened
+from equilibrium_mcore.checkpoint.optimizer_state import (
+    load_optimizer_state,
+    sharded_optimizer_state,
+)
 from equilibrium_mcore.checkpoint.safe_load import allowed_classes_only
 from equilibrium_mcore.checkpoint.together import on_every_rank, on_first_rank
 from equilibrium_mcore.checkpoint.vocabulary import fill_new_rows
@@ -156,7 +160,7 @@ def load_checkpoint(
         state = dist_checkpointing.load(wanted, str(path))
     for name, chunk in _named_chunks(chunks):
         chunk.load_state_dict(state[name])
-    optimizer.load_state_dict(state["optimizer"])
+    load_optimizer_state(optimizer, state["optimizer"])
     if same_layout:
         set_random_states(state[structure.RNG_KEY])
     return state["progress"]
@@ -213,8 +217,8 @@ def _sharded_state(
     state: dict[str, Any] = {
         name: chunk.sharded_state_dict() for name, chunk in _named_chunks(chunks)
     }
-    state["optimizer"] = optimizer.sharded_state_dict(
-        {name: state[name] for name, _ in _named_chunks(chunks)}
+    state["optimizer"] = sharded_optimizer_state(
+        optimizer, {name: state[name] for name, _ in _named_chunks(chunks)}
     )
     if progress is not None:
         state["progress"] = progress

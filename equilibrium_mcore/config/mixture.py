@@ -7,18 +7,12 @@ a blend of indexed datasets, is `schema.DataConfig`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
 from equilibrium_mcore.config.data import TokenizerConfig
-from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.filters import FilterConfig
-from equilibrium_mcore.config.load import apply_override
-from equilibrium_mcore.config.mixture_files import find_mixture, mixture_name
-from equilibrium_mcore.config.problems import parse
 from equilibrium_mcore.config.schema import (
     NonNegativeInt,
     PositiveFloat,
@@ -26,40 +20,39 @@ from equilibrium_mcore.config.schema import (
     Section,
     setting,
 )
-from equilibrium_mcore.config.yaml_io import read_mapping
 from equilibrium_mcore.files.paths import expand_text
 
 Share = Annotated[float, Field(gt=0, le=1)]
-Phase = Literal[
-    "pretrain",
-    "pretrain_phase1",
-    "pretrain_phase2",
-    "midtrain_phase1",
-    "midtrain_phase2",
-    "posttrain_sft",
-    "posttrain_dpo",
-    "posttrain_reward_model",
-    "posttrain_rlaif",
-]
 Kind = Literal["text", "conversation", "preference", "prompt"]
-KINDS: dict[str, Kind] = {
+PHASE_KINDS: dict[str, Kind] = {
+    "pretrain": "text",
+    "pretrain_phase1": "text",
+    "pretrain_phase2": "text",
+    "midtrain_phase1": "text",
+    "midtrain_phase2": "text",
     "posttrain_sft": "conversation",
     "posttrain_dpo": "preference",
     "posttrain_reward_model": "preference",
     "posttrain_rlaif": "prompt",
 }
-"""What a row becomes in each phase; every phase that is not listed trains on text."""
+"""What a row becomes in the phases that have a name here; any other phase says its `kind`."""
 
 
 class MetadataConfig(Section):
     """What the mixture is for."""
 
-    phase: Phase = setting(doc="the phase of training; posttrain phases become JSONL, not tokens")
+    phase: str = setting(doc="the phase of training, by any name; it is shown in reports")
+    kind: Kind | None = setting(
+        None,
+        "what a row becomes: text (tokenized), or a line of JSONL: conversation, preference, "
+        "prompt; null: by the phase, if its name is one of " + ", ".join(PHASE_KINDS),
+    )
     total_tokens: PositiveInt | None = setting(
         None, "tokens that the phase trains on; each dataset gives mix_ratio of them"
     )
     total_examples: PositiveInt | None = setting(
-        None, "posttrain: examples in all, of which each dataset gives mix_ratio; null: all"
+        None,
+        "of other kinds than text: examples in all, each dataset giving mix_ratio; null: all",
     )
     steps: PositiveInt | None = setting(None, "optimizer steps of the phase, for the report")
     description: str = setting("", "what the mixture is meant to do")
@@ -166,66 +159,4 @@ class MixtureConfig(Section):
     @property
     def kind(self) -> Kind:
         """What a row becomes: text to tokenize, or a conversation, preference or prompt."""
-        return KINDS.get(self.metadata.phase, "text")
-
-
-def load_mixture(
-    path: str | Path,
-    overrides: Sequence[str] = (),
-    *,
-    local: Sequence[str] = (),
-    temperature: float | None = None,
-) -> MixtureConfig:
-    """The mixture in a YAML file, with `key=value` overrides, all rules checked.
-
-    `path` may be relative to `configs/data`, with or without its ending. `local` holds
-    `name=path`: that dataset is read from there. `temperature` sets that of every dataset.
-    Raises ConfigError with every problem.
-    """
-    from equilibrium_mcore.config.mixture_rules import check_mixture
-
-    file = find_mixture(path)
-    values = read_mapping(file)
-    problems: list[str] = []
-    for override in overrides:
-        try:
-            apply_override(values, override, folder=file.parent)
-        except ConfigError as error:
-            problems += error.problems
-    problems += _stand_in(values, local)
-    if temperature is not None:
-        for dataset in _datasets(values):
-            dataset["sampling"] = {**(dataset.get("sampling") or {}), "temperature": temperature}
-    values.setdefault("name", mixture_name(file))
-    parsed = parse(MixtureConfig, values)
-    if isinstance(parsed, list):
-        problems += [problem.text for problem in parsed]
-    elif not problems:
-        problems += check_mixture(parsed)
-    if problems:
-        raise ConfigError(dict.fromkeys(problems), source=file)
-    return parsed
-
-
-def _datasets(values: dict[str, Any]) -> list[dict[str, Any]]:
-    datasets = values.get("datasets")
-    return [d for d in datasets if isinstance(d, dict)] if isinstance(datasets, list) else []
-
-
-def _stand_in(values: dict[str, Any], local: Sequence[str]) -> list[str]:
-    """Lay `name=path` over the datasets; what the Hub alone needs is taken away."""
-    problems = []
-    by_name = {dataset.get("name"): dataset for dataset in _datasets(values)}
-    for item in local:
-        name, equals, path = item.partition("=")
-        if not equals or not path:
-            problems.append(f"--local {item}: write NAME=PATH, e.g. --local code=data/code.jsonl")
-        elif name not in by_name:
-            known = ", ".join(str(key) for key in by_name)
-            problems.append(f"--local {item}: the mixture has no dataset {name!r}; it has {known}")
-        else:
-            dataset = by_name[name]
-            for key in ("format", "subset", "revision", "data_files", "streaming"):
-                dataset.pop(key, None)
-            dataset["source"] = path
-    return problems
+        return self.metadata.kind or PHASE_KINDS[self.metadata.phase]

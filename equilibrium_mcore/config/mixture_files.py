@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.mixture import PHASE_KINDS
 from equilibrium_mcore.config.references import CONFIGS
 from equilibrium_mcore.config.stages import STAGES
 from equilibrium_mcore.config.yaml_io import read_mapping
@@ -99,8 +100,9 @@ def prepare_command(mixture: Path, place: Path) -> str:
     words = ["python", "tools/prepare_dataset.py", _as_given(mixture), "--output", str(place)]
     command = shlex.join(words)
     values = read_mapping(mixture)
-    phase = str((values.get("metadata") or {}).get("phase", ""))
-    if values.get("tokenizer") is None and not phase.startswith("posttrain"):
+    metadata = values.get("metadata") or {}
+    kind = metadata.get("kind") or PHASE_KINDS.get(str(metadata.get("phase")))
+    if values.get("tokenizer") is None and kind == "text":
         command += " --tokenizer-type HuggingFaceTokenizer --tokenizer-model TOKENIZER"
     return command
 

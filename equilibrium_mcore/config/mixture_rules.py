@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Callable, Iterator
+from typing import get_args
 
-from equilibrium_mcore.config.mixture import DatasetConfig, MixtureConfig
+from equilibrium_mcore.config.mixture import PHASE_KINDS, DatasetConfig, Kind, MixtureConfig
 
 SUM_TOLERANCE = 1e-6
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
@@ -21,8 +22,21 @@ def _rule(function: MixtureRule) -> MixtureRule:
 
 
 def check_mixture(mixture: MixtureConfig) -> list[str]:
-    """Every broken rule, in words."""
+    """Every broken rule, in words. Rules may ask for the kind, so that comes first."""
+    unknown = list(a_phase_has_a_kind(mixture))
+    if unknown:
+        return unknown
     return [problem for rule in MIXTURE_RULES for problem in rule(mixture)]
+
+
+def a_phase_has_a_kind(mixture: MixtureConfig) -> Iterator[str]:
+    """What rows become follows from `kind`, or from a phase of a known name."""
+    phase, kind = mixture.metadata.phase, mixture.metadata.kind
+    if kind is None and phase not in PHASE_KINDS:
+        yield (
+            f"metadata.phase={phase!r}: rows of {', '.join(PHASE_KINDS)} are known; for a phase of "
+            f"another name set metadata.kind to {', '.join(get_args(Kind))}"
+        )
 
 
 def effective_shares(mixture: MixtureConfig) -> list[float]:
@@ -60,7 +74,7 @@ def names_are_file_names(mixture: MixtureConfig) -> Iterator[str]:
 
 @_rule
 def a_budget_fits_its_phase(mixture: MixtureConfig) -> Iterator[str]:
-    """Text phases have a budget of tokens, posttrain phases one of examples."""
+    """Text has a budget of tokens, other kinds one of examples."""
     metadata = mixture.metadata
     if mixture.kind == "text" and metadata.total_tokens is None:
         yield (
@@ -152,7 +166,7 @@ def text_comes_from_one_place(mixture: MixtureConfig) -> Iterator[str]:
 
 @_rule
 def columns_fit_the_phase(mixture: MixtureConfig) -> Iterator[str]:
-    """A posttrain dataset says where its turns or answers are."""
+    """A dataset of turns or answers says where they are."""
     wanted = {
         "conversation": "columns.messages, or columns.prompt and columns.response",
         "preference": "columns.chosen and columns.rejected, or columns.prompt, columns.responses "

@@ -18,7 +18,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from equilibrium_mcore.config.schema import RunConfig
-from equilibrium_mcore.optim import state
 from equilibrium_mcore.optim.cosmos import Cosmos
 from equilibrium_mcore.optim.matrix import MatrixOptimizer, rate_groups
 from equilibrium_mcore.optim.muon import Muon
@@ -233,14 +232,6 @@ class HybridOptimizer:
             self.schedule_free.restart()
 
     # --------------------------------------------------------------------------------- state
-
-    def sharded_state_dict(self, model_sharded: dict) -> dict:
-        """State as megatron-core sharded tensors, and `common` plain values."""
-        return state.sharded_state(self, model_sharded)
-
-    def load_state_dict(self, values: dict) -> None:
-        """Take back what `sharded_state_dict` described. Collective."""
-        state.load_state(self, values)
 
     def state_of(self, parameter: Parameter) -> dict[str, Tensor]:
         """The tensors of parameter-like shape that its owner keeps."""

@@ -8,43 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display on a cluster; it must be set before pyplot is imported
-
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from equilibrium_mcore.files.whole import whole_file
+from equilibrium_mcore.plots.figure import COLOURS, GREY, INK, colour_of, write_png
 from equilibrium_mcore.training.metrics import METRICS_FILE, TrainRecord, human, read_metrics
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's palette: told apart with every kind of colour vision."""
-GREY, INK = "#8a8a8a", "#333333"
-STYLE = {
-    "font.size": 9.5,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "legend.edgecolor": "none",
-    "legend.framealpha": 0.85,
-    "legend.fontsize": 8.5,
-    "lines.solid_capstyle": "round",
-}
 MARKED_EVENTS = ("signal", "stop", "resume")
 FEW_RECORDS = 30
 """Up to so many records, each is shown as a point too: one alone would draw no line."""
@@ -140,12 +112,7 @@ def plot_runs(runs: Sequence[Path], output: Path | None = None) -> Path:
     output = Path(output)
     if output.suffix.lower() != ".png":
         raise ValueError(f"output={output} must end in .png")
-    with plt.rc_context(STYLE):
-        figure = draw(curves)
-        with whole_file(output, "wb") as stream:
-            figure.savefig(stream, dpi=150, format="png")
-        plt.close(figure)
-    return output
+    return write_png(output, lambda: draw(curves))
 
 
 def draw(curves: Sequence[RunCurves]) -> Figure:
@@ -184,15 +151,11 @@ def draw(curves: Sequence[RunCurves]) -> Figure:
 # ------------------------------------------------------------------------------------- the panels
 
 
-def _colour(index: int) -> str:
-    return COLOURS[index % len(COLOURS)]
-
-
 def _draw_loss(axis: Axes, curves: Sequence[RunCurves]) -> None:
     """Raw loss faint, its trend, validation as points, entropies as labelled lines."""
     alone = len(curves) == 1
     for index, run in enumerate(curves):
-        colour = _colour(index)
+        colour = colour_of(index)
         steps, values = run.column("loss")
         axis.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
         points, validation = run.column("loss", "validation")
@@ -230,10 +193,10 @@ def _draw_figure(axis: Axes, curves: Sequence[RunCurves], name: str) -> None:
     """One figure of the objective: its trend, and validation as points."""
     for index, run in enumerate(curves):
         steps, values = run.column(name)
-        axis.plot(steps, values, color=_colour(index), alpha=0.25, linewidth=0.8)
-        axis.plot(steps, smooth(values), color=_colour(index), **_line(steps, 1.5))
+        axis.plot(steps, values, color=colour_of(index), alpha=0.25, linewidth=0.8)
+        axis.plot(steps, smooth(values), color=colour_of(index), **_line(steps, 1.5))
         points, validation = run.column(name, "validation")
-        axis.plot(points, validation, color=_colour(index), marker="o", linestyle="none")
+        axis.plot(points, validation, color=colour_of(index), marker="o", linestyle="none")
     axis.set_ylabel(name)
 
 
@@ -277,11 +240,11 @@ def _draw_learning_rates(axis: Axes, curves: Sequence[RunCurves]) -> None:
             axis.plot(
                 steps,
                 values,
-                color=_colour(index),
+                color=colour_of(index),
                 linestyle=style,
                 **_line(steps, 1.5),
             )
-    colour = _colour(0) if len(curves) == 1 else INK
+    colour = colour_of(0) if len(curves) == 1 else INK
     for _, style, label in lines:
         axis.plot([], [], color=colour, linestyle=style, linewidth=1.5, label=label)
     axis.set_yscale("log")
@@ -297,8 +260,8 @@ def _draw_gradient_norm(axis: Axes, curves: Sequence[RunCurves]) -> None:
     """Raw norm faint, its running median, from zero up."""
     for index, run in enumerate(curves):
         steps, values = run.column("gradient_norm")
-        axis.plot(steps, values, color=_colour(index), alpha=0.4, linewidth=0.8)
-        axis.plot(steps, running_median(values), color=_colour(index), **_line(steps, 1.5))
+        axis.plot(steps, values, color=colour_of(index), alpha=0.4, linewidth=0.8)
+        axis.plot(steps, running_median(values), color=colour_of(index), **_line(steps, 1.5))
     axis.set_ylim(bottom=0)
     axis.set_title("Gradient norm")
     axis.set_ylabel("norm before clipping")
@@ -328,7 +291,7 @@ def _draw_throughput(axis: Axes, curves: Sequence[RunCurves]) -> None:
     """Tokens/s from zero up; for one run, its proportional TFLOP/s on the right side."""
     for index, run in enumerate(curves):
         steps, values = run.column("tokens_per_second")
-        axis.plot(steps, values, color=_colour(index), **_line(steps, 1.3))
+        axis.plot(steps, values, color=colour_of(index), **_line(steps, 1.3))
     axis.set_ylim(0, axis.get_ylim()[1] * 1.08)
     axis.set_title("Throughput")
     axis.set_ylabel("tokens/s, all devices")
@@ -361,7 +324,7 @@ def _mark_events(axis: Axes, curves: Sequence[RunCurves], *, labelled: bool) -> 
                 if event["event"] not in happened:
                     happened.append(event["event"])
     for (step, index), happened in names.items():
-        colour = GREY if len(curves) == 1 else _colour(index)
+        colour = GREY if len(curves) == 1 else colour_of(index)
         axis.axvline(step, color=colour, linewidth=1.0, linestyle=(0, (2, 2)), zorder=1)
         if labelled:
             # Above the falling curve, and on the right side below the legend.

@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from equilibrium_mcore.checkpoint.directory import latest_checkpoint
 from equilibrium_mcore.checkpoint.safe_load import read_metadata
-from equilibrium_mcore.files.whole import whole_file, write_whole
+from equilibrium_mcore.files.whole import write_whole
 from equilibrium_mcore.training.metrics import METRICS_FILE, read_metrics
 
 
@@ -169,12 +170,15 @@ def _spread(values: list[float]) -> str:
 
 def draw(results: list[RunResult], path: Path) -> None:
     """Mean curves at the best rates, with a band over the seeds: against steps and time."""
-    import matplotlib
+    from equilibrium_mcore.plots.figure import write_png
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    write_png(path, lambda: _figure(results), dpi=120)
 
-    figure, (by_step, by_time) = pyplot.subplots(1, 2, figsize=(12, 4.5), sharey=True)
+
+def _figure(results: list[RunResult]) -> Figure:
+    from matplotlib import pyplot as plt
+
+    figure, (by_step, by_time) = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True)
     for number, (variant, runs) in enumerate(best_runs(results).items()):
         colour = f"C{number}"
         losses = np.array([r.loss for r in runs])
@@ -191,6 +195,4 @@ def draw(results: list[RunResult], path: Path) -> None:
     for axis in (by_step, by_time):
         axis.grid(alpha=0.3)
     figure.tight_layout()
-    with whole_file(path, "wb") as stream:
-        figure.savefig(stream, dpi=120, format="png")
-    pyplot.close(figure)
+    return figure

@@ -115,19 +115,19 @@ def preconditioners_not_resumed() -> None:
 
 
 def _forget_when_loading(state_of: Callable, prefix: str) -> None:
-    from equilibrium_mcore.optim.optimizer import HybridOptimizer
+    from equilibrium_mcore.checkpoint import sharded
 
-    load = HybridOptimizer.load_state_dict
+    load = sharded.load_optimizer_state
 
-    def broken(self, state):
-        load(self, state)
-        for parameter in self.parameters:
+    def broken(optimizer, state):
+        load(optimizer, state)
+        for parameter in optimizer.parameters:
             if parameter.is_owned:
-                for key, tensor in state_of(self, parameter).items():
+                for key, tensor in state_of(optimizer, parameter).items():
                     if key.startswith(prefix):
                         tensor.zero_()
 
-    HybridOptimizer.load_state_dict = broken
+    sharded.load_optimizer_state = broken
 
 
 def attention_scaled_by_half_of_the_key() -> None:

@@ -14,7 +14,8 @@ from pydantic import BaseModel
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.filters import FILTER_CLASSES
 from equilibrium_mcore.config.load import load_run, save_config
-from equilibrium_mcore.config.mixture import MixtureConfig, load_mixture
+from equilibrium_mcore.config.load_mixture import load_mixture
+from equilibrium_mcore.config.mixture import MixtureConfig
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.files.paths import expand_path
 

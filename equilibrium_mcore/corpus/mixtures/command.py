@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from equilibrium_mcore.config.errors import ConfigError
-from equilibrium_mcore.config.mixture import MixtureConfig, load_mixture
+from equilibrium_mcore.config.load_mixture import load_mixture
+from equilibrium_mcore.config.mixture import MixtureConfig
 from equilibrium_mcore.corpus.mixtures.manifest import MixtureManifest
 from equilibrium_mcore.corpus.mixtures.plan import make_plan, open_sources
 from equilibrium_mcore.corpus.mixtures.prepare import Options, prepare

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from equilibrium_mcore.config.load import load_model
-from equilibrium_mcore.config.mixture import load_mixture
+from equilibrium_mcore.config.load_mixture import load_mixture
 from equilibrium_mcore.corpus.mixtures.analyze import MixtureAnalysis, analyze, expected
 from equilibrium_mcore.corpus.mixtures.report import csv_text, json_text, markdown
 from equilibrium_mcore.files.paths import expand_path

@@ -7,10 +7,13 @@ from functools import lru_cache
 from typing import Any
 
 from equilibrium_mcore.config.mixture import DatasetConfig
-from equilibrium_mcore.corpus.mixtures.readers import HUB_BUILDERS, Part
+from equilibrium_mcore.corpus.mixtures.parts import SourcePart
+
+HUB_BUILDERS = {"jsonl": "json", "parquet": "parquet", "arrow": "arrow"}
+"""The library's builder for each format of data_files."""
 
 
-def hub_parts(dataset: DatasetConfig) -> list[Part]:
+def hub_parts(dataset: DatasetConfig) -> list[SourcePart]:
     """Parts of a stream, or the Arrow files that the library keeps of a download.
 
     Raises ValueError when the library cannot open the dataset, with a way around the Hub.
@@ -20,13 +23,13 @@ def hub_parts(dataset: DatasetConfig) -> list[Part]:
         loaded = _open(dataset, split)
         if dataset.streaming:
             shards = loaded.num_shards
-            parts += [Part("stream", dataset.source, i, shards, split) for i in range(shards)]
+            parts += [SourcePart("stream", dataset.source, i, shards, split) for i in range(shards)]
         else:
-            parts += [Part("arrow", file["filename"]) for file in loaded.cache_files]
+            parts += [SourcePart("arrow", file["filename"]) for file in loaded.cache_files]
     return parts
 
 
-def stream_rows(dataset: DatasetConfig, part: Part, skip: int) -> Iterator[tuple[str, Any]]:
+def stream_rows(dataset: DatasetConfig, part: SourcePart, skip: int) -> Iterator[tuple[str, Any]]:
     """Rows of one shard of a stream; what is skipped is read over the network all the same."""
     stream = _open(dataset, part.split).shard(num_shards=part.end, index=part.begin)
     where, number = f"{part.path} ({part.split}, shard {part.begin} of {part.end})", skip

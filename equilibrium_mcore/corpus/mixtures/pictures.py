@@ -5,19 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display on a cluster; it must be set before pyplot is imported
-
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from equilibrium_mcore.corpus.mixtures.analyze import MixtureAnalysis
-from equilibrium_mcore.files.whole import whole_file
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's palette: told apart with every kind of colour vision."""
+from equilibrium_mcore.plots.figure import COLOURS, GREY, colour_of, write_png
 
 
 def draw(analysis: MixtureAnalysis, folder: Path) -> list[str]:
@@ -32,13 +26,12 @@ def draw(analysis: MixtureAnalysis, folder: Path) -> list[str]:
 def _save(
     analysis: MixtureAnalysis, path: Path, fill: Callable[[Axes, MixtureAnalysis], None], rows: int
 ) -> str:
-    figure, axes = plt.subplots(figsize=(8, 1.4 + 0.42 * max(rows, 3)), layout="constrained")
-    fill(axes, analysis)
-    axes.spines[["top", "right"]].set_visible(False)
-    with whole_file(path, "wb") as stream:
-        figure.savefig(stream, dpi=150, format="png")
-    plt.close(figure)
-    return path.name
+    def picture() -> Figure:
+        figure, axes = plt.subplots(figsize=(8, 1.4 + 0.42 * max(rows, 3)), layout="constrained")
+        fill(axes, analysis)
+        return figure
+
+    return write_png(path, picture).name
 
 
 def _shares(axes: Axes, analysis: MixtureAnalysis) -> None:
@@ -51,11 +44,11 @@ def _shares(axes: Axes, analysis: MixtureAnalysis) -> None:
     height = 0.8 / len(bars)
     places = np.arange(len(analysis.sources))
     for number, (name, values) in enumerate(bars):
-        axes.barh(places + number * height, values, height, label=name, color=COLOURS[number])
+        axes.barh(places + number * height, values, height, label=name, color=colour_of(number))
     axes.set_yticks(places + 0.4 - height / 2, [s.name for s in analysis.sources])
     axes.invert_yaxis()
     axes.set_xlabel("share of tokens")
-    axes.set_title(f"{analysis.name}: shares", loc="left")
+    axes.set_title(f"{analysis.name}: shares")
     axes.legend(frameon=False)
 
 
@@ -73,7 +66,7 @@ def _dropped(axes: Axes, analysis: MixtureAnalysis) -> None:
         ]
     rows = np.maximum(1, [s.rows or 0 for s in analysis.sources])
     left = np.zeros(len(names))
-    colours = ["#009E73", "#cccccc", *(COLOURS[i % len(COLOURS)] for i in (1, 4, 3, 5, 0, 6))]
+    colours = ["#009E73", "#cccccc", *(colour_of(i) for i in (1, 4, 3, 5, 0, 6))]
     for (part, counts), colour in zip(parts.items(), colours * 4, strict=False):
         share = np.array(counts) / rows
         axes.barh(names, share, left=left, label=part, color=colour)
@@ -81,7 +74,7 @@ def _dropped(axes: Axes, analysis: MixtureAnalysis) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.set_xlabel("share of the rows that were read")
-    axes.set_title(f"{analysis.name}: kept and dropped", loc="left")
+    axes.set_title(f"{analysis.name}: kept and dropped")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
@@ -91,14 +84,14 @@ def _lengths(axes: Axes, analysis: MixtureAnalysis) -> None:
         if lengths is None or not lengths.documents:
             continue
         shares = np.array(lengths.histogram) / lengths.documents
-        colour = COLOURS[number % len(COLOURS)]
+        colour = colour_of(number)
         style = ("-", "--", ":")[number // len(COLOURS) % 3]
         edges = 2.0 ** np.arange(shares.size + 1)
         axes.stairs(shares, edges, label=source.name, color=colour, linestyle=style)
     if analysis.unit == "tokens":
-        axes.axvline(analysis.sequence_length, color="#8a8a8a", linewidth=0.8)
+        axes.axvline(analysis.sequence_length, color=GREY, linewidth=0.8)
     axes.set_xscale("log", base=2)
     axes.set_xlabel("tokens" if analysis.unit == "tokens" else "characters of a line")
     axes.set_ylabel("share of documents")
-    axes.set_title(f"{analysis.name}: lengths of documents", loc="left")
+    axes.set_title(f"{analysis.name}: lengths of documents")
     axes.legend(frameon=False)

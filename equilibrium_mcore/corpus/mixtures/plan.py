@@ -18,14 +18,8 @@ from equilibrium_mcore.corpus.mixtures.documents import (
     number_of,
     to_document,
 )
-from equilibrium_mcore.corpus.mixtures.readers import (
-    BadRowError,
-    Part,
-    is_hub,
-    local_files,
-    parts_of,
-    rows_of,
-)
+from equilibrium_mcore.corpus.mixtures.parts import BadRowError, SourcePart
+from equilibrium_mcore.corpus.mixtures.readers import is_hub, local_files, parts_of, rows_of
 from equilibrium_mcore.data.tokenizer import Tokenizer, load_tokenizer
 
 PROBED_ROWS = 20
@@ -48,7 +42,7 @@ class SourcePlan:
     take: int | None
     hub: bool
     inputs: list[dict[str, Any]] = field(default_factory=list)
-    parts: list[Part] | None = None
+    parts: list[SourcePart] | None = None
 
     @property
     def input_bytes(self) -> int:
@@ -208,7 +202,7 @@ def _facts(path: Path) -> dict[str, Any]:
     }
 
 
-def _probe(dataset: DatasetConfig, kind: Kind, parts: list[Part]) -> None:
+def _probe(dataset: DatasetConfig, kind: Kind, parts: list[SourcePart]) -> None:
     """Read the first rows; raises ValueError when there are none, or a field is not there."""
     seen = 0
     for part in parts:

@@ -38,6 +38,7 @@ from equilibrium_mcore.corpus.mixtures.manifest import (
     versions,
 )
 from equilibrium_mcore.corpus.mixtures.merge import Chosen, SharedIndexes, choose
+from equilibrium_mcore.corpus.mixtures.parts import SourcePart
 from equilibrium_mcore.corpus.mixtures.plan import (
     Plan,
     SourcePlan,
@@ -45,7 +46,6 @@ from equilibrium_mcore.corpus.mixtures.plan import (
     make_plan,
     open_sources,
 )
-from equilibrium_mcore.corpus.mixtures.readers import Part
 from equilibrium_mcore.corpus.mixtures.shards import (
     FORMAT_VERSION,
     SHARD_CHARACTERS,
@@ -289,7 +289,7 @@ def _work_spec(
     )
 
 
-def _in_seeded_order(source: SourcePlan, seed: int) -> list[tuple[int, Part]]:
+def _in_seeded_order(source: SourcePlan, seed: int) -> list[tuple[int, SourcePart]]:
     """(number, part) in the order of reading: what comes first is a random part of the source."""
     parts = list(enumerate(source.parts or []))
     name = int.from_bytes(hashlib.sha256(source.dataset.name.encode()).digest()[:8], "little")

@@ -10,7 +10,6 @@ import glob
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from typing import Any
 import orjson
 
 from equilibrium_mcore.config.mixture import DatasetConfig
+from equilibrium_mcore.corpus.mixtures.hub import hub_parts, stream_rows
+from equilibrium_mcore.corpus.mixtures.parts import BadRowError, SourcePart
 from equilibrium_mcore.data.inputs import SUFFIXES
 from equilibrium_mcore.data.text_files import line_number, lines_of_compressed, lines_of_range
 
@@ -36,26 +37,6 @@ ENDINGS = {
     ".feather": "arrow",
 }
 HUB_NAME = re.compile(r"[\w\-.]+/[\w\-.]+")
-HUB_BUILDERS = {"jsonl": "json", "parquet": "parquet", "arrow": "arrow"}
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows that one worker reads in order.
-
-    kind: one of `_ROWS`; path: a file or folder, or the Hub's name; begin, end: bytes of a JSONL
-    file, a row group, rows of a folder, or the number of a shard of a stream.
-    """
-
-    kind: str
-    path: str
-    begin: int = 0
-    end: int = 0
-    split: str = ""
-
-
-class BadRowError(ValueError):
-    """A row that is no document; the message names the file, the row and what is wrong."""
 
 
 def is_hub(dataset: DatasetConfig) -> bool:
@@ -99,13 +80,11 @@ def local_files(dataset: DatasetConfig) -> list[Path]:
     return sorted(found)
 
 
-def parts_of(dataset: DatasetConfig) -> list[Part]:
+def parts_of(dataset: DatasetConfig) -> list[SourcePart]:
     """The parts of a source, in a fixed order. May download, when the source is on the Hub."""
     if is_hub(dataset):
-        from equilibrium_mcore.corpus.mixtures.hub import hub_parts
-
         return hub_parts(dataset)
-    parts: list[Part] = []
+    parts: list[SourcePart] = []
     for path in local_files(dataset):
         if _is_saved_dataset(path):
             parts += _folder_parts(dataset, path)
@@ -115,7 +94,9 @@ def parts_of(dataset: DatasetConfig) -> list[Part]:
     return parts
 
 
-def rows_of(dataset: DatasetConfig, part: Part, *, skip: int = 0) -> Iterator[tuple[str, Any]]:
+def rows_of(
+    dataset: DatasetConfig, part: SourcePart, *, skip: int = 0
+) -> Iterator[tuple[str, Any]]:
     """(place, row) of a part from row `skip` on; a row is a mapping, or a BadRowError to raise.
 
     Raises ValueError for a file that is damaged.
@@ -126,13 +107,14 @@ def rows_of(dataset: DatasetConfig, part: Part, *, skip: int = 0) -> Iterator[tu
 # -------------------------------------------------------------------------------------- JSONL
 
 
-def _jsonl_parts(dataset: DatasetConfig, path: Path) -> list[Part]:
+def _jsonl_parts(dataset: DatasetConfig, path: Path) -> list[SourcePart]:
     if path.suffix in SUFFIXES:
-        return [Part("compressed", str(path))]
+        return [SourcePart("compressed", str(path))]
     size = path.stat().st_size
     step = _step(size, RANGE_BYTES)
     return [
-        Part("jsonl", str(path), start, min(start + step, size)) for start in range(0, size, step)
+        SourcePart("jsonl", str(path), start, min(start + step, size))
+        for start in range(0, size, step)
     ]
 
 
@@ -140,7 +122,7 @@ def _step(size: int, limits: tuple[int, int]) -> int:
     return max(limits[0], min(limits[1], size // PARTS_WANTED))
 
 
-def _jsonl_rows(dataset: DatasetConfig, part: Part, skip: int) -> Iterator[tuple[str, Any]]:
+def _jsonl_rows(dataset: DatasetConfig, part: SourcePart, skip: int) -> Iterator[tuple[str, Any]]:
     path, count = Path(part.path), 0
     for offset, line in lines_of_range(path, part.begin, part.end):
         if not line.strip():
@@ -155,7 +137,9 @@ def _jsonl_rows(dataset: DatasetConfig, part: Part, skip: int) -> Iterator[tuple
                 yield f"{path}, byte {offset:,}", row
 
 
-def _compressed_rows(dataset: DatasetConfig, part: Part, skip: int) -> Iterator[tuple[str, Any]]:
+def _compressed_rows(
+    dataset: DatasetConfig, part: SourcePart, skip: int
+) -> Iterator[tuple[str, Any]]:
     count = 0
     for number, line in lines_of_compressed(Path(part.path)):
         if not line.strip():
@@ -189,12 +173,12 @@ def _parse_slowly(line: bytes) -> dict[str, Any] | str:
 # ---------------------------------------------------------------------------- Parquet and Arrow
 
 
-def _parquet_parts(dataset: DatasetConfig, path: Path) -> list[Part]:
+def _parquet_parts(dataset: DatasetConfig, path: Path) -> list[SourcePart]:
     groups = _parquet(path).metadata.num_row_groups
-    return [Part("parquet", str(path), group, group + 1) for group in range(groups)]
+    return [SourcePart("parquet", str(path), group, group + 1) for group in range(groups)]
 
 
-def _parquet_rows(dataset: DatasetConfig, part: Part, skip: int) -> Iterator[tuple[str, Any]]:
+def _parquet_rows(dataset: DatasetConfig, part: SourcePart, skip: int) -> Iterator[tuple[str, Any]]:
     file = _parquet(Path(part.path))
     before = sum(file.metadata.row_group(i).num_rows for i in range(part.begin))
     batches = file.iter_batches(
@@ -214,11 +198,11 @@ def _parquet(path: Path):
         raise ValueError(f"{path} is not a Parquet file, or damaged ({error})") from None
 
 
-def _arrow_parts(dataset: DatasetConfig, path: Path) -> list[Part]:
-    return [Part("arrow", str(path))]
+def _arrow_parts(dataset: DatasetConfig, path: Path) -> list[SourcePart]:
+    return [SourcePart("arrow", str(path))]
 
 
-def _arrow_rows(dataset: DatasetConfig, part: Part, skip: int) -> Iterator[tuple[str, Any]]:
+def _arrow_rows(dataset: DatasetConfig, part: SourcePart, skip: int) -> Iterator[tuple[str, Any]]:
     try:
         import pyarrow as pa
     except ImportError:
@@ -263,7 +247,7 @@ def _is_saved_dataset(path: Path) -> bool:
     return path.is_dir() and any((path / name).is_file() for name in names)
 
 
-def _folder_parts(dataset: DatasetConfig, path: Path) -> list[Part]:
+def _folder_parts(dataset: DatasetConfig, path: Path) -> list[SourcePart]:
     loaded = saved_dataset(str(path))
     parts = []
     if isinstance(loaded, dict):
@@ -280,7 +264,7 @@ def _folder_parts(dataset: DatasetConfig, path: Path) -> list[Part]:
         step = _step(len(rows), FOLDER_ROWS)
         for begin in range(0, len(rows), step):
             end = min(begin + step, len(rows))
-            parts.append(Part("folder", str(path), begin, end, split))
+            parts.append(SourcePart("folder", str(path), begin, end, split))
     return parts
 
 
@@ -294,7 +278,7 @@ def saved_dataset(path: str):
     return datasets.load_from_disk(path)
 
 
-def _folder_rows(dataset: DatasetConfig, part: Part, skip: int) -> Iterator[tuple[str, Any]]:
+def _folder_rows(dataset: DatasetConfig, part: SourcePart, skip: int) -> Iterator[tuple[str, Any]]:
     loaded = saved_dataset(part.path)
     rows = (loaded[part.split] if part.split else loaded).with_format(None)
     for begin in range(part.begin + skip, part.end, BATCH_ROWS):
@@ -302,12 +286,6 @@ def _folder_rows(dataset: DatasetConfig, part: Part, skip: int) -> Iterator[tupl
         names = list(batch)
         for number, values in enumerate(zip(*batch.values(), strict=True), start=begin + 1):
             yield f"{part.path}, row {number:,}", dict(zip(names, values, strict=True))
-
-
-def _stream_rows(dataset: DatasetConfig, part: Part, skip: int) -> Iterator[tuple[str, Any]]:
-    from equilibrium_mcore.corpus.mixtures.hub import stream_rows
-
-    return stream_rows(dataset, part, skip)
 
 
 _NEEDS_EXTRA = "needs the packages of an extra: pip install 'equilibrium_mcore[data]'"
@@ -318,7 +296,7 @@ _ROWS = {
     "parquet": _parquet_rows,
     "arrow": _arrow_rows,
     "folder": _folder_rows,
-    "stream": _stream_rows,
+    "stream": stream_rows,
 }
 
 

@@ -34,7 +34,8 @@ from equilibrium_mcore.corpus.mixtures.documents import (
     number_of,
     to_document,
 )
-from equilibrium_mcore.corpus.mixtures.readers import BadRowError, Part, rows_of
+from equilibrium_mcore.corpus.mixtures.parts import BadRowError, SourcePart
+from equilibrium_mcore.corpus.mixtures.readers import rows_of
 from equilibrium_mcore.data.tokenizer import load_tokenizer
 
 SHARD_CHARACTERS = 16 << 20
@@ -130,7 +131,7 @@ class ShardMaker:
         self.turn_filters = [f for f in self.chain.filters if f.name in CHANGES_TURNS]
 
     def make(
-        self, part_number: int, part: Part, stopped: Callable[[], bool] = lambda: False
+        self, part_number: int, part: SourcePart, stopped: Callable[[], bool] = lambda: False
     ) -> Iterator[Shard]:
         """The shards of a part, in order: those that are whole already, then new ones.
 

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 
-from equilibrium_mcore.corpus.mixtures.readers import Part
+from equilibrium_mcore.corpus.mixtures.parts import SourcePart
 from equilibrium_mcore.corpus.mixtures.shards import Shard, ShardMaker, WorkSpec, read_shard
 from equilibrium_mcore.corpus.process_pool import (
     deaths_told,
@@ -44,7 +44,7 @@ class ShardWorkers:
             self._stopped_turn.value = self._turn
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def shards(self, spec: WorkSpec, parts: list[tuple[int, Part]]) -> Iterator[Shard]:
+    def shards(self, spec: WorkSpec, parts: list[tuple[int, SourcePart]]) -> Iterator[Shard]:
         """The shards of these (number, part), in order. Closing the iterator stops the work.
 
         Raises ChildProcessError where a worker dies; the shards that are whole are used again.
@@ -59,7 +59,7 @@ class ShardWorkers:
             yield from self._in_pool(self._pool, spec, parts)
 
     def _in_pool(
-        self, pool: ProcessPoolExecutor, spec: WorkSpec, parts: list[tuple[int, Part]]
+        self, pool: ProcessPoolExecutor, spec: WorkSpec, parts: list[tuple[int, SourcePart]]
     ) -> Iterator[Shard]:
         waiting, jobs = deque(parts), deque()
         try:
@@ -108,7 +108,7 @@ def _start_worker(parent: int, stopped_turn) -> None:
     leave_with_parent(parent)
 
 
-def _make_in_worker(turn: int, spec: WorkSpec, number: int, part: Part) -> None:
+def _make_in_worker(turn: int, spec: WorkSpec, number: int, part: SourcePart) -> None:
     def stopped() -> bool:
         return _stopped_turn.value >= turn
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from equilibrium_mcore.config.mixture import MixtureConfig, load_mixture
+from equilibrium_mcore.config.load_mixture import load_mixture
+from equilibrium_mcore.config.mixture import MixtureConfig
 from equilibrium_mcore.config.yaml_io import to_yaml
 from equilibrium_mcore.corpus.mixtures.prepare import Options, prepare
 from equilibrium_mcore.corpus.mixtures.statistics import document_lengths

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from equilibrium_mcore.config.mixture import load_mixture
+from equilibrium_mcore.config.load_mixture import load_mixture
 from equilibrium_mcore.config.yaml_io import read_mapping, to_yaml
 from equilibrium_mcore.corpus.mixtures.analyze import analyze, expected
 from equilibrium_mcore.corpus.mixtures.pictures import draw

@@ -12,11 +12,11 @@ import pytest
 
 from equilibrium_mcore.config.data import DataConfig
 from equilibrium_mcore.config.errors import ConfigError
-from equilibrium_mcore.config.mixture import load_mixture
+from equilibrium_mcore.config.load_mixture import load_mixture
 from equilibrium_mcore.config.problems import parse
 from equilibrium_mcore.config.yaml_io import read_mapping
 from equilibrium_mcore.corpus.mixtures.manifest import read_mixture_manifest
-from equilibrium_mcore.corpus.mixtures.readers import BadRowError
+from equilibrium_mcore.corpus.mixtures.parts import BadRowError
 from equilibrium_mcore.data.indexed_files import read_manifest
 from equilibrium_mcore.data.sources import check_sources, split_documents
 from tests.support.tool_faults import PATIENCE_SECONDS, environment
@@ -168,7 +168,7 @@ def test_result_does_not_depend_on_workers_or_shards(tmp_path, rows, write_rows,
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from equilibrium_mcore.config.mixture import load_mixture
+from equilibrium_mcore.config.load_mixture import load_mixture
 from equilibrium_mcore.corpus.mixtures import prepare, shards, workers
 
 ready, left, main = shards._Draft.write, int(sys.argv[4]), os.getpid()

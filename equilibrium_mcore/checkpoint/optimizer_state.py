@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -18,13 +18,11 @@ from megatron.core.dist_checkpointing.optimizer import (
 )
 from torch import Tensor
 
+from equilibrium_mcore.optim.optimizer import HybridOptimizer
 from equilibrium_mcore.optim.parameters import Parameter
 
-if TYPE_CHECKING:
-    from equilibrium_mcore.optim.optimizer import HybridOptimizer
 
-
-def sharded_state(optimizer: HybridOptimizer, model_sharded: dict) -> dict[str, Any]:
+def sharded_optimizer_state(optimizer: HybridOptimizer, model_sharded: dict) -> dict[str, Any]:
     """`tensors` and `wholes` by parameter name, and `common` plain values."""
     optimizer.init_state()
     parameters = optimizer.parameters
@@ -55,8 +53,8 @@ def sharded_state(optimizer: HybridOptimizer, model_sharded: dict) -> dict[str, 
 
 
 @torch.no_grad()
-def load_state(optimizer: HybridOptimizer, state: dict[str, Any]) -> None:
-    """Take back what `sharded_state` described. Collective."""
+def load_optimizer_state(optimizer: HybridOptimizer, state: dict[str, Any]) -> None:
+    """Take back what `sharded_optimizer_state` described. Collective."""
     for parameter in optimizer.parameters:
         if parameter.is_owned:
             for key, target in optimizer.state_of(parameter).items():
