@@ -11,7 +11,7 @@ from equilibrium_mcore.config.load import load_run_config
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.parallel import accelerator
 from equilibrium_mcore.parallel.host import describe_host
-from equilibrium_mcore.parallel.launch import launch, place_from_environment
+from equilibrium_mcore.parallel.launch import launch, rank_info_from_environment
 from equilibrium_mcore.training.run_folder import check_run_folder
 
 
@@ -29,8 +29,8 @@ def run_stage(config: RunConfig) -> int:
 
     Raises ConfigError for an output directory that the run cannot have.
     """
-    place = place_from_environment(os.environ)
-    if place is None or place.rank == 0:
+    rank_info = rank_info_from_environment(os.environ)
+    if rank_info is None or rank_info.rank == 0:
         check_run_folder(config)  # before libraries take their seconds to import
 
     accelerator.install()  # before megatron-core is imported

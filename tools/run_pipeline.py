@@ -22,7 +22,7 @@ import sys
 
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.experiments.pipeline import load_pipeline
-from equilibrium_mcore.experiments.pipeline_run import Choice, run_pipeline
+from equilibrium_mcore.experiments.pipeline_run import StepSelection, run_pipeline
 from equilibrium_mcore.files.paths import user_path
 
 
@@ -44,7 +44,7 @@ def main() -> int:
     try:
         pipeline = load_pipeline(file, changes)
         again = shlex.join(["python", *sys.argv])
-        return run_pipeline(pipeline, Choice(**options), command_line=again)
+        return run_pipeline(pipeline, StepSelection(**options), command_line=again)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

@@ -20,7 +20,7 @@ import sys
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.stages import MEANINGS, STAGES
 from equilibrium_mcore.config.yaml_io import to_yaml
-from equilibrium_mcore.experiments.start import Names, load_named_run, start
+from equilibrium_mcore.experiments.start import ExperimentNames, load_named_run, start
 from equilibrium_mcore.files.paths import user_path
 from equilibrium_mcore.parallel.host import describe_host
 
@@ -48,7 +48,9 @@ def main() -> int:
     options = vars(parser.parse_intermixed_args())
     check, changes = options.pop("check"), options.pop("overrides")
     try:
-        config = load_named_run(Names(**options), changes, host=None if check else describe_host())
+        config = load_named_run(
+            ExperimentNames(**options), changes, host=None if check else describe_host()
+        )
         if not check:
             return start(config, sys.argv)
         sys.stdout.write(to_yaml(config.model_dump(mode="json")))

@@ -33,13 +33,15 @@ def main() -> int:
     add("--text-field", default="text", help="the key that holds the text; default text")
     add("--tokenizer-model", type=user_path, help=".model or tokenizer.json, for length in tokens")
     add("--examples", type=int, default=2, help="documents shown per reason; default 2")
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", dest="form", action="store_const", const="json")
-    form.add_argument("--markdown", dest="form", action="store_const", const="markdown")
-    parser.set_defaults(form="table")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--json", dest="output_format", action="store_const", const="json")
+    group.add_argument("--markdown", dest="output_format", action="store_const", const="markdown")
+    parser.set_defaults(output_format="table")
     options = vars(parser.parse_args())
     try:
-        sys.stdout.write(report_trial(options.pop("input"), words=options.pop("filter"), **options))
+        sys.stdout.write(
+            report_trial(options.pop("input"), filter_arguments=options.pop("filter"), **options)
+        )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

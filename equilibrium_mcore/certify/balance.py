@@ -13,9 +13,9 @@ from contextlib import contextmanager
 
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
-from equilibrium_mcore.certify.whole import Piece, pieces_of
+from equilibrium_mcore.certify.whole import TensorShard, pieces_of
 from equilibrium_mcore.config.objectives import NextTokenConfig
-from equilibrium_mcore.training.objective import Objective, Outcome, build_objective
+from equilibrium_mcore.training.objective import Objective, ObjectiveOutput, build_objective
 from equilibrium_mcore.training.setup import Run
 from equilibrium_mcore.training.step import balances, gradients_of
 
@@ -31,13 +31,13 @@ class OnlyBalancing:
         """See Objective."""
         return self.objective.weigh(batch)
 
-    def __call__(self, losses, batch, *, cp_group) -> Outcome:
+    def __call__(self, losses, batch, *, cp_group) -> ObjectiveOutput:
         """See Objective."""
         outcome = self.objective(losses, batch, cp_group=cp_group)
         return dataclasses.replace(outcome, total=outcome.total * 0.0)
 
 
-def balancing_gradients(run: Run) -> dict[str, list[Piece]]:
+def balancing_gradients(run: Run) -> dict[str, list[TensorShard]]:
     """The gradients of the balancing losses alone, under the run's objective and under next_token.
 
     Both of the same batches; nothing is updated. Empty where nothing balances the experts, and

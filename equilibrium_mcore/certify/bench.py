@@ -25,7 +25,7 @@ from equilibrium_mcore.certify.twin import STEPS, Layout, in_layout, make_twin
 from equilibrium_mcore.certify.verdict import Verdict
 from equilibrium_mcore.certify.witness import compare_with_witness
 from equilibrium_mcore.config.schema import RunConfig
-from equilibrium_mcore.parallel.rank_job import Place, TimeLimit
+from equilibrium_mcore.parallel.rank_job import RankInfo, TimeLimit
 from equilibrium_mcore.parallel.rank_server import RankServer
 
 ONE_RANK = Layout("one rank", {}, 1)
@@ -57,7 +57,7 @@ class Ranks(NamedTuple):
         """What runs first in the ranks of a layout, or in one rank by itself."""
         return self.prepare if layout or self.everywhere else None
 
-    def run(self, phase: str, work: Callable[[Place], None], world_size: int) -> None:
+    def run(self, phase: str, work: Callable[[RankInfo], None], world_size: int) -> None:
         """Raises RankError when one fails, or when they do not end within the limit."""
         limit = TimeLimit(
             minutes=self.limit_minutes,
@@ -202,7 +202,7 @@ class Bench:
         return read_trace(folder, layout.world_size)
 
 
-def _traced(place: Place, *, prepare: Callable[[], None] | None, **arguments) -> None:
+def _traced(rank_info: RankInfo, *, prepare: Callable[[], None] | None, **arguments) -> None:
     if prepare is not None:
         prepare()
-    trace_rank(place, **arguments)
+    trace_rank(rank_info, **arguments)

@@ -11,7 +11,7 @@ import math
 from equilibrium_mcore.certify.ties import Tie, compare_choices
 from equilibrium_mcore.certify.trace import Trace
 from equilibrium_mcore.certify.verdict import Verdict, worst_verdict
-from equilibrium_mcore.checkpoint.pieces import Whole
+from equilibrium_mcore.checkpoint.pieces import FullTensor
 from equilibrium_mcore.config.schema import OptimizerConfig
 
 EXACT = 1e-9
@@ -141,11 +141,11 @@ def relative(apart: float, scale: float) -> float:
 
 def _tensors(
     what: str,
-    found: dict[str, Whole],
-    expected: dict[str, Whole],
+    found: dict[str, FullTensor],
+    expected: dict[str, FullTensor],
     tolerance: float,
     *,
-    since: dict[str, Whole] | None = None,
+    since: dict[str, FullTensor] | None = None,
     warns: bool = False,
 ) -> Verdict:
     """Worst norm(found - expected) / norm(expected - since) over tensors, in model order."""

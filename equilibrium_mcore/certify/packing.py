@@ -17,7 +17,7 @@ from equilibrium_mcore.config.load import run_from_mapping
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.models.packing import packed_documents, rank_tokens
 from equilibrium_mcore.parallel import process_groups
-from equilibrium_mcore.parallel.launch import Place
+from equilibrium_mcore.parallel.launch import RankInfo
 from equilibrium_mcore.training.setup import build_chunks
 
 # Borders inside a chunk of the scan, at its end, and across several chunks; multiplied so that each
@@ -29,7 +29,7 @@ TOLERANCE = 1e-9
 
 def compare_packing(
     config: RunConfig,
-    run_ranks: Callable[[Callable[[Place], None], int], None],
+    run_ranks: Callable[[Callable[[RankInfo], None], int], None],
     folder: Path,
     *,
     prepare: Callable[[], None] | None,
@@ -51,19 +51,19 @@ def compare_packing(
 
 
 def _packed(
-    place: Place, *, config: RunConfig, folder: Path, prepare: Callable[[], None] | None
+    rank_info: RankInfo, *, config: RunConfig, folder: Path, prepare: Callable[[], None] | None
 ) -> None:
     if prepare is not None:
         prepare()
     with in_float64():
-        differences = _differences(place, config)
-    torch.save(differences, folder / f"rank_{place.rank}.pt")
+        differences = _differences(rank_info, config)
+    torch.save(differences, folder / f"rank_{rank_info.rank}.pt")
 
 
-def _differences(place: Place, config: RunConfig) -> dict[str, float]:
+def _differences(rank_info: RankInfo, config: RunConfig) -> dict[str, float]:
     """How far each document's logits are off in the pack, by document. Collective."""
     layout = config.parallelism
-    groups = process_groups.join(place, layout, seed=config.training.seed)
+    groups = process_groups.join(rank_info, layout, seed=config.training.seed)
     _, (chunk,) = build_chunks(config, groups)
     # 2 * CP chunks of a document, of which TP ranks take equal parts under sequence parallelism.
     multiple = max(2, layout.context * layout.tensor // 2)

@@ -21,10 +21,10 @@ from equilibrium_mcore.certify.routing import Notes, Routing, RoutingWatch, whol
 from equilibrium_mcore.certify.tokens import made_up_datasets
 from equilibrium_mcore.certify.updates import update_from_given_gradients
 from equilibrium_mcore.certify.whole import pieces_of
-from equilibrium_mcore.checkpoint.pieces import Piece, Whole, assemble, whole_piece
+from equilibrium_mcore.checkpoint.pieces import FullTensor, TensorShard, assemble, whole_shard
 from equilibrium_mcore.checkpoint.sharded import save_checkpoint
 from equilibrium_mcore.config.schema import RunConfig
-from equilibrium_mcore.parallel.launch import Place
+from equilibrium_mcore.parallel.launch import RankInfo
 from equilibrium_mcore.training.setup import Run, setup, teardown
 from equilibrium_mcore.training.step import train_step
 
@@ -36,11 +36,11 @@ class RankTrace:
     loss: list[float] = field(default_factory=list)
     aux_loss: list[float | None] = field(default_factory=list)
     gradient_norm: list[float] = field(default_factory=list)
-    gradients: list[Piece] = field(default_factory=list)  # of the first step
-    weights: dict[int, list[Piece]] = field(default_factory=dict)  # after so many steps
-    update: list[Piece] = field(default_factory=list)  # of given gradients, in float64
-    state: dict[str, list[Piece]] = field(default_factory=dict)  # optimizer state at the end
-    balancing: dict[str, list[Piece]] = field(default_factory=dict)  # `balance.py`
+    gradients: list[TensorShard] = field(default_factory=list)  # of the first step
+    weights: dict[int, list[TensorShard]] = field(default_factory=dict)  # after so many steps
+    update: list[TensorShard] = field(default_factory=list)  # of given gradients, in float64
+    state: dict[str, list[TensorShard]] = field(default_factory=dict)  # optimizer state at the end
+    balancing: dict[str, list[TensorShard]] = field(default_factory=dict)  # `balance.py`
     choices: Notes = field(default_factory=dict)
     narrow: dict[str, int] = field(default_factory=dict)  # what was not float64, and how often
 
@@ -52,17 +52,17 @@ class Trace:
     loss: list[float]
     aux_loss: list[float | None]
     gradient_norm: list[float]
-    gradients: dict[str, Whole]
-    weights: dict[int, dict[str, Whole]]
-    update: dict[str, Whole]
-    state: dict[str, dict[str, Whole]]
+    gradients: dict[str, FullTensor]
+    weights: dict[int, dict[str, FullTensor]]
+    update: dict[str, FullTensor]
+    state: dict[str, dict[str, FullTensor]]
     choices: dict[tuple[int, int], Routing]  # by (step, layer)
     narrow: dict[str, int]  # what was not float64, over all ranks
-    balancing: dict[str, dict[str, Whole]] = field(default_factory=dict)  # by objective
+    balancing: dict[str, dict[str, FullTensor]] = field(default_factory=dict)  # by objective
 
 
 def trace_rank(
-    place: Place,
+    rank_info: RankInfo,
     config: RunConfig,
     folder: Path,
     *,
@@ -81,7 +81,7 @@ def trace_rank(
     """
     with in_float64() if sharp else contextlib.nullcontext():
         trace = _trace(
-            place,
+            rank_info,
             config,
             steps=steps,
             sharp=sharp,
@@ -89,11 +89,11 @@ def trace_rank(
             save_last=save_last,
             gradients_from=gradients_from,
         )
-    torch.save(trace, _file(folder, place))
+    torch.save(trace, _file(folder, rank_info))
 
 
 def _trace(
-    place: Place,
+    rank_info: RankInfo,
     config: RunConfig,
     *,
     steps: int,
@@ -103,7 +103,7 @@ def _trace(
     gradients_from: Path | None,
 ) -> dict:
     """The rank's trace as plain values."""
-    run = setup(config, place, datasets=made_up_datasets(config))
+    run = setup(config, rank_info, datasets=made_up_datasets(config))
     trace = RankTrace()
     if save_first:
         _save(run)
@@ -133,8 +133,8 @@ def read_trace(folder: Path, world_size: int) -> Trace:
     ]
     first = ranks[0]
 
-    def whole(get) -> dict[str, Whole]:
-        return assemble(Piece(**piece) for rank in ranks for piece in get(rank))
+    def whole(get) -> dict[str, FullTensor]:
+        return assemble(TensorShard(**piece) for rank in ranks for piece in get(rank))
 
     narrow: dict[str, int] = defaultdict(int)
     for rank in ranks:
@@ -160,9 +160,9 @@ def _keys(ranks: list[dict]) -> list[str]:
     return sorted({key for rank in ranks for key in rank["state"]})
 
 
-def _file(folder: Path, place: Place) -> Path:
+def _file(folder: Path, rank_info: RankInfo) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"rank_{place.rank}.pt"
+    return folder / f"rank_{rank_info.rank}.pt"
 
 
 def _train(run: Run, trace: RankTrace, steps: int) -> None:
@@ -187,10 +187,10 @@ def _train(run: Run, trace: RankTrace, steps: int) -> None:
     trace.state = _state(run)
 
 
-def _weights(run: Run) -> list[Piece]:
+def _weights(run: Run) -> list[TensorShard]:
     """Parameters, and the biases by which routers balance their experts, which are none."""
     biases = [
-        whole_piece(f"decoder.layers.{router.layer_number - 1}.mlp.router.expert_bias", bias)
+        whole_shard(f"decoder.layers.{router.layer_number - 1}.mlp.router.expert_bias", bias)
         for chunk in run.chunks
         for router in chunk.modules()
         if isinstance(router, TopKRouter) and (bias := router.expert_bias) is not None
@@ -216,11 +216,11 @@ def _narrow_tensors(run: Run) -> dict[str, int]:
     }
 
 
-def _state(run: Run) -> dict[str, list[Piece]]:
+def _state(run: Run) -> dict[str, list[TensorShard]]:
     """Optimizer state as its owners hold it: of the parameter's shape, and of its whole maps."""
     run.optimizer.init_state()
     by_key: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    pieces: dict[str, list[Piece]] = defaultdict(list)
+    pieces: dict[str, list[TensorShard]] = defaultdict(list)
     for parameter in run.optimizer.parameters:
         if parameter.is_owned:
             for key, value in run.optimizer.state_of(parameter).items():
@@ -228,7 +228,7 @@ def _state(run: Run) -> dict[str, list[Piece]]:
                     by_key[key][parameter.name] = value
             for key, value in run.optimizer.whole_state_of(parameter).items():
                 state, _, part = key.partition(".")
-                pieces[state].append(whole_piece(f"{parameter.name}.{part}", value))
+                pieces[state].append(whole_shard(f"{parameter.name}.{part}", value))
     return pieces | {key: pieces_of(run, values) for key, values in by_key.items()}
 
 

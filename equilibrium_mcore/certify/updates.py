@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from equilibrium_mcore.certify.whole import pieces_of
-from equilibrium_mcore.checkpoint.pieces import Piece
+from equilibrium_mcore.checkpoint.pieces import TensorShard
 from equilibrium_mcore.checkpoint.sharded import load_weights
 from equilibrium_mcore.optim.optimizer import HybridOptimizer
 from equilibrium_mcore.training.setup import Run
@@ -26,7 +26,7 @@ MULTIPLES = (997.0, 1409.0, 2003.0, 2801.0)
 SCALE = 2.0**-16
 
 
-def update_from_given_gradients(run: Run, weights: Path) -> list[Piece]:
+def update_from_given_gradients(run: Run, weights: Path) -> list[TensorShard]:
     """This rank's part of every parameter's whole change over `MULTIPLES`, in float64. Collective.
 
     Replaces the run's weights and optimizer, which are of no use afterwards.

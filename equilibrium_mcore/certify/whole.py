@@ -8,11 +8,11 @@ from megatron.core.dist_checkpointing.optimizer import (
 )
 from torch import Tensor
 
-from equilibrium_mcore.checkpoint.pieces import Piece, parts_of, piece_of
+from equilibrium_mcore.checkpoint.pieces import TensorShard, parts_of, piece_of
 from equilibrium_mcore.training.setup import Run
 
 
-def pieces_of(run: Run, tensors: dict[str, Tensor]) -> list[Piece]:
+def pieces_of(run: Run, tensors: dict[str, Tensor]) -> list[TensorShard]:
     """Copies of this rank's pieces of parameter-shaped `tensors`, by the optimizer's names."""
     parameters = run.optimizer.parameters
     sharded = {
@@ -20,7 +20,7 @@ def pieces_of(run: Run, tensors: dict[str, Tensor]) -> list[Piece]:
         for index, chunk in enumerate(run.chunks)
     }
     by_index = get_param_id_to_sharded_param_map(sharded, [p.model for p in parameters])
-    pieces: list[Piece] = []
+    pieces: list[TensorShard] = []
     for index, shard in by_index.items():
         tensor = tensors.get(parameters[index].name)
         if tensor is not None:

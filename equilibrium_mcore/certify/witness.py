@@ -19,7 +19,7 @@ from equilibrium_mcore.certify.verdict import Verdict, worst_verdict
 from equilibrium_mcore.certify.witness_rank import FILE, Ours, train_both
 from equilibrium_mcore.config.load import run_from_mapping
 from equilibrium_mcore.config.schema import RunConfig
-from equilibrium_mcore.parallel.launch import Place
+from equilibrium_mcore.parallel.launch import RankInfo
 
 STEPS = 10
 WITNESSES = ("transformers",)
@@ -55,7 +55,7 @@ TOLERANCES = {
 
 def compare_with_witness(
     twin: RunConfig,
-    run_ranks: Callable[[Callable[[Place], None], int], None],
+    run_ranks: Callable[[Callable[[RankInfo], None], int], None],
     folder: Path,
     *,
     prepare: Callable[[], None] | None = None,

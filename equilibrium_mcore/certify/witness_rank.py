@@ -19,7 +19,7 @@ from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.hugging_face.config_json import config_values
 from equilibrium_mcore.hugging_face.mapping import ParamMapping, plan
 from equilibrium_mcore.hugging_face.weights import to_hugging_face
-from equilibrium_mcore.parallel.launch import Place
+from equilibrium_mcore.parallel.launch import RankInfo
 from equilibrium_mcore.training.setup import Run, setup, teardown
 from equilibrium_mcore.training.step import train_step
 
@@ -39,7 +39,7 @@ class Ours:
 
 
 def train_both(
-    place: Place, *, config: RunConfig, folder: Path, prepare: Callable[[], None] | None
+    rank_info: RankInfo, *, config: RunConfig, folder: Path, prepare: Callable[[], None] | None
 ) -> None:
     """Train both ways from the same weights on the same batches; `folder`/FILE holds both traces.
 
@@ -48,11 +48,11 @@ def train_both(
     if prepare is not None:
         prepare()
     with in_float64():
-        _train_both(place, config, folder)
+        _train_both(rank_info, config, folder)
 
 
-def _train_both(place: Place, config: RunConfig, folder: Path) -> None:
-    run = setup(config, place, datasets=made_up_datasets(config))
+def _train_both(rank_info: RankInfo, config: RunConfig, folder: Path) -> None:
+    run = setup(config, rank_info, datasets=made_up_datasets(config))
     _make_rough(run)
     rows = plan(config.model, _tensors(run).keys())
     model = _transformers_model(run, rows)

@@ -12,7 +12,7 @@ import torch
 
 from equilibrium_mcore.checkpoint import directory
 from equilibrium_mcore.checkpoint.compatibility import grown_vocabulary, noted_changes
-from equilibrium_mcore.checkpoint.lineage import Line
+from equilibrium_mcore.checkpoint.lineage import Lineage
 from equilibrium_mcore.checkpoint.manifest import (
     Damage,
     DamagedCheckpointError,
@@ -20,7 +20,7 @@ from equilibrium_mcore.checkpoint.manifest import (
     wrong_hashes,
 )
 from equilibrium_mcore.checkpoint.opened import (
-    Opened,
+    OpenedCheckpoint,
     inspect,
     open_checkpoint,
     with_way_out,
@@ -34,12 +34,12 @@ Note = tuple[str, dict[str, Any]]  # an event of metrics.jsonl: its name, its de
 
 
 @dataclass(frozen=True)
-class Choice:
+class StartingPoint:
     """What a run starts from, the same on every rank."""
 
-    checkpoint: Opened | None = None  # to resume
-    weights: Opened | None = None  # to start from, where nothing is resumed
-    line: Line = field(default_factory=Line.new)  # of the run that begins
+    checkpoint: OpenedCheckpoint | None = None  # to resume
+    weights: OpenedCheckpoint | None = None  # to start from, where nothing is resumed
+    line: Lineage = field(default_factory=Lineage.new)  # of the run that begins
     notes: tuple[Note, ...] = ()  # what has to be said of the choice
 
     @property
@@ -48,7 +48,7 @@ class Choice:
         return None if self.checkpoint is None else self.checkpoint.facts
 
 
-def choose(config: RunConfig) -> Choice:
+def choose(config: RunConfig) -> StartingPoint:
     """The newest checkpoint that verifies, of those that the config wants. Collective.
 
     Raises ConfigError where one must be resumed and none is there, and DamagedCheckpointError
@@ -66,22 +66,22 @@ def choose(config: RunConfig) -> Choice:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundCheckpoint:
     """The newest whole checkpoint, what was newer and damaged, and when its opening began."""
 
-    opened: Opened
+    opened: OpenedCheckpoint
     damaged: list[DamagedCheckpointError]
     start: float
 
 
-def find_alone(config: RunConfig, *, verify: bool, workers: int = 1) -> Found | None:
+def find_alone(config: RunConfig, *, verify: bool, workers: int = 1) -> FoundCheckpoint | None:
     """What `choose` would find to resume, by this process alone; None for nothing.
 
     Without `verify` the data is not hashed: names, sizes, the small files and the structure are
     checked all the same. Raises as `choose` does.
     """
 
-    def open_one(path: Path) -> Opened:
+    def open_one(path: Path) -> OpenedCheckpoint:
         if not verify:
             return inspect(path, needs_state=True)
         return open_checkpoint(path, needs_state=True, workers=workers)
@@ -90,13 +90,13 @@ def find_alone(config: RunConfig, *, verify: bool, workers: int = 1) -> Found | 
 
 
 def _first_whole(
-    config: RunConfig, order: list[Path], open_one: Callable[[Path], Opened]
-) -> Found | None:
+    config: RunConfig, order: list[Path], open_one: Callable[[Path], OpenedCheckpoint]
+) -> FoundCheckpoint | None:
     broken: list[DamagedCheckpointError] = []
     for path in order:
         start = time.perf_counter()
         try:
-            return Found(open_one(path), broken, start)
+            return FoundCheckpoint(open_one(path), broken, start)
         except DamagedCheckpointError as error:
             broken.append(error)
     if broken:
@@ -136,7 +136,7 @@ def _order(config: RunConfig) -> tuple[list[Path], list[Note]]:
     ] if wrong and order else []
 
 
-def open_together(path: Path, *, needs_state: bool, verify: bool) -> Opened:
+def open_together(path: Path, *, needs_state: bool, verify: bool) -> OpenedCheckpoint:
     """The checkpoint, its data hashed by all ranks, each a share. Collective."""
     opened = on_first_rank(lambda: inspect(path, needs_state=needs_state, verify=verify))
     if verify and opened.files is not None:
@@ -148,14 +148,14 @@ def open_together(path: Path, *, needs_state: bool, verify: bool) -> Opened:
     return opened
 
 
-def _chosen(config: RunConfig, opened: Opened, notes: list[Note]) -> Choice:
-    line = on_first_rank(lambda: Line.after(opened.facts))
+def _chosen(config: RunConfig, opened: OpenedCheckpoint, notes: list[Note]) -> StartingPoint:
+    line = on_first_rank(lambda: Lineage.after(opened.facts))
     notes = notes + _changes(opened.config, config, resumed=True)
-    return Choice(opened, None, line, (*notes, *_left(config, line)))
+    return StartingPoint(opened, None, line, (*notes, *_left(config, line)))
 
 
-def _from_scratch(config: RunConfig, notes: list[Note]) -> Choice:
-    line, weights = on_first_rank(Line.new), None
+def _from_scratch(config: RunConfig, notes: list[Note]) -> StartingPoint:
+    line, weights = on_first_rank(Lineage.new), None
     if config.checkpoint.initial_weights is not None:
         start = time.perf_counter()
         weights = open_weights_together(
@@ -163,10 +163,10 @@ def _from_scratch(config: RunConfig, notes: list[Note]) -> Choice:
         )
         notes = notes + _verified(weights, config, start)
         notes += _changes(weights.config, config, resumed=False)
-    return Choice(None, weights, line, (*notes, *_left(config, line)))
+    return StartingPoint(None, weights, line, (*notes, *_left(config, line)))
 
 
-def open_weights_together(path: Path, *, verify: bool) -> Opened:
+def open_weights_together(path: Path, *, verify: bool) -> OpenedCheckpoint:
     """The checkpoint at `path`, or the latest of the run whose output directory it is. Collective.
 
     Raises ConfigError where there is none, and DamagedCheckpointError.
@@ -196,13 +196,13 @@ def find_weights(path: Path) -> Path:
     return found
 
 
-def _left(config: RunConfig, line: Line) -> list[Note]:
+def _left(config: RunConfig, line: Lineage) -> list[Note]:
     left = on_first_rank(lambda: left_alone(config.output_directory, line))
     named = "; ".join(f"{name} ({reason})" for name, reason in left.items())
     return [("left_alone", {"checkpoints": named})] if left else []
 
 
-def _verified(opened: Opened, config: RunConfig, start: float) -> list[Note]:
+def _verified(opened: OpenedCheckpoint, config: RunConfig, start: float) -> list[Note]:
     checkpoint = {"checkpoint": opened.path.name}
     if opened.files is None:
         reason = "it is from before there were manifests, so its bits are not checked"

@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from equilibrium_mcore.checkpoint.lineage import Line
+from equilibrium_mcore.checkpoint.lineage import Lineage
 from equilibrium_mcore.files.whole import write_whole
 
 LATEST = "latest"
@@ -96,7 +96,7 @@ def _led_to(first: Path, present: list[Path]) -> list[Path]:
     earlier = [path for path in reversed(present) if step_of(path) < step]
     if not facts.get("run"):
         return earlier
-    line = Line.of(facts)
+    line = Lineage.of(facts)
     return [path for path in earlier if line.holds(peek_state(path)) or not peek_state(path)]
 
 
@@ -120,7 +120,7 @@ def peek_state(folder: Path) -> dict[str, Any]:
     """What `write_state` wrote; empty where it cannot be read."""
     try:
         facts = read_state(folder)
-        Line.of(facts)
+        Lineage.of(facts)
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return {}
     return facts if isinstance(facts, dict) else {}

@@ -25,7 +25,7 @@ WRITER_FILE = "writer.json"
 
 
 @dataclass(frozen=True)
-class Line:
+class Lineage:
     """The id of a run, and the runs that it continues, each up to a step; oldest first.
 
     The id of a checkpoint from before there were ids is None.
@@ -35,19 +35,19 @@ class Line:
     ancestors: tuple[tuple[str | None, int], ...] = ()
 
     @classmethod
-    def new(cls) -> Line:
+    def new(cls) -> Lineage:
         """The line of a run that starts from scratch."""
         return cls(secrets.token_hex(6))
 
     @classmethod
-    def of(cls, facts: dict[str, Any]) -> Line:
+    def of(cls, facts: dict[str, Any]) -> Lineage:
         """The line of the run that wrote a checkpoint, from its `state.json`."""
         run = facts.get("run") or {}
         before = [(entry["id"], entry["step"]) for entry in run.get("ancestors", [])]
         return cls(run.get("id"), tuple(before))
 
     @classmethod
-    def after(cls, facts: dict[str, Any]) -> Line:
+    def after(cls, facts: dict[str, Any]) -> Lineage:
         """The line of a new run that continues a checkpoint."""
         parent = cls.of(facts)
         return cls(secrets.token_hex(6), (*parent.ancestors, (parent.run, facts["step"])))
@@ -56,7 +56,7 @@ class Line:
         """Whether the checkpoint of this `state.json` is on the line."""
         if not isinstance(facts.get("step"), int):
             return False
-        run = Line.of(facts).run
+        run = Lineage.of(facts).run
         if run is not None and run == self.run:
             return True
         return any(run == owner and facts["step"] <= step for owner, step in self.ancestors)
@@ -72,13 +72,13 @@ class Line:
         return {"id": self.run, "ancestors": before, "saved_at": time.time()}
 
 
-def write_writer(folder: Path, line: Line) -> None:
+def write_writer(folder: Path, line: Lineage) -> None:
     """Note in a partial checkpoint who writes it."""
     owner = Owner.of_this_process(line.run or "")
     write_whole(folder / WRITER_FILE, json.dumps({"run": line.run, "owner": asdict(owner)}) + "\n")
 
 
-def writer_is_done(folder: Path, line: Line) -> bool:
+def writer_is_done(folder: Path, line: Lineage) -> bool:
     """Whether a partial checkpoint was left by the run's own line, or by a process that is dead.
 
     Where that cannot be known (another host, no note) it is not.

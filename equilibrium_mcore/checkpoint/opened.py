@@ -28,7 +28,7 @@ SMALL = {*structure.PLAIN, directory.STATE_FILE}  # hashed by one rank, before t
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedCheckpoint:
     """A checkpoint that was checked, and its plain facts."""
 
     path: Path
@@ -50,7 +50,7 @@ class Opened:
 
 def open_checkpoint(
     path: Path, *, needs_state: bool = False, verify: bool = True, workers: int = 1
-) -> Opened:
+) -> OpenedCheckpoint:
     """The checkpoint in the folder `path`, all its files verified by this process alone.
 
     Raises DamagedCheckpointError. `workers` threads hash.
@@ -66,7 +66,7 @@ def open_checkpoint(
     return opened
 
 
-def open_weights(path: Path) -> Opened:
+def open_weights(path: Path) -> OpenedCheckpoint:
     """The checkpoint folder at `path`, or the latest of the run whose output directory it is.
 
     Raises FileNotFoundError where there is none, and DamagedCheckpointError.
@@ -93,7 +93,7 @@ def with_way_out(error: DamagedCheckpointError) -> DamagedCheckpointError:
     return DamagedCheckpointError(error.checkpoint, error.damages, way_out=way_out)
 
 
-def inspect(path: Path, *, needs_state: bool, verify: bool = True) -> Opened:
+def inspect(path: Path, *, needs_state: bool, verify: bool = True) -> OpenedCheckpoint:
     """Everything that can be told without reading the data: names, sizes, facts, structure.
 
     With `verify`, hashes of the small files too. Raises DamagedCheckpointError.
@@ -110,7 +110,7 @@ def inspect(path: Path, *, needs_state: bool, verify: bool = True) -> Opened:
     _refuse(path, [*structure.wrong_format(path), *structure.cut_short(path, metadata, files)])
     if facts:
         _refuse(path, structure.contradictions(path, facts, metadata))
-    return Opened(path, facts, structure.read_config(path), files)
+    return OpenedCheckpoint(path, facts, structure.read_config(path), files)
 
 
 def _refuse(path: Path, damages: Iterable[Damage]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorShard:
     """A rank's part of a whole tensor."""
 
     name: str
@@ -20,13 +20,13 @@ class Piece:
     offset: tuple[int, ...]
     data: Tensor  # with as many axes as the whole
 
-    def copied(self) -> Piece:
+    def copied(self) -> TensorShard:
         """The same with data of its own, on the CPU."""
         return replace(self, data=self.data.clone().cpu())
 
 
 @dataclass
-class Whole:
+class FullTensor:
     """A tensor put together, and how far its replicas lie apart."""
 
     data: Tensor
@@ -43,26 +43,28 @@ def parts_of(placed: ShardedTensor | ShardedTensorFactory) -> Iterable[ShardedTe
         yield placed
 
 
-def piece_of(part: ShardedTensor) -> Piece:
+def piece_of(part: ShardedTensor) -> TensorShard:
     """The part with its place in the whole; its data is the part's own memory."""
     data = part.data.detach()
     for _ in range(part.prepend_axis_num):
         data = data.unsqueeze(0)
-    return Piece(part.key.lstrip("."), tuple(part.global_shape), tuple(part.global_offset), data)
+    return TensorShard(
+        part.key.lstrip("."), tuple(part.global_shape), tuple(part.global_offset), data
+    )
 
 
-def whole_piece(name: str, tensor: Tensor) -> Piece:
+def whole_shard(name: str, tensor: Tensor) -> TensorShard:
     """A copy of a tensor that this rank holds whole."""
     data = tensor.detach()
-    return Piece(name, tuple(data.shape), (0,) * data.dim(), data).copied()
+    return TensorShard(name, tuple(data.shape), (0,) * data.dim(), data).copied()
 
 
-def assemble(pieces: Iterable[Piece]) -> dict[str, Whole]:
+def assemble(pieces: Iterable[TensorShard]) -> dict[str, FullTensor]:
     """Whole tensors by name. Raises ValueError where a part of one is missing."""
-    wholes: dict[str, Whole] = {}
+    wholes: dict[str, FullTensor] = {}
     for piece in pieces:
         if piece.name not in wholes:
-            wholes[piece.name] = Whole(
+            wholes[piece.name] = FullTensor(
                 torch.zeros(piece.shape, dtype=piece.data.dtype),
                 torch.zeros(piece.shape, dtype=torch.int16),
             )

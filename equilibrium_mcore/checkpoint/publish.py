@@ -16,7 +16,7 @@ from equilibrium_mcore.checkpoint.directory import (
     list_checkpoints,
     peek_state,
 )
-from equilibrium_mcore.checkpoint.lineage import Line, write_writer, writer_is_done
+from equilibrium_mcore.checkpoint.lineage import Lineage, write_writer, writer_is_done
 from equilibrium_mcore.checkpoint.manifest import (
     MANIFEST_FILE,
     DamagedCheckpointError,
@@ -28,7 +28,7 @@ _PARTIAL = ".partial"
 _CONTENT = "content"
 
 
-def start_partial(final: Path, line: Line) -> Path:
+def start_partial(final: Path, line: Lineage) -> Path:
     """Make the folder into which a checkpoint is written. One rank."""
     partial = _partial(final, line)
     content = partial / _CONTENT
@@ -37,16 +37,16 @@ def start_partial(final: Path, line: Line) -> Path:
     return content
 
 
-def partial_content(final: Path, line: Line) -> Path:
+def partial_content(final: Path, line: Lineage) -> Path:
     """The folder that `start_partial` makes, for the other ranks."""
     return _partial(final, line) / _CONTENT
 
 
-def _partial(final: Path, line: Line) -> Path:
+def _partial(final: Path, line: Lineage) -> Path:
     return final.with_name(f"{final.name}.{line.run}{_PARTIAL}")
 
 
-def publish(final: Path, line: Line, *, keep_last: int) -> str | None:
+def publish(final: Path, line: Lineage, *, keep_last: int) -> str | None:
     """Give a written checkpoint its final name, point `latest` at it, drop the oldest. One rank.
 
     A folder that has the name already (of a branch that was left, or a user's) is renamed, never
@@ -73,7 +73,7 @@ def _free_name(final: Path) -> Path:
     return path
 
 
-def left_alone(run_directory: str | Path, line: Line) -> dict[str, str]:
+def left_alone(run_directory: str | Path, line: Lineage) -> dict[str, str]:
     """What lies among the checkpoints and is never removed, and why: by name."""
     folder = checkpoints_directory(run_directory)
     left = {
@@ -88,7 +88,7 @@ def left_alone(run_directory: str | Path, line: Line) -> dict[str, str]:
     return left
 
 
-def _why_left(path: Path, line: Line) -> str | None:
+def _why_left(path: Path, line: Lineage) -> str | None:
     """Why a checkpoint is not this run's to remove; None when it is."""
     if path.is_symlink():
         return "a symbolic link"
@@ -104,7 +104,7 @@ def _why_left(path: Path, line: Line) -> str | None:
     return f"holds {min(more)}, which the run did not write" if more else None
 
 
-def remove_partial(run_directory: str | Path, line: Line) -> list[str]:
+def remove_partial(run_directory: str | Path, line: Lineage) -> list[str]:
     """Remove what killed saves left: own ones, and those whose writer is dead. One rank.
 
     Returns the names that were removed.

@@ -24,9 +24,9 @@ from equilibrium_mcore.checkpoint import directory, publish, structure
 from equilibrium_mcore.checkpoint.choose import open_weights_together
 from equilibrium_mcore.checkpoint.compatibility import check_same_model
 from equilibrium_mcore.checkpoint.finite import check_finite
-from equilibrium_mcore.checkpoint.lineage import Line
+from equilibrium_mcore.checkpoint.lineage import Lineage
 from equilibrium_mcore.checkpoint.manifest import Files, describe_file, write_manifest
-from equilibrium_mcore.checkpoint.opened import Opened
+from equilibrium_mcore.checkpoint.opened import OpenedCheckpoint
 from equilibrium_mcore.checkpoint.optimizer_state import (
     load_optimizer_state,
     sharded_optimizer_state,
@@ -57,7 +57,7 @@ def save_checkpoint(
     optimizer: HybridOptimizer,
     groups: ProcessGroupCollection,
     progress: dict[str, Any],
-    line: Line | None = None,
+    line: Lineage | None = None,
 ) -> SavedCheckpoint:
     """Save the run after `progress["step"]` steps. Collective.
 
@@ -67,7 +67,7 @@ def save_checkpoint(
     finite.
     """
     final = directory.checkpoint_path(config.output_directory, progress["step"])
-    line = on_first_rank(lambda: line or Line.new())
+    line = on_first_rank(lambda: line or Lineage.new())
     with optimizer.evaluation_weights():
         sharded = _sharded_state(chunks, optimizer, groups, progress)
         check_finite(chunks, optimizer, step=progress["step"], kept=lambda: _kept(config))
@@ -89,12 +89,12 @@ def _kept(config: RunConfig) -> str:
     return "There is none before." if latest is None else f"{latest} stays the latest."
 
 
-def _start(config: RunConfig, final: Path, line: Line) -> None:
+def _start(config: RunConfig, final: Path, line: Lineage) -> None:
     publish.remove_partial(config.output_directory, line)
     publish.start_partial(final, line)
 
 
-def _seal(content: Path, config: RunConfig, progress: dict[str, Any], line: Line) -> Files:
+def _seal(content: Path, config: RunConfig, progress: dict[str, Any], line: Lineage) -> Files:
     """Hash what this rank wrote and bring it to the disk; rank 0 adds the files of all."""
     rank = torch.distributed.get_rank()
     names = [path.name for path in content.glob(f"__{rank}_*")]
@@ -107,7 +107,7 @@ def _seal(content: Path, config: RunConfig, progress: dict[str, Any], line: Line
     return {name: describe_file(content / name) for name in names}
 
 
-def _facts(config: RunConfig, progress: dict[str, Any], line: Line) -> dict[str, Any]:
+def _facts(config: RunConfig, progress: dict[str, Any], line: Lineage) -> dict[str, Any]:
     return {
         **progress,
         "run": line.facts(),
@@ -121,7 +121,7 @@ def _facts(config: RunConfig, progress: dict[str, Any], line: Line) -> dict[str,
     }
 
 
-def _publish(config: RunConfig, final: Path, line: Line, files: Files) -> SavedCheckpoint:
+def _publish(config: RunConfig, final: Path, line: Lineage, files: Files) -> SavedCheckpoint:
     content = publish.partial_content(final, line)
     if unclaimed := {path.name for path in content.glob("*.distcp")} - files.keys():
         raise OSError(f"{content}: no rank has written {', '.join(sorted(unclaimed))}")
@@ -132,7 +132,7 @@ def _publish(config: RunConfig, final: Path, line: Line, files: Files) -> SavedC
 
 
 def load_checkpoint(
-    opened: Opened,
+    opened: OpenedCheckpoint,
     *,
     config: RunConfig,
     chunks: list[torch.nn.Module],
@@ -167,7 +167,7 @@ def load_checkpoint(
 
 
 def load_weights(
-    weights: Opened | Path,
+    weights: OpenedCheckpoint | Path,
     *,
     config: RunConfig,
     chunks: list[torch.nn.Module],
@@ -181,7 +181,7 @@ def load_weights(
     `weights` is an opened checkpoint, or a run's output directory or checkpoint, which is opened
     and verified first. Collective. Raises ConfigError, and DamagedCheckpointError.
     """
-    if not isinstance(weights, Opened):
+    if not isinstance(weights, OpenedCheckpoint):
         weights = open_weights_together(weights, verify=config.checkpoint.verify)
     check_same_model(weights.config, config, checkpoint=str(weights.path))
     wanted = {name: _unwrap(chunk).sharded_state_dict() for name, chunk in _named_chunks(chunks)}

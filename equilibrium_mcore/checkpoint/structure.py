@@ -10,7 +10,7 @@ from typing import Any
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from equilibrium_mcore.checkpoint import directory
-from equilibrium_mcore.checkpoint.lineage import Line
+from equilibrium_mcore.checkpoint.lineage import Lineage
 from equilibrium_mcore.checkpoint.manifest import (
     MANIFEST_FILE,
     Damage,
@@ -39,7 +39,7 @@ def read_facts(path: Path, *, needed: bool) -> dict[str, Any]:
                 raise ValueError(f"{key}={facts[key]!r} is no whole number")
         if not isinstance(facts["layout"], dict):
             raise ValueError(f"layout={facts['layout']!r} is no layout")
-        Line.of(facts)
+        Lineage.of(facts)
     except FileNotFoundError:
         what = "is missing"
     except KeyError as error:

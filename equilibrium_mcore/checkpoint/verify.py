@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from equilibrium_mcore.checkpoint import directory
-from equilibrium_mcore.checkpoint.lineage import Line
+from equilibrium_mcore.checkpoint.lineage import Lineage
 from equilibrium_mcore.checkpoint.manifest import Damage, DamagedCheckpointError
-from equilibrium_mcore.checkpoint.opened import Opened, open_checkpoint
+from equilibrium_mcore.checkpoint.opened import OpenedCheckpoint, open_checkpoint
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Verdict:
     """What was found of one checkpoint."""
 
     path: Path
-    opened: Opened | None  # None where it is damaged
+    opened: OpenedCheckpoint | None  # None where it is damaged
     damages: list[Damage]
     seconds: float
     note: str  # latest, of the run's line, or of a branch that was left
@@ -67,7 +67,7 @@ def _note(checkpoint: Path, run_directory: Path) -> str:
     facts = directory.peek_state(latest) if latest else {}
     if not isinstance(facts.get("step"), int):
         return ""
-    return "" if Line.after(facts).holds(directory.peek_state(checkpoint)) else "another branch"
+    return "" if Lineage.after(facts).holds(directory.peek_state(checkpoint)) else "another branch"
 
 
 def as_text(verdicts: list[Verdict]) -> str:

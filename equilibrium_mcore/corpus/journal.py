@@ -24,7 +24,7 @@ DIFFERENCES_SHOWN = 4
 
 
 @dataclass(frozen=True)
-class Progress:
+class Savepoint:
     """A point after a whole range.
 
     Attributes:
@@ -61,7 +61,7 @@ class Journal:
         self.path = path
         self.facts = facts
 
-    def read(self) -> Progress | None:
+    def read(self) -> Savepoint | None:
         """Progress of a dead run, or None.
 
         Raises ValueError if there is one of a run that was made of something else.
@@ -90,7 +90,7 @@ class Journal:
             )
         return progress
 
-    def write(self, progress: Progress) -> None:
+    def write(self, progress: Savepoint) -> None:
         """Replace the journal; what it speaks of must be on disk."""
         content = {
             "format_version": FORMAT_VERSION,
@@ -106,9 +106,9 @@ class Journal:
             path.unlink(missing_ok=True)
 
 
-def _progress_from(content: dict[str, Any]) -> Progress:
+def _progress_from(content: dict[str, Any]) -> Savepoint:
     number, offset = content["position"]
-    return Progress(
+    return Savepoint(
         position=(number, offset),
         lines={int(number): lines for number, lines in content["lines"].items()},
         skipped_lines=content["skipped_lines"],

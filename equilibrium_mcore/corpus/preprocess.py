@@ -21,7 +21,7 @@ from equilibrium_mcore.corpus.finished import Request, find_finished, refusal
 from equilibrium_mcore.corpus.indexed_writer import IndexedWriter, complete_publication
 from equilibrium_mcore.corpus.journal import Journal, describe_run
 from equilibrium_mcore.corpus.preprocess_run import PreprocessRun, stop_signals
-from equilibrium_mcore.corpus.workers import Job, Workers
+from equilibrium_mcore.corpus.workers import EncodingTask, Workers
 from equilibrium_mcore.data.indexed_files import Manifest, dataset_paths
 from equilibrium_mcore.data.inputs import RANGE_BYTES, list_inputs, partition_windows
 from equilibrium_mcore.files.replace import refuse_sources
@@ -115,9 +115,9 @@ def preprocess(
         windows = partition_windows(items, partition=partition, partitions=partitions)
         run = PreprocessRun(items, windows, writers, journal, skip_bad_lines, journal_seconds)
         stack.push(run.leave)
-        run.take_up(restart)
+        run.resume(restart)
         with stop_signals() as told_to_stop:
-            job = Job(plan, tuple(json_keys), append_eod)
+            job = EncodingTask(plan, tuple(json_keys), append_eod)
             run.write_all(pool, job, range_bytes=range_bytes, told_to_stop=told_to_stop)
         run.publish(plan, request)
     return PreprocessSummary(

@@ -15,8 +15,8 @@ from pathlib import Path
 from equilibrium_mcore.corpus.encode import EncoderPlan
 from equilibrium_mcore.corpus.finished import Request
 from equilibrium_mcore.corpus.indexed_writer import IndexedWriter
-from equilibrium_mcore.corpus.journal import Journal, Progress
-from equilibrium_mcore.corpus.workers import Encoded, Job, Workers
+from equilibrium_mcore.corpus.journal import Journal, Savepoint
+from equilibrium_mcore.corpus.workers import Encoded, EncodingTask, Workers
 from equilibrium_mcore.data.indexed_files import Manifest
 from equilibrium_mcore.data.inputs import Input, Range, RangeCutter, Window
 
@@ -49,7 +49,7 @@ class PreprocessRun:
         self.lines: dict[int, int] = {}
         self.journaled = False
 
-    def take_up(self, restart: bool) -> None:
+    def resume(self, restart: bool) -> None:
         """Go on from what a stopped run left, or begin."""
         left = None if restart else self.journal.read()
         if left and all(self.writers[key].holds(state) for key, state in left.writers.items()):
@@ -64,7 +64,7 @@ class PreprocessRun:
         self._remove_spooled()
 
     def write_all(
-        self, pool: Workers, job: Job, *, range_bytes: int, told_to_stop: Callable[[], int]
+        self, pool: Workers, job: EncodingTask, *, range_bytes: int, told_to_stop: Callable[[], int]
     ) -> None:
         """Encode every range and write it in order; complain of bad lines at the end."""
         spool = partial(next, map(self._spool_path, count()))
@@ -170,7 +170,7 @@ class PreprocessRun:
             for writer in self.writers.values():
                 writer.sync()
         states = {key: writer.state for key, writer in self.writers.items()}
-        self.journal.write(Progress(self.position, self.lines, self.bad.count, states, whole))
+        self.journal.write(Savepoint(self.position, self.lines, self.bad.count, states, whole))
         self.journaled = True
 
     def _spool_path(self, number: int) -> Path:

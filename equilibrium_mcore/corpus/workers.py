@@ -29,7 +29,7 @@ BAD_LINES_KEPT = 20  # of a range
 
 
 @dataclass(frozen=True)
-class Job:
+class EncodingTask:
     """What is the same for all ranges of a run."""
 
     plan: EncoderPlan
@@ -54,7 +54,7 @@ class Encoded:
     bad_count: int = 0
 
 
-def encode_range(piece: Range, encoder: BatchEncoder, job: Job) -> Encoded:
+def encode_range(piece: Range, encoder: BatchEncoder, job: EncodingTask) -> Encoded:
     """Read the range, encode its documents, note its bad lines."""
     result = Encoded()
     documents: list[tuple[str, ...]] = []
@@ -116,7 +116,7 @@ class Workers:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def in_order(
-        self, ranges: Iterator[Range], job: Job, *, encode: Callable[[], bool]
+        self, ranges: Iterator[Range], job: EncodingTask, *, encode: Callable[[], bool]
     ) -> Iterator[tuple[Range, Encoded]]:
         """Yields (range, result) in order; `encode()` says whether new ranges need token ids.
 
@@ -135,7 +135,7 @@ class Workers:
         self,
         pool: ProcessPoolExecutor,
         ranges: Iterator[Range],
-        job: Job,
+        job: EncodingTask,
         encode: Callable[[], bool],
     ) -> Iterator[tuple[Range, Encoded]]:
         pending: deque = deque()
@@ -172,7 +172,7 @@ def _start_worker(parent: int) -> None:
     leave_with_parent(parent)
 
 
-def _encode_in_worker(piece: Range, job: Job) -> Encoded:
+def _encode_in_worker(piece: Range, job: EncodingTask) -> Encoded:
     if job.plan not in _opened:
         _opened[job.plan] = open_encoder(job.plan)
     return encode_range(piece, _opened[job.plan], job)

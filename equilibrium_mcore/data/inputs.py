@@ -36,7 +36,7 @@ class Input:
 
 
 @dataclass(frozen=True)
-class Span:
+class InputSlice:
     """Whole lines of one input: bytes [start, end) of `path`, or all of a compressed file.
 
     Attributes:
@@ -66,7 +66,7 @@ class Range:
         encode: off: only look for bad lines.
     """
 
-    spans: tuple[Span, ...]
+    spans: tuple[InputSlice, ...]
     after: Position
     disk_bytes: int
     spooled: Path | None = None
@@ -112,7 +112,7 @@ def _look_at(path: Path) -> Input:
     return Input(path, status.st_size, status.st_mtime_ns, found)
 
 
-def read_span(span: Span) -> bytes:
+def read_span(span: InputSlice) -> bytes:
     """The span's bytes, decompressed. Raises ValueError if the file has changed or is damaged."""
     if span.compression is not None:
         return b"".join(block for block, _ in decompressed_blocks(span.path, span.compression))
@@ -196,7 +196,7 @@ class RangeCutter:
         self.windows = windows
         self.range_bytes = range_bytes
         self.spool = spool
-        self._spans: list[Span] = []
+        self._spans: list[InputSlice] = []
         self._bytes = 0
 
     def ranges(self, start: Position = (0, 0)) -> Iterator[Range]:
@@ -214,12 +214,14 @@ class RangeCutter:
                 yield from self._flush((number, 0))
                 yield from self._stream(number, begin)
             elif begin == 0:  # a small one is done or not: there is no position within it
-                self._add(Span(number, item.path, item.path, 0, item.size, True, item.compression))
+                self._add(
+                    InputSlice(number, item.path, item.path, 0, item.size, True, item.compression)
+                )
             if self._bytes >= self.range_bytes:
                 yield from self._flush((number + 1, 0))
         yield from self._flush((len(self.inputs), 0))
 
-    def _add(self, span: Span) -> None:
+    def _add(self, span: InputSlice) -> None:
         self._spans.append(span)
         self._bytes += span.end - span.start
 
@@ -234,11 +236,11 @@ class RangeCutter:
             with path.open("rb") as stream:
                 while end - begin > self.range_bytes - self._bytes:
                     cut = min(line_start(stream, begin + self.range_bytes - self._bytes), end)
-                    self._add(Span(number, path, path, begin, cut, begin == 0))
+                    self._add(InputSlice(number, path, path, begin, cut, begin == 0))
                     yield from self._flush((number, cut))
                     begin = cut
         if begin < end:
-            self._add(Span(number, path, path, begin, end, begin == 0))
+            self._add(InputSlice(number, path, path, begin, end, begin == 0))
 
     def _stream(self, number: int, skip: int) -> Iterator[Range]:
         """A large compressed file, from byte `skip` of its content on."""
@@ -268,7 +270,7 @@ class RangeCutter:
         with path.open("wb") as stream:
             stream.writelines(pieces)
         size = sum(map(len, pieces))
-        span = Span(number, self.inputs[number].path, path, 0, size, after == size)
+        span = InputSlice(number, self.inputs[number].path, path, 0, size, after == size)
         return Range((span,), (number, after), read, spooled=path)
 
 

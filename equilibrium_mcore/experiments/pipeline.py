@@ -11,7 +11,7 @@ from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.problems import nearest, parse
 from equilibrium_mcore.config.section import Section, setting
 from equilibrium_mcore.config.yaml_io import read_mapping
-from equilibrium_mcore.experiments.pipeline_names import Names, Value, names_of
+from equilibrium_mcore.experiments.pipeline_names import References, Value, names_of
 from equilibrium_mcore.files.paths import expand_path
 
 _OWN = ("name", "folder")  # variables that every pipeline has
@@ -22,11 +22,11 @@ class StepConfig(Section):
 
     name: str = setting(doc="what other steps and --only call it")
     command: list[str] = setting(
-        doc="words: a tool, e.g. tools/train.py, or -m and a module, then its arguments",
+        doc="a tool, e.g. tools/train.py, or -m and a module, then its arguments",
         min_length=1,
     )
     inputs: list[str] = setting(
-        [], "files and folders that it reads, beside files that are words of the command"
+        [], "files and folders that it reads, beside files named by arguments of the command"
     )
     outputs: dict[str, str] = setting(
         {}, "files and folders that it writes, by the names that other steps use: ${step.name}"
@@ -40,7 +40,7 @@ class PipelineConfig(Section):
     description: str = setting("", "what it makes")
     folder: str = setting(doc="where its outputs and its state go")
     variables: dict[str, Value] = setting(
-        {}, "names and their defaults; a list becomes as many words of a command"
+        {}, "names and their defaults; a list becomes as many arguments of a command"
     )
     steps: list[StepConfig] = setting(doc="the steps", min_length=1)
 
@@ -127,15 +127,15 @@ def _bad_names(config: PipelineConfig) -> Iterator[str]:
         yield f"variables.{name}: every pipeline has it; choose another name"
 
 
-def _expanded(step: StepConfig, names: Names) -> Step:
+def _expanded(step: StepConfig, names: References) -> Step:
     used: list[str] = []
-    command = [word for text in step.command for word in names.words(text, used)]
+    command = [word for text in step.command for word in names.arguments(text, used)]
     if command[0] != "-m" and not command[0].endswith(".py"):
         raise ConfigError(
             f"command begins with {command[0]!r}: it must be a tool, e.g. tools/train.py, or -m "
             "and a module"
         )
-    inputs = [Path(expand_path(w)) for text in step.inputs for w in names.words(text, used)]
+    inputs = [Path(expand_path(w)) for text in step.inputs for w in names.arguments(text, used)]
     outputs = {key: expand_path(names.text(place)) for key, place in step.outputs.items()}
     needs = [name for name in dict.fromkeys(used) if name != step.name]
     return Step(step.name, command, inputs, outputs, needs)

@@ -16,25 +16,25 @@ Value = str | int | float | bool | list[str]
 
 
 @dataclass
-class Names:
+class References:
     """What `${...}` may say: variables, and outputs of steps. `used` collects named steps."""
 
     variables: dict[str, Any] = field(default_factory=dict)
     outputs: dict[str, str] = field(default_factory=dict)
 
-    def words(self, text: str, used: list[str] | None = None) -> list[str]:
-        """`text` with references replaced; several words where it is a variable that is a list."""
+    def arguments(self, text: str, used: list[str] | None = None) -> list[str]:
+        """`text` with references replaced; several where a variable is a list."""
         whole = _REFERENCE.fullmatch(text)
         if whole and isinstance(self.variables.get(whole[1]), list):
             return [str(item) for item in self.variables[whole[1]]]
         return [_REFERENCE.sub(lambda found: self._value(found[1], text, used), text)]
 
     def text(self, text: str, used: list[str] | None = None) -> str:
-        """The one word that `text` becomes."""
-        words = self.words(text, used)
-        if len(words) != 1:
-            raise ConfigError(f"{text}: a list stands where one word is needed")
-        return words[0]
+        """The one argument that `text` becomes."""
+        arguments = self.arguments(text, used)
+        if len(arguments) != 1:
+            raise ConfigError(f"{text}: a list stands where one argument is needed")
+        return arguments[0]
 
     def _value(self, name: str, text: str, used: list[str] | None) -> str:
         if name in self.outputs:
@@ -53,7 +53,9 @@ class Names:
         return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def names_of(own: Mapping[str, Value], outputs: Mapping[str, str], changes: Sequence[str]) -> Names:
+def names_of(
+    own: Mapping[str, Value], outputs: Mapping[str, str], changes: Sequence[str]
+) -> References:
     """Variables with their `variable=value` changes, each of which may use those before it.
 
     `outputs` are places by `step.output`, which may use variables. Raises ConfigError.
@@ -68,10 +70,10 @@ def names_of(own: Mapping[str, Value], outputs: Mapping[str, str], changes: Sequ
                 f"{', '.join(known)}"
             )
         values[key] = _of_kind(values[key], parse_yaml(text, source=f"the value of {key}"), key)
-    names = Names()
+    names = References()
     for key, value in values.items():
         if isinstance(value, list):
-            names.variables[key] = [word for item in value for word in names.words(item)]
+            names.variables[key] = [word for item in value for word in names.arguments(item)]
         else:
             names.variables[key] = names.text(value) if isinstance(value, str) else value
     names.outputs = {key: names.text(place) for key, place in outputs.items()}

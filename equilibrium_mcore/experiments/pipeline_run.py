@@ -22,7 +22,7 @@ STOPPED = 128 + signal.SIGTERM  # exit status after a signal
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class StepSelection:
     """Which steps: all, `only` one, or those `start` and after. `again`: though unchanged.
 
     `keep` leaves outputs of changed steps in their place, so that a run is continued there.
@@ -37,7 +37,7 @@ class Choice:
 
 def run_pipeline(
     pipeline: Pipeline,
-    choice: Choice,
+    choice: StepSelection,
     *,
     command_line: str = "",
     say: Callable[[str], None] = lambda text: print(text, flush=True),
@@ -67,7 +67,7 @@ def run_pipeline(
     return 0
 
 
-def chosen(pipeline: Pipeline, choice: Choice) -> list[Step]:
+def chosen(pipeline: Pipeline, choice: StepSelection) -> list[Step]:
     """The steps that are asked for, in order."""
     if choice.only is not None:
         return [pipeline.step(choice.only)]
@@ -93,7 +93,7 @@ def unfinished_run(folder: Path) -> str | None:
 
 
 def _do(
-    pipeline: Pipeline, step: Step, state: State, choice: Choice, say: Callable[[str], None]
+    pipeline: Pipeline, step: Step, state: State, choice: StepSelection, say: Callable[[str], None]
 ) -> int:
     record = record_of(step)
     reason = state.reason(step, record) or ("asked for again" if choice.again else None)
@@ -179,7 +179,7 @@ def _outputs_of(pipeline: Pipeline, names: list[str]) -> set[Path]:
 
 
 def _plan(
-    pipeline: Pipeline, steps: list[Step], choice: Choice, say: Callable[[str], None]
+    pipeline: Pipeline, steps: list[Step], choice: StepSelection, say: Callable[[str], None]
 ) -> None:
     """Say what would run, and why; nothing is written."""
     state, running = State.read(pipeline), set()

@@ -80,10 +80,12 @@ def record_of(step: Step) -> dict[str, Any]:
 
 
 def read_by(step: Step) -> list[Path]:
-    """The declared inputs, and files that are words of the command, also after a `=`."""
+    """The declared inputs, and files named by arguments of the command, also after a `=`."""
     own = set(step.outputs.values())
-    words = [part for word in step.command[1:] for part in (word, word.partition("=")[2]) if part]
-    named = [Path(word) for word in words if len(word) < 4096 and _is_file(Path(word))]
+    arguments = [
+        part for word in step.command[1:] for part in (word, word.partition("=")[2]) if part
+    ]
+    named = [Path(word) for word in arguments if len(word) < 4096 and _is_file(Path(word))]
     return [path for path in dict.fromkeys([*step.inputs, *named]) if path not in own]
 
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from equilibrium_mcore.checkpoint.choose import Found, find_alone
+from equilibrium_mcore.checkpoint.choose import FoundCheckpoint, find_alone
 from equilibrium_mcore.checkpoint.compatibility import check_resumable
 from equilibrium_mcore.checkpoint.directory import CONFIG_FILE, list_checkpoints, step_of
 from equilibrium_mcore.config.errors import ConfigError
@@ -16,7 +16,7 @@ from equilibrium_mcore.config.load import load_run
 from equilibrium_mcore.config.rule_kit import Host
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.experiments.start import add_command
-from equilibrium_mcore.parallel.launch import place_from_environment
+from equilibrium_mcore.parallel.launch import rank_info_from_environment
 from equilibrium_mcore.train import run_stage
 from equilibrium_mcore.training.run_folder import check_run_folder
 
@@ -45,7 +45,7 @@ def load_stored_run(
     return load_run(file, [*changes, *overrides], world_size=world_size, host=host)
 
 
-def find_to_resume(config: RunConfig, *, verify: bool) -> Found:
+def find_to_resume(config: RunConfig, *, verify: bool) -> FoundCheckpoint:
     """The newest whole checkpoint, which fits the config and has steps to go.
 
     With `verify` every byte is compared with its hash; without, the run itself does so when it
@@ -69,7 +69,7 @@ def find_to_resume(config: RunConfig, *, verify: bool) -> Found:
     return found
 
 
-def as_text(found: Found, config: RunConfig) -> str:
+def as_text(found: FoundCheckpoint, config: RunConfig) -> str:
     """What will be resumed, and what was passed over, in lines."""
     lines = []
     for error in found.damaged:
@@ -82,8 +82,8 @@ def as_text(found: Found, config: RunConfig) -> str:
 
 def resume(config: RunConfig, command: Sequence[str]) -> int:
     """Say what is resumed, note the command line in the folder, and train; the exit status."""
-    place = place_from_environment(os.environ)
-    if place is None or place.rank == 0:
+    rank_info = rank_info_from_environment(os.environ)
+    if rank_info is None or rank_info.rank == 0:
         check_run_folder(config)
         print(as_text(find_to_resume(config, verify=False), config), flush=True)
         add_command(config.output_directory, command)

@@ -22,7 +22,7 @@ from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.config.stages import DEFAULT_STAGE, STAGES
 from equilibrium_mcore.config.yaml_io import read_mapping
 from equilibrium_mcore.files.whole import write_whole
-from equilibrium_mcore.parallel.launch import place_from_environment
+from equilibrium_mcore.parallel.launch import rank_info_from_environment
 from equilibrium_mcore.train import run_stage
 from equilibrium_mcore.training.run_folder import check_run_folder
 
@@ -32,7 +32,7 @@ EXPERIMENT_FILE = "experiment.yaml"  # the run as it was checked; config.yaml is
 
 
 @dataclass(frozen=True, kw_only=True)
-class Names:
+class ExperimentNames:
     """What the command line names. Paths and names, not yet looked up; None: the template's."""
 
     stage: str
@@ -47,7 +47,7 @@ class Names:
 
 
 def load_named_run(
-    names: Names, overrides: Sequence[str] = (), *, host: Host | None = None
+    names: ExperimentNames, overrides: Sequence[str] = (), *, host: Host | None = None
 ) -> RunConfig:
     """The run of these names, all checked; `overrides` are words or settings, `key=value`.
 
@@ -86,8 +86,8 @@ def start(config: RunConfig, command: Sequence[str]) -> int:
 
     Nothing is written where another run works in the folder. Raises ConfigError.
     """
-    place = place_from_environment(os.environ)
-    if place is None or place.rank == 0:
+    rank_info = rank_info_from_environment(os.environ)
+    if rank_info is None or rank_info.rank == 0:
         check_run_folder(config)
         save_config(config, config.output_directory / EXPERIMENT_FILE)
         add_command(config.output_directory, command)
@@ -102,7 +102,7 @@ def add_command(folder: Path, command: Sequence[str]) -> None:
     write_whole(file, f"{before}# {now} UTC\n{shlex.join(command)}\n")
 
 
-def _words(names: Names) -> dict[str, object]:
+def _words(names: ExperimentNames) -> dict[str, object]:
     """The words of an experiment file that the names give a value."""
     words: dict[str, object] = {}
     if names.run_name is not None:
@@ -127,7 +127,7 @@ def _words(names: Names) -> dict[str, object]:
     return words
 
 
-def _phase(names: Names) -> str | None:
+def _phase(names: ExperimentNames) -> str | None:
     shelf = CONFIGS / "data" / STAGES[names.stage].data_folder
     phases = sorted(path.name for path in shelf.iterdir() if path.is_dir())
     if names.phase is None or names.phase in phases:

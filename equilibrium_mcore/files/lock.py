@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from equilibrium_mcore.files.lock_file import (
-    Found,
     LockHeldError,
     LockLostError,
+    LockState,
     look,
     refuse_if_held,
 )
@@ -136,7 +136,7 @@ class FileLock:
                 os.close(descriptor)
         return False
 
-    def _remove(self, found: Found) -> bool:
+    def _remove(self, found: LockState) -> bool:
         """Remove the file that was found, and no other; True if the name is free now.
 
         It is renamed to a name of its own first. If that turns out to be another file, of an owner

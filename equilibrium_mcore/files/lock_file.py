@@ -33,7 +33,7 @@ class LockLostError(Exception):
 
 
 @dataclass(frozen=True)
-class Found:
+class LockState:
     """A lock file as it was seen: its text, its time of change, and its age in seconds."""
 
     text: str
@@ -45,7 +45,7 @@ class Found:
         return Owner.from_text(self.text)
 
 
-def refuse_if_held(path: Path, found: Found, me: Owner) -> None:
+def refuse_if_held(path: Path, found: LockState, me: Owner) -> None:
     """Raises LockHeldError unless `me` may take over the lock that was found."""
     owner = found.owner
     known = owner is not None
@@ -59,7 +59,7 @@ def refuse_if_held(path: Path, found: Found, me: Owner) -> None:
     raise LockHeldError(path, owner, found.age_seconds)
 
 
-def look(path: Path) -> Found | None:
+def look(path: Path) -> LockState | None:
     """The lock file now; None if there is none."""
     try:
         descriptor = os.open(path, os.O_RDONLY)  # opening asks the server; a plain stat may not
@@ -70,7 +70,7 @@ def look(path: Path) -> Found | None:
         changed_ns = os.fstat(descriptor).st_mtime_ns
     finally:
         os.close(descriptor)
-    return Found(text, changed_ns, (_server_time_ns(path.parent) - changed_ns) / 1e9)
+    return LockState(text, changed_ns, (_server_time_ns(path.parent) - changed_ns) / 1e9)
 
 
 def _server_time_ns(folder: Path) -> int:

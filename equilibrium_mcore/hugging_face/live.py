@@ -14,7 +14,7 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from torch import Tensor
 
-from equilibrium_mcore.checkpoint.pieces import Piece, assemble, parts_of, piece_of
+from equilibrium_mcore.checkpoint.pieces import TensorShard, assemble, parts_of, piece_of
 from equilibrium_mcore.checkpoint.together import on_first_rank
 from equilibrium_mcore.hugging_face.source import TensorSource
 from equilibrium_mcore.parallel import accelerator
@@ -90,7 +90,7 @@ class LiveTensors:
         finally:
             _asked_for(STOP)
 
-    def _pieces(self, name: str) -> Iterator[Piece]:
+    def _pieces(self, name: str) -> Iterator[TensorShard]:
         """Every piece of the tensor, one after the other, on every rank. Collective."""
         for held in self._held[name]:
             if held.rank == torch.distributed.get_rank():
@@ -99,7 +99,7 @@ class LiveTensors:
                 data = torch.empty(held.size, dtype=held.dtype, device=accelerator.device())
             # As bytes: not every backend sends every dtype, and no bit may change.
             torch.distributed.broadcast(data.view(-1).view(torch.uint8), src=held.rank)
-            yield Piece(name, held.shape, held.offset, data.cpu())
+            yield TensorShard(name, held.shape, held.offset, data.cpu())
 
     def _own(self, name: str, offset: tuple[int, ...]) -> Tensor:
         found = (
@@ -142,13 +142,13 @@ def _placed(chunks: list[torch.nn.Module]) -> Iterator[ShardedTensor | ShardedTe
                 yield value
 
 
-def _main_pieces(placed: ShardedTensor | ShardedTensorFactory) -> Iterator[Piece]:
+def _main_pieces(placed: ShardedTensor | ShardedTensorFactory) -> Iterator[TensorShard]:
     """Those that a checkpoint takes from this rank; other ranks have the same of the others."""
     for part in parts_of(placed):
         if is_main_replica(part.replica_id):
             yield piece_of(part)
 
 
-def _held(piece: Piece) -> _Held:
+def _held(piece: TensorShard) -> _Held:
     size, dtype = tuple(piece.data.shape), piece.data.dtype
     return _Held(torch.distributed.get_rank(), piece.shape, piece.offset, size, dtype)

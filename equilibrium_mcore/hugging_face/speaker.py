@@ -34,7 +34,7 @@ class Sampling:
         return {**chosen, "max_new_tokens": self.max_new_tokens}
 
 
-class Said(NamedTuple):
+class Completion(NamedTuple):
     """An answer."""
 
     text: str
@@ -42,7 +42,7 @@ class Said(NamedTuple):
     seconds: float
 
 
-class Speaker:
+class TextGenerator:
     """A model with its tokenizer, on the GPU where there is one."""
 
     def __init__(self, folder: Path, sampling: Sampling, *, chat: bool, seed: int) -> None:
@@ -61,12 +61,12 @@ class Speaker:
         self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(seed)
 
-    def say(self, inputs: Any) -> Said:
+    def say(self, inputs: Any) -> Completion:
         """Print the continuation of `inputs` as it comes; Ctrl-C ends it, and what came counts."""
         import torch
         from transformers import TextStreamer
 
-        class Noted(TextStreamer):
+        class RecordingStreamer(TextStreamer):
             ids: list[int]
 
             def put(self, value: torch.Tensor) -> None:
@@ -75,7 +75,7 @@ class Speaker:
                 super().put(value)
 
         decoding = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        streamer = Noted(self.tokenizer, skip_prompt=True, **decoding)
+        streamer = RecordingStreamer(self.tokenizer, skip_prompt=True, **decoding)
         streamer.ids, start = [], time.monotonic()
         given = {
             name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")
@@ -87,7 +87,7 @@ class Speaker:
             streamer.end()
             print("(stopped)", file=sys.stderr, flush=True)
         text = self.tokenizer.decode(streamer.ids, **decoding)
-        return Said(text, len(streamer.ids), time.monotonic() - start)
+        return Completion(text, len(streamer.ids), time.monotonic() - start)
 
 
 def no_template(what: str, options: str) -> ValueError:

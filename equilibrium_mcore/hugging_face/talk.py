@@ -12,7 +12,7 @@ from equilibrium_mcore.checkpoint.directory import latest_checkpoint
 from equilibrium_mcore.config.chat import ConversationsConfig
 from equilibrium_mcore.files.temporary import temporary_folder
 from equilibrium_mcore.hugging_face.convert import export_hugging_face, read_run_config
-from equilibrium_mcore.hugging_face.speaker import Said, Sampling, Speaker, no_template
+from equilibrium_mcore.hugging_face.speaker import Completion, Sampling, TextGenerator, no_template
 
 EXIT = "/exit"
 ENDS = f"(Ctrl-C ends an answer; {EXIT} or Ctrl-D ends the talk)"
@@ -41,7 +41,7 @@ def talk(
         if signal.getsignal(number) is signal.SIG_DFL:  # so that what is temporary is removed
             signal.signal(number, lambda number, frame: sys.exit(128 + number))
     with _released(path, chat=chat) as folder:
-        speaker = Speaker(folder, sampling, chat=chat, seed=seed)
+        speaker = TextGenerator(folder, sampling, chat=chat, seed=seed)
     if prompt is None and sys.stdin.isatty():
         print(ENDS, file=sys.stderr)
     questions = _asked() if prompt is None else [prompt]
@@ -74,10 +74,10 @@ def _released(path: Path, *, chat: bool) -> Iterator[Path]:
         yield folder
 
 
-def _converse(speaker: Speaker, questions: Iterable[str], system: str | None) -> Said:
+def _converse(speaker: TextGenerator, questions: Iterable[str], system: str | None) -> Completion:
     from jinja2 import TemplateError
 
-    said = Said("", 0, 0.0)
+    said = Completion("", 0, 0.0)
     messages = [] if system is None else [{"role": "system", "content": system}]
     for question in questions:
         messages.append({"role": "user", "content": question})
@@ -92,8 +92,8 @@ def _converse(speaker: Speaker, questions: Iterable[str], system: str | None) ->
     return said
 
 
-def _continue(speaker: Speaker, questions: Iterable[str], prompt: str | None) -> Said:
-    said = Said("", 0, 0.0)
+def _continue(speaker: TextGenerator, questions: Iterable[str], prompt: str | None) -> Completion:
+    said = Completion("", 0, 0.0)
     bold = prompt is not None and sys.stdout.isatty()
     for question in questions:
         if prompt is not None:

@@ -164,7 +164,7 @@ class HybridOptimizer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if self.schedule_free is not None:
-            self.schedule_free.take_up(rate)
+            self.schedule_free.update_average(rate)
         self.write_training_weights()
         self.steps_done += 1
         return StepResult(gradient_norm=norm, skipped=False)

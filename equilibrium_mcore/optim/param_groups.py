@@ -17,7 +17,7 @@ from equilibrium_mcore.optim.treatment import Treatment, check_overrides_match, 
 
 
 @dataclass(frozen=True)
-class Row:
+class ParameterRow:
     """One parameter of the whole model; no treatment where it is frozen."""
 
     name: str
@@ -48,7 +48,7 @@ class Row:
         return {**facts, "parts": self.parts, **values}
 
 
-def parameter_rows(config: RunConfig) -> list[Row]:
+def parameter_rows(config: RunConfig) -> list[ParameterRow]:
     """Every parameter of the run's model, in the model's order.
 
     `accelerator.install()` must have run before this module is imported. Raises ConfigError where
@@ -58,7 +58,7 @@ def parameter_rows(config: RunConfig) -> list[Row]:
     optimizer = config.optimizer
     frozen = frozen_names(config.model, config.training.frozen)
     rows = [
-        Row(
+        ParameterRow(
             name,
             tuple(tensor.shape),
             None
@@ -74,9 +74,9 @@ def parameter_rows(config: RunConfig) -> list[Row]:
     return rows
 
 
-def as_text(rows: list[Row]) -> str:
+def as_text(rows: list[ParameterRow]) -> str:
     """One line for all layers' (and experts') parameters that are treated alike, then a summary."""
-    groups: dict[tuple, list[Row]] = defaultdict(list)
+    groups: dict[tuple, list[ParameterRow]] = defaultdict(list)
     for row in rows:
         name = re.sub(r"\.(layers|local_experts)\.\d+", r".\1.*", row.name)
         groups[name, row.shape, row.treatment].append(row)
@@ -98,11 +98,11 @@ def as_text(rows: list[Row]) -> str:
     return "\n".join([*lines, "", *_summary(rows)])
 
 
-def _updated_by(row: Row) -> str:
+def _updated_by(row: ParameterRow) -> str:
     return "frozen" if row.treatment is None else row.treatment.optimizer
 
 
-def _summary(rows: list[Row]) -> list[str]:
+def _summary(rows: list[ParameterRow]) -> list[str]:
     total = sum(prod(row.shape) for row in rows)
     lines = []
     for name in sorted({_updated_by(row) for row in rows}):

@@ -43,7 +43,7 @@ class ScheduleFree:
                     main.sub_(point, alpha=group["lr"] * group["outer_weight_decay"])
 
     @torch.no_grad()
-    def take_up(self, rate: float) -> None:
+    def update_average(self, rate: float) -> None:
         """Average the new z in, weighted by the square of `rate` (a factor on every peak)."""
         self.weight_sum += rate**2
         share = rate**2 / self.weight_sum

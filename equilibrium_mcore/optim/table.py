@@ -16,7 +16,7 @@ from equilibrium_mcore.optim.parts import Parts
 
 
 @dataclass(frozen=True)
-class Rule:
+class ParameterRule:
     """A row: parameters whose name ends like this are of this kind and split so."""
 
     pattern: str
@@ -70,42 +70,52 @@ def _gate_and_up(which: str) -> Callable[[ModelConfig], Parts | None]:
 
 
 RULES = (
-    Rule(r"embedding\.word_embeddings\.weight", "embedding", "a lookup table, not a linear map"),
-    Rule(r"output_layer\.weight", "output", "rows are tokens"),
-    Rule(r"\.(A_log|D|dt_bias)", "ssm", "one number per head"),
-    Rule(r"\.conv1d_(weight|bias)", "conv", "one short filter per channel"),
-    Rule(r"norm\.weight", "norm", "one number per channel"),
-    Rule(r"\.router\.weight", "router", "its rows compete; orthogonal rows would force balance"),
-    Rule(r"\.bias", "bias", "one number per channel"),
-    Rule(r"\.in_proj\.weight", "matrix", "z, x, B, C and dt are five maps", _mamba_in_proj),
-    Rule(r"\.linear_qkv\.weight", "matrix", "q, k and v are three maps", _query_key_value),
-    Rule(
+    ParameterRule(
+        r"embedding\.word_embeddings\.weight", "embedding", "a lookup table, not a linear map"
+    ),
+    ParameterRule(r"output_layer\.weight", "output", "rows are tokens"),
+    ParameterRule(r"\.(A_log|D|dt_bias)", "ssm", "one number per head"),
+    ParameterRule(r"\.conv1d_(weight|bias)", "conv", "one short filter per channel"),
+    ParameterRule(r"norm\.weight", "norm", "one number per channel"),
+    ParameterRule(
+        r"\.router\.weight", "router", "its rows compete; orthogonal rows would force balance"
+    ),
+    ParameterRule(r"\.bias", "bias", "one number per channel"),
+    ParameterRule(
+        r"\.in_proj\.weight", "matrix", "z, x, B, C and dt are five maps", _mamba_in_proj
+    ),
+    ParameterRule(r"\.linear_qkv\.weight", "matrix", "q, k and v are three maps", _query_key_value),
+    ParameterRule(
         r"\.linear_q_(up_)?proj\.weight",
         "matrix",
         "queries without and with position are two maps",
         _mla_query,
     ),
-    Rule(r"\.linear_kv_up_proj\.weight", "matrix", "k and v are two maps", _mla_key_value_up),
-    Rule(
+    ParameterRule(
+        r"\.linear_kv_up_proj\.weight", "matrix", "k and v are two maps", _mla_key_value_up
+    ),
+    ParameterRule(
         r"\.linear_kv_down_proj\.weight",
         "matrix",
         "the latent and the key's position part are two maps",
         _mla_key_value_down,
     ),
-    Rule(
+    ParameterRule(
         r"\.shared_experts\.linear_fc1\.weight",
         "matrix",
         "gate and up are two maps",
         _gate_and_up("shared"),
     ),
-    Rule(
+    ParameterRule(
         r"\.experts\.local_experts\.\d+\.linear_fc1\.weight",
         "matrix",
         "gate and up are two maps, each expert by itself",
         _gate_and_up("expert"),
     ),
-    Rule(r"\.linear_fc1\.weight", "matrix", "gate and up are two maps", _gate_and_up("mlp")),
-    Rule(
+    ParameterRule(
+        r"\.linear_fc1\.weight", "matrix", "gate and up are two maps", _gate_and_up("mlp")
+    ),
+    ParameterRule(
         r"\.(out_proj|linear_proj|linear_fc2|linear_q_down_proj)\.weight",
         "matrix",
         "one map",
@@ -113,7 +123,7 @@ RULES = (
 )
 
 
-def rule_for(name: str) -> Rule:
+def rule_for(name: str) -> ParameterRule:
     """The row for parameter `name`. Raises KeyError where the table has none."""
     for rule in RULES:
         if re.search(rule.pattern + "$", name):

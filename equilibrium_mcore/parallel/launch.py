@@ -15,16 +15,21 @@ from pathlib import Path
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.layout import resolve_world_size
 from equilibrium_mcore.config.schema import ParallelismConfig
-from equilibrium_mcore.parallel.rank_job import REFUSED, Place, RankError, place_from_environment
+from equilibrium_mcore.parallel.rank_job import (
+    REFUSED,
+    RankError,
+    RankInfo,
+    rank_info_from_environment,
+)
 from equilibrium_mcore.parallel.rank_server import RankServer
 from equilibrium_mcore.processes.stacks import print_stacks_on_signal
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
-__all__ = ["Place", "launch", "place_from_environment", "this_command"]
+__all__ = ["RankInfo", "launch", "rank_info_from_environment", "this_command"]
 
 
-def launch(layout: ParallelismConfig, run_rank: Callable[[Place], None]) -> int:
+def launch(layout: ParallelismConfig, run_rank: Callable[[RankInfo], None]) -> int:
     """Call `run_rank` in every rank; returns the exit status of this process.
 
     Under a launcher, and for a layout of one rank, this process is the rank. Else ranks are forked
@@ -32,14 +37,14 @@ def launch(layout: ParallelismConfig, run_rank: Callable[[Place], None]) -> int:
     a function of a module, or a functools.partial of one. A run may take as long as it wants; on
     SIGUSR2 it prints where its ranks are.
     """
-    place = place_from_environment(os.environ)
-    if place is not None:
+    rank_info = rank_info_from_environment(os.environ)
+    if rank_info is not None:
         print_stacks_on_signal()
-        return _run_launched(place, run_rank)
+        return _run_launched(rank_info, run_rank)
     world_size = resolve_world_size(layout)
     if world_size == 1:
         print_stacks_on_signal()
-        run_rank(Place.alone())
+        run_rank(RankInfo.alone())
         return 0
     from equilibrium_mcore.parallel import accelerator
 
@@ -59,17 +64,19 @@ def launch(layout: ParallelismConfig, run_rank: Callable[[Place], None]) -> int:
 
 def this_command() -> str:
     """What this process was started with, as a launcher takes it."""
-    program, *words = sys.argv
+    program, *arguments = sys.argv
     path = Path(program)
     named = ["-m", f"{path.parent.name}.{path.stem}"] if path.parent == PACKAGE else [program]
-    return shlex.join([*named, *words])
+    return shlex.join([*named, *arguments])
 
 
-def _run_launched(place: Place, run_rank: Callable[[Place], None]) -> int:
+def _run_launched(rank_info: RankInfo, run_rank: Callable[[RankInfo], None]) -> int:
     try:
-        run_rank(place)
+        run_rank(rank_info)
     except Exception:
-        print(f"rank {place.rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        print(
+            f"rank {rank_info.rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True
+        )
         # Leaving groups in order would wait for the other ranks, which wait for this one.
         os._exit(1)
     return 0

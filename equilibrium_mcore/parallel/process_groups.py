@@ -15,20 +15,20 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from equilibrium_mcore.config.schema import ParallelismConfig
 from equilibrium_mcore.parallel import accelerator
-from equilibrium_mcore.parallel.rank_job import Place
+from equilibrium_mcore.parallel.rank_job import RankInfo
 
 # Within a node: tensor, then context, then expert; pipeline stages lie furthest apart.
 RANK_ORDER = "tp-cp-ep-dp-pp"
 
 
-def join(place: Place, layout: ParallelismConfig, *, seed: int) -> ProcessGroupCollection:
+def join(rank_info: RankInfo, layout: ParallelismConfig, *, seed: int) -> ProcessGroupCollection:
     """Take this rank's place: the default group, the groups of `layout`, and seeds. Collective."""
     initialize_distributed(
-        rank=place.rank,
-        world_size=place.world_size,
-        local_rank=place.local_rank,
+        rank=rank_info.rank,
+        world_size=rank_info.world_size,
+        local_rank=rank_info.local_rank,
         timeout_minutes=layout.timeout_minutes,
-        init_method=place.init_method,
+        init_method=rank_info.init_method,
     )
     groups = initialize_groups(layout)
     seed_everything(seed)

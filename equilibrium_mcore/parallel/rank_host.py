@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from equilibrium_mcore.parallel.rank_job import Job, Outcome
+from equilibrium_mcore.parallel.rank_job import Job, JobOutcome
 from equilibrium_mcore.parallel.rank_process import ASKERS_SIGNALS, play
 from equilibrium_mcore.parallel.rank_report import failures, stacks
 from equilibrium_mcore.processes.stacks import STACKS_SIGNAL
@@ -84,7 +84,7 @@ class _Host:
             if isinstance(message, Job):  # not a signal that came after its job had ended
                 return message
 
-    def run(self, job: Job) -> Outcome:
+    def run(self, job: Job) -> JobOutcome:
         """Fork the ranks of a job and see them through. Raises AskerGoneError; none is left."""
         job.folder.mkdir()
         try:
@@ -93,7 +93,7 @@ class _Host:
         except AskerGoneError:
             raise
         except Exception:
-            return Outcome(failure=f"the ranks were not started:\n{traceback.format_exc()}")
+            return JobOutcome(failure=f"the ranks were not started:\n{traceback.format_exc()}")
         finally:
             shutil.rmtree(job.folder, ignore_errors=True)
 
@@ -148,7 +148,7 @@ class _Ranks:
         sys.stdout.flush()
         sys.stderr.flush()
 
-    def outcome(self) -> Outcome:
+    def outcome(self) -> JobOutcome:
         """Fork, wait, kill what is left. Raises AskerGoneError."""
         try:
             for rank in range(self._job.world_size):
@@ -159,10 +159,10 @@ class _Ranks:
         finally:
             self._end()
         if hang:
-            return Outcome(failure=hang)
+            return JobOutcome(failure=hang)
         if self._failed:
             return failures(self._job, self._failed)
-        return Outcome(results=tuple(_result(self._job, r) for r in range(self._job.world_size)))
+        return JobOutcome(results=tuple(_result(self._job, r) for r in range(self._job.world_size)))
 
     def _wait(self) -> str | None:
         """Until all have ended, or GRACE_SECONDS after the first failure; what hung, if one did."""

@@ -13,7 +13,7 @@ from equilibrium_mcore.config.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """Where this process stands among the ranks."""
 
     rank: int
@@ -22,15 +22,15 @@ class Place:
     init_method: str  # how torch.distributed finds the others; "" for a rank that is alone
 
     @classmethod
-    def alone(cls) -> Place:
-        """The place of a process that is the only rank: it meets nobody, and leaves no file."""
+    def alone(cls) -> RankInfo:
+        """For a process that is the only rank: it meets nobody, and leaves no file."""
         return cls(rank=0, world_size=1, local_rank=0, init_method="")
 
 
-def place_from_environment(environment: Mapping[str, str]) -> Place | None:
-    """This process's place when torchrun or srun started it; None when it was started plainly."""
+def rank_info_from_environment(environment: Mapping[str, str]) -> RankInfo | None:
+    """Of this process, when torchrun or srun started it; None when it was started plainly."""
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        return Place(
+        return RankInfo(
             rank=int(environment["RANK"]),
             world_size=int(environment["WORLD_SIZE"]),
             local_rank=int(environment.get("LOCAL_RANK", 0)),
@@ -44,7 +44,7 @@ def place_from_environment(environment: Mapping[str, str]) -> Place | None:
                     "cannot find each other: export it in the batch script, as "
                     "slurm/pretrain_3b.sh does"
                 )
-        return Place(
+        return RankInfo(
             rank=int(environment["SLURM_PROCID"]),
             world_size=int(environment["SLURM_STEP_NUM_TASKS"]),
             local_rank=int(environment.get("SLURM_LOCALID", 0)),
@@ -72,7 +72,7 @@ class Job:
     """Work for `world_size` ranks.
 
     Attributes:
-        work: the pickled function and what it takes after its Place.
+        work: the pickled function and what it takes after its RankInfo.
         modules: what it needs; imported once, before ranks are forked.
         folder: for the rendezvous, results, tracebacks and stacks of the ranks.
         threads: of each rank.
@@ -85,8 +85,8 @@ class Job:
     threads: int
     limit: TimeLimit | None = None
 
-    def place(self, rank: int) -> Place:
-        return Place(rank, self.world_size, rank, f"file://{self.folder / 'rendezvous'}")
+    def rank_info(self, rank: int) -> RankInfo:
+        return RankInfo(rank, self.world_size, rank, f"file://{self.folder / 'rendezvous'}")
 
     def file(self, rank: int, kind: str) -> Path:
         """A rank's `result`, `traceback` or `stack`."""
@@ -94,7 +94,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class JobOutcome:
     """How a job ended: the pickled result of every rank, or what went wrong."""
 
     results: tuple[bytes, ...] = ()

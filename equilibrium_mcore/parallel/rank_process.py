@@ -50,4 +50,4 @@ def _work(job: Job, rank: int) -> bytes:
     torch.set_num_threads(job.threads)
     work, arguments = pickle.loads(job.work)
     # Plain pickling copies tensors; sharing their memory would end with this process.
-    return pickle.dumps(work(job.place(rank), *arguments))
+    return pickle.dumps(work(job.rank_info(rank), *arguments))

@@ -8,14 +8,14 @@ import signal
 import time
 from collections.abc import Iterable, Mapping
 
-from equilibrium_mcore.parallel.rank_job import REFUSED, Job, Outcome
+from equilibrium_mcore.parallel.rank_job import REFUSED, Job, JobOutcome
 from equilibrium_mcore.processes.stacks import STACKS_SIGNAL
 
 ANSWER_SECONDS = 5.0
 SETTLED_SECONDS = 0.2
 
 
-def failures(job: Job, failed: Iterable[tuple[int, int]]) -> Outcome:
+def failures(job: Job, failed: Iterable[tuple[int, int]]) -> JobOutcome:
     """Failures, earliest first: a rank's own error comes before the broken connections.
 
     `failed` holds (rank, exit code). The first has its traceback, the others a line each; a setting
@@ -34,11 +34,11 @@ def failures(job: Job, failed: Iterable[tuple[int, int]]) -> Outcome:
     stories.sort()
     (_, first, text), *others = stories
     if dict(failed)[first] == REFUSED:
-        return Outcome(failure=text, refused=True)
+        return JobOutcome(failure=text, refused=True)
     lines = [f"rank {first} failed first:", text]
     lines += [f"rank {rank} then failed: {said.splitlines()[-1][:200]}" for _, rank, said in others]
     lines.append(f"the other ranks were stopped ({len(stories)} failed)")
-    return Outcome(failure="\n".join(lines))
+    return JobOutcome(failure="\n".join(lines))
 
 
 def stacks(job: Job, running: Mapping[int, int]) -> str:

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from equilibrium_mcore.parallel.rank_host import serve
-from equilibrium_mcore.parallel.rank_job import Job, Outcome, RankError, TimeLimit, pack
+from equilibrium_mcore.parallel.rank_job import Job, JobOutcome, RankError, TimeLimit, pack
 from equilibrium_mcore.processes.stacks import STACKS_SIGNAL
 from equilibrium_mcore.processes.threads import fork_is_safe, threads_per_rank
 
@@ -80,7 +80,7 @@ class RankServer:
         limit: TimeLimit | None = None,
         forward_signals: bool = False,
     ) -> list[Any]:
-        """Call `work(place, *arguments)` in every rank; what it returned, by rank.
+        """Call `work(rank_info, *arguments)` in every rank; what it returned, by rank.
 
         The first rank that fails ends the others within a second. With `forward_signals` this
         process hands the signals that ask to save and stop to its ranks; else they end it, and
@@ -107,7 +107,7 @@ class RankServer:
         try:
             self._connection.send(job)
             with self._forwarding() if forward_signals else contextlib.nullcontext():
-                outcome: Outcome = self._connection.recv()
+                outcome: JobOutcome = self._connection.recv()
         except (EOFError, ConnectionError):
             self.close()
             raise RankError(

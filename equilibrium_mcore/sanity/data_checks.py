@@ -15,7 +15,7 @@ from equilibrium_mcore.data.blend import Datasets
 from equilibrium_mcore.data.chat.dataset import ConversationDataset
 from equilibrium_mcore.data.chat.examples import Examples
 from equilibrium_mcore.data.ledger.dataset import LedgerDataset
-from equilibrium_mcore.data.ledger.source import SourceDocuments, Span
+from equilibrium_mcore.data.ledger.source import DocumentSlice, SourceDocuments
 from equilibrium_mcore.data.tokenizer import Tokenizer
 from equilibrium_mcore.sanity.verdict import Check, judged, skipped
 from equilibrium_mcore.sanity.workbench import Observed
@@ -253,7 +253,7 @@ def check_validation_split(datasets: Datasets) -> Check:
     )
 
 
-def _marked_ends(part: Part, eod: int | None) -> float:
+def _marked_ends(part: SplitDocuments, eod: int | None) -> float:
     """Share of some documents that end with the end-of-document token; 1 where there is none."""
     numbers = part.numbers[:: -(-len(part.numbers) // STATISTICS_SAMPLES) or 1]
     ends = [document[-1] for document in map(part.read, numbers) if len(document)]
@@ -268,7 +268,7 @@ def _ends_text(figures: dict[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class Part:
+class SplitDocuments:
     """One source's documents in one split: numbers in the file, which follow each other."""
 
     path: str
@@ -277,13 +277,13 @@ class Part:
     ended: bool = True  # whether each should end with the tokenizer's end of document
 
 
-def _hashes(part: Part) -> list[bytes]:
+def _hashes(part: SplitDocuments) -> list[bytes]:
     """A hash of each document of one source's split, of at most DOCUMENTS_COMPARED of them."""
     numbers = part.numbers[:: -(-len(part.numbers) // DOCUMENTS_COMPARED) or 1]
     return [hashlib.md5(part.read(n).tobytes()).digest() for n in numbers]
 
 
-def parts(dataset: Any) -> list[Part]:
+def parts(dataset: Any) -> list[SplitDocuments]:
     """The sources of a split, whoever orders its documents."""
     if isinstance(dataset, LedgerDataset):
         return [_ledger_part(source) for source in dataset.sources]
@@ -293,17 +293,17 @@ def parts(dataset: Any) -> list[Part]:
     return [_megatron_part(part) for part in getattr(megatron, "datasets", [megatron])]
 
 
-def _ledger_part(source: SourceDocuments) -> Part:
-    return Part(
+def _ledger_part(source: SourceDocuments) -> SplitDocuments:
+    return SplitDocuments(
         path=str(source.prefix),
         numbers=range(source.begin, source.end),
-        read=lambda n: source.read(Span(n, 0, source.length(n))),
+        read=lambda n: source.read(DocumentSlice(n, 0, source.length(n))),
     )
 
 
-def _conversations_part(examples: Examples) -> Part:
+def _conversations_part(examples: Examples) -> SplitDocuments:
     ends = np.cumsum(examples.lengths)
-    return Part(
+    return SplitDocuments(
         path=f"conversations {examples.fingerprint}",
         numbers=range(len(examples)),
         read=lambda n: np.array(examples.ids[ends[n] - examples.lengths[n] : ends[n]]),
@@ -311,8 +311,8 @@ def _conversations_part(examples: Examples) -> Part:
     )
 
 
-def _megatron_part(part: Any) -> Part:
-    return Part(
+def _megatron_part(part: Any) -> SplitDocuments:
+    return SplitDocuments(
         path=part.dataset_path,
         numbers=range(int(part.indices[0]), int(part.indices[-1]) + 1),
         read=lambda n: part.dataset[n],

@@ -26,7 +26,7 @@ from equilibrium_mcore.data.blend import Datasets
 from equilibrium_mcore.models.parameters import count_parameters
 from equilibrium_mcore.optim.parameters import layout_free_names
 from equilibrium_mcore.parallel import accelerator, process_groups
-from equilibrium_mcore.parallel.launch import Place
+from equilibrium_mcore.parallel.launch import RankInfo
 from equilibrium_mcore.training.setup import Run, setup
 from equilibrium_mcore.training.step import train_step
 
@@ -129,7 +129,7 @@ def _fitting(values: dict[str, Any]) -> dict[str, Any]:
 def opened(config: RunConfig, *, datasets: Datasets | None) -> Iterator[Run]:
     """The run, set up on this process alone; its process groups are left at the end."""
     try:
-        run = setup(config, Place.alone(), datasets=datasets)
+        run = setup(config, RankInfo.alone(), datasets=datasets)
         yield run
         run.stream.close()
     finally:

@@ -25,7 +25,7 @@ Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ObjectiveOutput:
     """What an objective makes of a micro-batch on one rank.
 
     `total` is this rank's part of the sum, a scalar. `figures` are (sum, count) by name, scalars,
@@ -47,7 +47,7 @@ class Objective(Protocol):
         May add tensors [B, S] to `batch`; those named in `inputs` are cut with the others.
         """
 
-    def __call__(self, losses: Tensor, batch: Batch, *, cp_group: Any) -> Outcome:
+    def __call__(self, losses: Tensor, batch: Batch, *, cp_group: Any) -> ObjectiveOutput:
         """The sum over this rank's part of the micro-batch.
 
         losses: (B, S / CP) or, packed, (1, B * S / CP), -log p of each label in nats. What is not
@@ -77,7 +77,7 @@ class WeightedTokens:
             batch["weight"] = weight
         return divisor
 
-    def __call__(self, losses: Tensor, batch: Batch, *, cp_group: Any) -> Outcome:
+    def __call__(self, losses: Tensor, batch: Batch, *, cp_group: Any) -> ObjectiveOutput:
         """See Objective."""
         wide = torch.promote_types(losses.dtype, torch.float32)
         losses = losses.reshape(-1).to(wide)
@@ -85,7 +85,7 @@ class WeightedTokens:
         total = counted = (losses * mask).sum()
         if self.inputs:
             total = (losses * batch["weight"].reshape(-1).to(wide)).sum()
-        return Outcome(total, {"loss": (counted.detach(), mask.sum())})
+        return ObjectiveOutput(total, {"loss": (counted.detach(), mask.sum())})
 
 
 class _SumOverContext(torch.autograd.Function):

@@ -16,7 +16,7 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
-from equilibrium_mcore.checkpoint.choose import Choice, choose
+from equilibrium_mcore.checkpoint.choose import StartingPoint, choose
 from equilibrium_mcore.checkpoint.compatibility import check_resumable
 from equilibrium_mcore.checkpoint.sharded import load_checkpoint, load_weights
 from equilibrium_mcore.config import rules
@@ -36,7 +36,7 @@ from equilibrium_mcore.optim.frozen import freeze, frozen_names
 from equilibrium_mcore.optim.optimizer import HybridOptimizer
 from equilibrium_mcore.parallel import accelerator, process_groups
 from equilibrium_mcore.parallel.host import describe_host
-from equilibrium_mcore.parallel.launch import Place
+from equilibrium_mcore.parallel.launch import RankInfo
 from equilibrium_mcore.training.objective import Objective, build_objective
 from equilibrium_mcore.training.run_data import build_run_datasets, with_steps
 
@@ -67,7 +67,9 @@ class Run:
     datasets: Datasets
     data_parallel_size: int
     micro_batches: int
-    choice: Choice = field(default_factory=Choice)  # what it starts from, and its line
+    choice: StartingPoint = field(
+        default_factory=StartingPoint
+    )  # what it starts from, and its line
     progress: Progress = field(default_factory=Progress)
     resumed_from: Path | None = None
     stream: TrainStream | None = None  # made once the run knows where it stands
@@ -117,19 +119,19 @@ class Run:
         )
 
 
-def setup(config: RunConfig, place: Place, *, datasets: Datasets | None = None) -> Run:
+def setup(config: RunConfig, rank_info: RankInfo, *, datasets: Datasets | None = None) -> Run:
     """Groups, data, model, optimizer, and the checkpoint to go on from. Collective.
 
     `datasets` stand in for those that `config.data` describes, e.g. made-up tokens in a benchmark.
 
     Raises ConfigError before anything is built when this host cannot do what the config asks for.
     """
-    problems = rules.check(config, world_size=place.world_size, host=describe_host())
+    problems = rules.check(config, world_size=rank_info.world_size, host=describe_host())
     if problems:
         raise ConfigError(problems, source=f"run {config.name}")
-    say = partial(print, flush=True) if place.rank == 0 else lambda text: None
+    say = partial(print, flush=True) if rank_info.rank == 0 else lambda text: None
     config = with_steps(config, say=say)
-    groups = process_groups.join(place, config.parallelism, seed=config.training.seed)
+    groups = process_groups.join(rank_info, config.parallelism, seed=config.training.seed)
     choice = choose(config)
     if choice.checkpoint is not None:  # before data of another run is read
         saved = choice.checkpoint
@@ -147,8 +149,8 @@ def setup(config: RunConfig, place: Place, *, datasets: Datasets | None = None) 
         optimizer=optimizer,
         objective=build_objective(config.objective),
         datasets=datasets,
-        data_parallel_size=data_parallel_size(config, place.world_size),
-        micro_batches=micro_batches_per_step(config, place.world_size),
+        data_parallel_size=data_parallel_size(config, rank_info.world_size),
+        micro_batches=micro_batches_per_step(config, rank_info.world_size),
         choice=choice,
     )
     resume(run)

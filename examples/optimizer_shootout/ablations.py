@@ -32,7 +32,7 @@ from equilibrium_mcore.optim.muon import Muon  # noqa: E402
 from equilibrium_mcore.optim.newton_schulz import orthogonalise  # noqa: E402
 from equilibrium_mcore.optim.parts import split_rows  # noqa: E402
 from equilibrium_mcore.parallel import process_groups  # noqa: E402
-from equilibrium_mcore.parallel.launch import Place  # noqa: E402
+from equilibrium_mcore.parallel.launch import RankInfo  # noqa: E402
 from equilibrium_mcore.training.setup import setup  # noqa: E402
 from equilibrium_mcore.training.step import train_step, validation_loss  # noqa: E402
 
@@ -116,7 +116,7 @@ def final_loss(form: str, seed: int, steps: int) -> float:
             ],
         )
         try:
-            run = setup(config, Place(0, 1, 0, f"file://{folder}/rendezvous"))
+            run = setup(config, RankInfo(0, 1, 0, f"file://{folder}/rendezvous"))
             if form == "dt_adamw":
                 muon = next(o for o in run.optimizer._optimizers if isinstance(o, Muon))
                 dt_by_adamw(muon, config.optimizer.adamw.learning_rate)

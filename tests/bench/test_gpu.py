@@ -17,7 +17,7 @@ accelerator.install()
 
 from equilibrium_mcore.config.load import load_model  # noqa: E402
 from tools.bench.measure.gpu import (  # noqa: E402
-    MadeUpTokens,
+    UniformTokens,
     candidates,
     memory_estimate_gib,
 )
@@ -47,7 +47,7 @@ def test_memory_of_the_3b_model():
 
 
 def test_made_up_tokens_are_the_same_in_every_call():
-    tokens = MadeUpTokens(samples=3, sequence_length=8, vocab_size=50)
+    tokens = UniformTokens(samples=3, sequence_length=8, vocab_size=50)
     first, again = tokens[1], tokens[1]
     assert (first["tokens"] == again["tokens"]).all()
     assert (first["tokens"] != tokens[2]["tokens"]).any()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from equilibrium_mcore.parallel.launch import Place
+from equilibrium_mcore.parallel.launch import RankInfo
 from tests.support.runs import tiny_run
 
 WIDE = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4).exp()
 
 
-def _inside(place: Place) -> dict[str, object]:
+def _inside(rank_info: RankInfo) -> dict[str, object]:
     from equilibrium_mcore.certify.float64 import in_float64
 
     half, single = WIDE.bfloat16(), WIDE.to(torch.float32)
@@ -64,7 +64,7 @@ class _Narrow(torch.autograd.Function):
         return gradient.to(torch.float32).to(torch.float64)
 
 
-def _watched(place: Place, where: str) -> dict[str, int]:
+def _watched(rank_info: RankInfo, where: str) -> dict[str, int]:
     from equilibrium_mcore.certify.float64 import NarrowOperations, in_float64
 
     with in_float64():
@@ -84,7 +84,7 @@ def test_a_cast_is_seen_and_named(ranks, where):
     assert all("test_float64.py:" in place for place in places), places
 
 
-def _dtypes(place: Place, config) -> set[str]:
+def _dtypes(rank_info: RankInfo, config) -> set[str]:
     """What a run is kept and computed in, after a step."""
     from equilibrium_mcore.certify.float64 import NarrowOperations, in_float64
     from equilibrium_mcore.certify.tokens import made_up_datasets
@@ -92,7 +92,7 @@ def _dtypes(place: Place, config) -> set[str]:
     from equilibrium_mcore.training.step import train_step
 
     with in_float64(), NarrowOperations() as watch:
-        run = setup(config, place, datasets=made_up_datasets(config))
+        run = setup(config, rank_info, datasets=made_up_datasets(config))
         watch.places.clear()  # initial weights are drawn in float32
         train_step(run)
         kept = [p.model for p in run.optimizer.parameters]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from equilibrium_mcore.parallel import accelerator
-from equilibrium_mcore.parallel.launch import Place
+from equilibrium_mcore.parallel.launch import RankInfo
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,7 +36,7 @@ def _scaled(result: tuple) -> tuple:
     return (result[0] * 1.1, *result[1:])
 
 
-def _verdicts(place: Place, fault: bool) -> list[tuple[str, float, bool]]:
+def _verdicts(rank_info: RankInfo, fault: bool) -> list[tuple[str, float, bool]]:
     from equilibrium_mcore.certify.kernels import certify_kernels
     from equilibrium_mcore.config.load import load_run
     from equilibrium_mcore.config.schema import ParallelismConfig
@@ -45,7 +45,7 @@ def _verdicts(place: Place, fault: bool) -> list[tuple[str, float, bool]]:
     if fault:
         _wrong_gate_in_the_fast_mixer()
     config = load_run(ROOT / "configs" / "runs" / "quickstart.yaml")
-    groups = process_groups.join(place, ParallelismConfig(), seed=1)
+    groups = process_groups.join(rank_info, ParallelismConfig(), seed=1)
     found = certify_kernels(config, groups)
     process_groups.destroy()
     return [(v.what, v.difference, v.passed) for v in found]

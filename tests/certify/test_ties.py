@@ -12,7 +12,7 @@ from equilibrium_mcore.certify.compare import compare, relative
 from equilibrium_mcore.certify.routing import Routing, whole_routing
 from equilibrium_mcore.certify.ties import compare_choices, find_tie
 from equilibrium_mcore.certify.trace import Trace
-from equilibrium_mcore.checkpoint.pieces import Whole
+from equilibrium_mcore.checkpoint.pieces import FullTensor
 from equilibrium_mcore.config.schema import OptimizerConfig
 
 LENGTH, PLACES, EXPERTS = 4, 8, 3
@@ -65,13 +65,13 @@ def test_a_tie_excuses_nothing_that_came_before_it():
 
 
 def _trace(**changes) -> Trace:
-    whole = {"a": Whole(torch.ones(2), torch.ones(2))}
+    whole = {"a": FullTensor(torch.ones(2), torch.ones(2))}
     trace = Trace(
         loss=[1.0, 2.0],
         aux_loss=[0.0, 0.0],
         gradient_norm=[0.0, 0.0],
         gradients=whole,
-        weights={0: {"a": Whole(torch.zeros(2), torch.ones(2))}, 1: whole, 2: whole},
+        weights={0: {"a": FullTensor(torch.zeros(2), torch.ones(2))}, 1: whole, 2: whole},
         update={},
         state={},
         choices=_choices(),

@@ -11,18 +11,18 @@ import pytest
 import torch
 
 from equilibrium_mcore.config.schema import RunConfig
-from equilibrium_mcore.parallel.launch import Place
+from equilibrium_mcore.parallel.launch import RankInfo
 from tests.checkpoint.support import MODEL
 from tests.support.runs import tiny_run
 
 
-def _train_and_save(place: Place, config: RunConfig) -> None:
+def _train_and_save(rank_info: RankInfo, config: RunConfig) -> None:
     """Steps 1 to 3, each saved, by one process."""
     from equilibrium_mcore.training.callbacks import CheckpointCallback, LogCallback
     from equilibrium_mcore.training.setup import setup, teardown
     from equilibrium_mcore.training.step import train_step
 
-    run = setup(config, place)
+    run = setup(config, rank_info)
     callback = CheckpointCallback(config, LogCallback(config))
     for _ in range(3):
         callback.on_step(run, train_step(run))

@@ -11,7 +11,7 @@ from equilibrium_mcore.checkpoint.choose import choose
 from equilibrium_mcore.checkpoint.manifest import DamagedCheckpointError
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import RunConfig
-from equilibrium_mcore.parallel.launch import Place
+from equilibrium_mcore.parallel.launch import RankInfo
 from tests.checkpoint.support import change_state, flip, make_old, reseal, truncate
 
 NEWEST = "step_00000003"
@@ -162,10 +162,10 @@ def test_initial_weights_are_verified(one_rank, copied, config, tmp_path):
         choose(wanted)
 
 
-def _choose(place: Place, config: RunConfig) -> tuple[str, str]:
+def _choose(rank_info: RankInfo, config: RunConfig) -> tuple[str, str]:
     from equilibrium_mcore.parallel import process_groups
 
-    process_groups.join(place, config.parallelism, seed=1)
+    process_groups.join(rank_info, config.parallelism, seed=1)
     choice = choose(config)
     return choice.checkpoint.path.name, told(choice, "damaged"), choice.line
 

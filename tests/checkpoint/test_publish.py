@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from equilibrium_mcore.checkpoint import directory, publish
-from equilibrium_mcore.checkpoint.lineage import WRITER_FILE, Line
+from equilibrium_mcore.checkpoint.lineage import WRITER_FILE, Lineage
 from equilibrium_mcore.checkpoint.manifest import describe_file, write_manifest
 from equilibrium_mcore.files import whole
 from equilibrium_mcore.files.owner import process_start
 
 
-def save(run: Path, step: int, line: Line, *, keep_last: int = 2) -> str | None:
+def save(run: Path, step: int, line: Lineage, *, keep_last: int = 2) -> str | None:
     """A checkpoint as a run of `line` writes it, but for the data."""
     final = directory.checkpoint_path(run, step)
     publish.remove_partial(run, line)
@@ -28,9 +28,9 @@ def save(run: Path, step: int, line: Line, *, keep_last: int = 2) -> str | None:
     return publish.publish(final, line, keep_last=keep_last)
 
 
-def resumed(run: Path) -> Line:
+def resumed(run: Path) -> Lineage:
     """The line of a run that continues what a run would continue."""
-    return Line.after(directory.read_state(directory.latest_checkpoint(run)))
+    return Lineage.after(directory.read_state(directory.latest_checkpoint(run)))
 
 
 def names(run: Path) -> list[str]:
@@ -40,13 +40,13 @@ def names(run: Path) -> list[str]:
 @pytest.fixture
 def run(tmp_path) -> Path:
     """A run that has saved after steps 4, 8 and 12."""
-    line = Line.new()
+    line = Lineage.new()
     for step in (4, 8, 12):
         save(tmp_path, step, line, keep_last=3)
     return tmp_path
 
 
-def go_back(run: Path, step: int) -> Line:
+def go_back(run: Path, step: int) -> Lineage:
     (run / "checkpoints" / "latest").write_text(f"step_{step:08d}\n")
     return resumed(run)
 
@@ -144,8 +144,8 @@ KILLED = """
 import os
 from pathlib import Path
 from equilibrium_mcore.checkpoint import publish
-from equilibrium_mcore.checkpoint.lineage import Line
-publish.start_partial(Path("{final}"), Line.new())
+from equilibrium_mcore.checkpoint.lineage import Lineage
+publish.start_partial(Path("{final}"), Lineage.new())
 os.kill(os.getpid(), 9)
 """
 
@@ -164,7 +164,7 @@ def test_a_killed_process_is_dead_before_anybody_has_waited_for_it(run):
     killed = subprocess.Popen([sys.executable, "-c", KILLED.format(final=final)])
     os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is a zombie
     (left,) = (run / "checkpoints").glob("*.partial")
-    assert publish.remove_partial(run, Line.new()) == [left.name]
+    assert publish.remove_partial(run, Lineage.new()) == [left.name]
     killed.wait()
 
 
@@ -180,26 +180,26 @@ def test_a_killed_process_is_dead_before_anybody_has_waited_for_it(run):
     ],
 )
 def test_a_partial_folder_stays_while_its_writer_may_live(run, change, stays):
-    publish.start_partial(directory.checkpoint_path(run, 16), Line.new())
+    publish.start_partial(directory.checkpoint_path(run, 16), Lineage.new())
     (partial,) = (run / "checkpoints").glob("*.partial")
     note = json.loads((partial / WRITER_FILE).read_text())
     if change.get("pid") and "process_start" not in change:
         change = {**change, "process_start": process_start(change["pid"])}
     (partial / WRITER_FILE).write_text(json.dumps({**note, "owner": note["owner"] | change}))
-    assert bool(publish.remove_partial(run, Line.new())) != stays
+    assert bool(publish.remove_partial(run, Lineage.new())) != stays
     assert partial.exists() == stays
 
 
 def test_a_requeued_job_removes_what_it_left_on_another_host(run, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    publish.start_partial(directory.checkpoint_path(run, 16), Line.new())
+    publish.start_partial(directory.checkpoint_path(run, 16), Lineage.new())
     (partial,) = (run / "checkpoints").glob("*.partial")
     note = json.loads((partial / WRITER_FILE).read_text())
     other = note["owner"] | {"host": "another"}
     (partial / WRITER_FILE).write_text(json.dumps({**note, "owner": other}))
-    assert not publish.remove_partial(run, Line.new())  # the same start of the job
+    assert not publish.remove_partial(run, Lineage.new())  # the same start of the job
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert publish.remove_partial(run, Line.new()) == [partial.name]
+    assert publish.remove_partial(run, Lineage.new()) == [partial.name]
 
 
 def test_a_kill_while_removing_leaves_no_half_checkpoint(run, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 
 from equilibrium_mcore.checkpoint import directory
 from equilibrium_mcore.config.schema import RunConfig
-from equilibrium_mcore.parallel.launch import Place
+from equilibrium_mcore.parallel.launch import RankInfo
 from tests.support.pool import RankError
 from tests.support.runs import MODEL, tiny_run, train_steps
 
@@ -103,17 +103,17 @@ def test_more_steps_would_reorder_the_data_and_need_a_horizon(ranks, data, tmp_p
     assert ranks.run(1, train_steps, prolonged, 1)[0]["start"] == 2
 
 
-def _die_while_saving(place: Place, config: RunConfig) -> None:
+def _die_while_saving(rank_info: RankInfo, config: RunConfig) -> None:
     """Train two steps and save; rank 1 ends as if killed, in the middle of the save."""
     import os
 
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    if place.rank == 1:
+    if rank_info.rank == 1:
         filesystem_async.FileSystemWriterAsync.write_preloaded_data_multithread = staticmethod(
             lambda *a, **k: os._exit(9)
         )
-    train_steps(place, config, 2, True)
+    train_steps(rank_info, config, 2, True)
 
 
 def test_a_save_that_is_killed_never_becomes_latest(ranks, data, tmp_path):

@@ -11,18 +11,18 @@ import pytest
 
 from equilibrium_mcore.checkpoint import directory
 from equilibrium_mcore.config.schema import RunConfig
-from equilibrium_mcore.parallel.launch import Place
+from equilibrium_mcore.parallel.launch import RankInfo
 from tests.checkpoint.support import MODEL, flip, make_old
 from tests.support.runs import tiny_run
 
 
-def _train(place: Place, config: RunConfig) -> int:
+def _train(rank_info: RankInfo, config: RunConfig) -> int:
     """A whole run, as the main job does it; the step at which it started."""
     from equilibrium_mcore.training.callbacks import build_callbacks
     from equilibrium_mcore.training.loop import train
     from equilibrium_mcore.training.setup import setup, teardown
 
-    run = setup(config, place)
+    run = setup(config, rank_info)
     start = run.progress.step
     train(run, build_callbacks(config))
     teardown(run)
@@ -68,14 +68,14 @@ def test_old_checkpoints_are_continued_and_it_is_told(ranks, copied, config):
     ]
 
 
-def _save_spoilt(place: Place, config: RunConfig) -> dict[str, str]:
+def _save_spoilt(rank_info: RankInfo, config: RunConfig) -> dict[str, str]:
     """The errors of saves in which one number, of the last rank's state, is not finite."""
     import torch
 
     from equilibrium_mcore.training.callbacks import CheckpointCallback, LogCallback
     from equilibrium_mcore.training.setup import setup
 
-    run = setup(config, place)
+    run = setup(config, rank_info)
     run.optimizer.init_state()
     tensors = {}
     for parameter in run.optimizer.parameters:
@@ -84,7 +84,7 @@ def _save_spoilt(place: Place, config: RunConfig) -> dict[str, str]:
     run.progress.step = 4
     errors = {}
     for name in ("model", "main", "momentum", "exp_avg_sq"):
-        is_last = place.rank == place.world_size - 1
+        is_last = rank_info.rank == rank_info.world_size - 1
         spoilt = tensors[name].data.view(-1) if is_last else torch.zeros(1)
         held = spoilt[0].clone()
         spoilt[0] = float("-inf" if name == "main" else "nan")

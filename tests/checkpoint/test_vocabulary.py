@@ -20,7 +20,7 @@ TP2 = {"world_size": 2, "tensor": 2, "sequence": True}
 PP2 = {"world_size": 2, "pipeline": 2}
 
 
-def tables(place, config, steps: int, save: bool = False) -> dict[str, Any]:
+def tables(rank_info, config, steps: int, save: bool = False) -> dict[str, Any]:
     """This rank's rows of the tables as loaded, and losses of steps from there."""
 
     from equilibrium_mcore.optim.parameters import layout_free_names
@@ -28,7 +28,7 @@ def tables(place, config, steps: int, save: bool = False) -> dict[str, Any]:
     from equilibrium_mcore.training.setup import setup, teardown
     from equilibrium_mcore.training.step import train_step
 
-    run = setup(config, place)
+    run = setup(config, rank_info)
     log = LogCallback(config)
     log.on_start(run)
     named = dict(pair for chunk in run.chunks for pair in layout_free_names(chunk))

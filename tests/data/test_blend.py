@@ -22,7 +22,7 @@ from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.data.blend import build_datasets, cache_directory
 from equilibrium_mcore.data.indexed_files import read_header
 from equilibrium_mcore.data.sources import read_split_tokens, split_documents
-from equilibrium_mcore.parallel.launch import Place
+from equilibrium_mcore.parallel.launch import RankInfo
 
 SEQUENCE = 32
 
@@ -265,10 +265,13 @@ def test_shipped_configs(repository):
     assert [source.name for source in configs["quickstart"].sources] == ["code", "prose"]
 
 
-def _first_samples(place: Place, data: DataConfig) -> list[list[np.ndarray]]:
+def _first_samples(rank_info: RankInfo, data: DataConfig) -> list[list[np.ndarray]]:
     """The first tokens of each split, built by this rank together with the others."""
     torch.distributed.init_process_group(
-        "gloo", init_method=place.init_method, rank=place.rank, world_size=place.world_size
+        "gloo",
+        init_method=rank_info.init_method,
+        rank=rank_info.rank,
+        world_size=rank_info.world_size,
     )
     datasets = build(data)
     torch.distributed.destroy_process_group()

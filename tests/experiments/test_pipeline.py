@@ -15,7 +15,12 @@ import pytest
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.experiments.fingerprints import WHOLE_BYTES, fingerprint
 from equilibrium_mcore.experiments.pipeline import load_pipeline
-from equilibrium_mcore.experiments.pipeline_run import STOPPED, Choice, run_pipeline, unfinished_run
+from equilibrium_mcore.experiments.pipeline_run import (
+    STOPPED,
+    StepSelection,
+    run_pipeline,
+    unfinished_run,
+)
 from equilibrium_mcore.experiments.pipeline_state import STATE_FILE, one_at_a_time
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +62,7 @@ def run(*changes: str, file: str = "two.yaml", **choice) -> tuple[int, list[str]
     """Run it; the status, and what was said."""
     said: list[str] = []
     pipeline = load_pipeline(Path(file), changes)
-    status = run_pipeline(pipeline, Choice(**choice), command_line="again", say=said.append)
+    status = run_pipeline(pipeline, StepSelection(**choice), command_line="again", say=said.append)
     return status, said
 
 

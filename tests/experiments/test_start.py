@@ -11,7 +11,7 @@ import pytest
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.load import load_run, save_config
 from equilibrium_mcore.config.yaml_io import parse_yaml, read_mapping, to_yaml
-from equilibrium_mcore.experiments.start import Names, load_named_run
+from equilibrium_mcore.experiments.start import ExperimentNames, load_named_run
 from equilibrium_mcore.training.metrics import read_metrics
 from tests.experiments.conftest import CONVERSATIONS
 from tests.support.runs import tiny_run
@@ -20,10 +20,10 @@ ROOT = Path(__file__).parents[2]
 MIXTURE = "pretrain/phase1/mixture1"
 
 
-def names(**changes) -> Names:
+def names(**changes) -> ExperimentNames:
     values = {"stage": "pretrain", "phase": "phase1", "data_mixture": "mixture1"}
     values |= {"model_config": "llama/1b", "output_dir": Path("experiments/exp001")}
-    return Names(**{**values, "run_name": "mine", **changes})
+    return ExperimentNames(**{**values, "run_name": "mine", **changes})
 
 
 def train(*arguments: str, folder: Path) -> subprocess.CompletedProcess:

@@ -80,13 +80,13 @@ def train(config, *, steps: int, folder: Path, save: bool = False) -> dict[str, 
     from equilibrium_mcore.certify.kernels import weights
     from equilibrium_mcore.data.blend import Datasets
     from equilibrium_mcore.parallel import process_groups
-    from equilibrium_mcore.parallel.launch import Place
+    from equilibrium_mcore.parallel.launch import RankInfo
     from equilibrium_mcore.training.callbacks import CheckpointCallback, LogCallback
     from equilibrium_mcore.training.setup import setup
     from equilibrium_mcore.training.step import train_step
 
     folder.mkdir(parents=True, exist_ok=True)
-    place = Place.alone()
+    place = RankInfo.alone()
     try:
         run = setup(config, place, datasets=Datasets(Counting(), None, None))
         losses = [train_step(run).loss for _ in range(steps)]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from equilibrium_mcore.config.schema import RunConfig
-from equilibrium_mcore.parallel.launch import Place
+from equilibrium_mcore.parallel.launch import RankInfo
 from tests.data.chat.support import write_rows
 from tests.support.runs import tiny_run, train_steps
 
@@ -53,6 +53,6 @@ def chat_run(data: dict[str, Any], folder: Path, /, **changes: Any) -> RunConfig
     return tiny_run(conversations, folder / "run", **{**settings, **changes})
 
 
-def fine_tune(place: Place, config: RunConfig) -> float:
+def fine_tune(rank_info: RankInfo, config: RunConfig) -> float:
     """Train to the end and save; the last loss."""
-    return train_steps(place, config, config.training.steps, save=True)["loss"][-1]
+    return train_steps(rank_info, config, config.training.steps, save=True)["loss"][-1]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from equilibrium_mcore.config.schema import RunConfig
-from equilibrium_mcore.parallel.launch import Place
+from equilibrium_mcore.parallel.launch import RankInfo
 from tests.support.runs import MODEL, tiny_run
 
 LAYOUTS = {
@@ -36,7 +36,7 @@ class Watched:
         return self.source.read(name)
 
 
-def train_and_compare(place: Place, config: RunConfig, folder: Path) -> dict[str, Any]:
+def train_and_compare(rank_info: RankInfo, config: RunConfig, folder: Path) -> dict[str, Any]:
     """Names whose live tensors differ from the checkpoint's; folders of both on rank 0."""
     from equilibrium_mcore.checkpoint.directory import latest_checkpoint
     from equilibrium_mcore.hugging_face.convert import write_model
@@ -46,7 +46,7 @@ def train_and_compare(place: Place, config: RunConfig, folder: Path) -> dict[str
     from equilibrium_mcore.training.setup import setup, teardown
     from equilibrium_mcore.training.step import train_step
 
-    run = setup(config, place)
+    run = setup(config, rank_info)
     early = LiveTensors(run.chunks)  # sees the weights at the time of reading
     for _ in range(2):
         train_step(run)

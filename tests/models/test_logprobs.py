@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from equilibrium_mcore.parallel.launch import Place
+from equilibrium_mcore.parallel.launch import RankInfo
 
 PADDED = 48
 # Rows that only pad: the last few; all of the second of two ranks, and some of the first; none.
@@ -70,11 +70,11 @@ def found(groups: Any, vocab_size: int, temperature: float) -> dict[str, Tensor]
     return {**outcome, "gradient": of_alone}
 
 
-def on_tensor_ranks(place: Place) -> list[dict[str, Tensor]]:
+def on_tensor_ranks(rank_info: RankInfo) -> list[dict[str, Tensor]]:
     from equilibrium_mcore.config.schema import ParallelismConfig
     from equilibrium_mcore.parallel import process_groups
 
-    groups = process_groups.join(place, ParallelismConfig(tensor=place.world_size), seed=1)
+    groups = process_groups.join(rank_info, ParallelismConfig(tensor=rank_info.world_size), seed=1)
     outcomes = [found(groups, *case) for case in CASES]
     process_groups.destroy()
     return outcomes

@@ -28,7 +28,7 @@ LAYOUTS = {
 }
 
 
-def observed(place, config, steps: int, save: bool = False) -> dict[str, Any]:
+def observed(rank_info, config, steps: int, save: bool = False) -> dict[str, Any]:
     """Train; what was seen on this rank, weights as bytes by name."""
 
     from equilibrium_mcore.optim.parameters import layout_free_names
@@ -36,7 +36,7 @@ def observed(place, config, steps: int, save: bool = False) -> dict[str, Any]:
     from equilibrium_mcore.training.setup import setup, teardown
     from equilibrium_mcore.training.step import train_step
 
-    run = setup(config, place)
+    run = setup(config, rank_info)
     named = [pair for chunk in run.chunks for pair in layout_free_names(chunk)]
     buffers = [b for c in run.chunks for b in (*c.buffers, *c.expert_parallel_buffers)]
 

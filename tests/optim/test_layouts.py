@@ -15,7 +15,7 @@ import torch
 from equilibrium_mcore.checkpoint import directory
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.hugging_face.reader import CheckpointReader
-from equilibrium_mcore.parallel.launch import Place
+from equilibrium_mcore.parallel.launch import RankInfo
 from tests.parallel.test_layouts import LAYOUTS
 from tests.support.runs import tiny_run, train_steps
 
@@ -49,7 +49,7 @@ def optimizer_section(name: str, **changes: Any) -> dict[str, Any]:
 
 
 def _update_given_gradients(
-    place: Place, config: RunConfig, gradients: Path, dtype: torch.dtype
+    rank_info: RankInfo, config: RunConfig, gradients: Path, dtype: torch.dtype
 ) -> None:
     """Three updates from the initial weights, with gradients made of two checkpoints; saved."""
     from equilibrium_mcore.checkpoint.sharded import load_weights
@@ -57,7 +57,7 @@ def _update_given_gradients(
     from equilibrium_mcore.training.callbacks import CheckpointCallback, LogCallback
     from equilibrium_mcore.training.setup import setup, teardown
 
-    run = setup(config, place)
+    run = setup(config, rank_info)
     run.optimizer = HybridOptimizer(run.chunks, run.groups, config, main_dtype=dtype)
     start = [p.model.detach().clone() for p in run.optimizer.parameters]
     load_weights(gradients, config=config, chunks=run.chunks, optimizer=None, groups=run.groups)
@@ -169,13 +169,13 @@ def test_a_curve_is_the_same_in_every_layout(updates, ranks, data, tmp_path, nam
 # -------------------------------------------------------------------------------------- resume
 
 
-def _state_values(place: Place, config: RunConfig, steps: int, save: bool) -> dict[str, Any]:
+def _state_values(rank_info: RankInfo, config: RunConfig, steps: int, save: bool) -> dict[str, Any]:
     """Resume if there is something, train, save; losses, and sums over the optimizer's state."""
     from equilibrium_mcore.training.callbacks import CheckpointCallback, LogCallback
     from equilibrium_mcore.training.setup import setup, teardown
     from equilibrium_mcore.training.step import train_step, validation_loss
 
-    run = setup(config, place)
+    run = setup(config, rank_info)
     validation = validation_loss(run) if steps == 0 else None
     losses = [train_step(run).loss for _ in range(steps)]
     if save:

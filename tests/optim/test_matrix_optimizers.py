@@ -137,7 +137,7 @@ def _run_schedule_free(build, section, start, rates, decay):
             group.update(lr=section.learning_rate * rate, outer_weight_decay=decay, weight_decay=0)
         average.decay(inner.param_groups)
         inner.step()
-        average.take_up(rate)
+        average.update_average(rate)
     return average.average(parameter), z, points
 
 

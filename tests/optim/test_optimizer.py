@@ -13,7 +13,7 @@ from equilibrium_mcore.optim.ownership import assign_owners, work
 from equilibrium_mcore.optim.parts import Parts, join_rows, split_rows
 from equilibrium_mcore.optim.schedule import learning_rate_factor
 from equilibrium_mcore.optim.table import rule_for
-from equilibrium_mcore.parallel.launch import Place
+from equilibrium_mcore.parallel.launch import RankInfo
 from tests.optim.support import Group, matrix
 from tests.support.runs import tiny_run
 
@@ -129,12 +129,12 @@ def test_constant_stays():
 # ----------------------------------------------------------------------------- the whole of it
 
 
-def _groups_of_a_model(place: Place, config) -> dict:
+def _groups_of_a_model(rank_info: RankInfo, config) -> dict:
     """Which kind each parameter has, and the learning rate that it is updated with."""
     from equilibrium_mcore.training.setup import setup, teardown
     from equilibrium_mcore.training.step import train_step
 
-    run = setup(config, place)
+    run = setup(config, rank_info)
     before = {p.name: p.model.detach().clone() for p in run.optimizer.parameters}
     train_step(run)
     rates = {}
@@ -178,10 +178,10 @@ def test_every_parameter_is_updated_by_its_optimizer_at_its_rate(ranks, data, tm
     assert result["moved"] == set(result["seen"])
 
 
-def _plant_infinity(place: Place, config) -> None:
+def _plant_infinity(rank_info: RankInfo, config) -> None:
     from equilibrium_mcore.training.setup import setup
 
-    run = setup(config, place)
+    run = setup(config, rank_info)
     for parameter in run.optimizer.parameters:
         parameter.gradient.zero_()
     run.optimizer.parameters[5].gradient.view(-1)[0] = math.inf

@@ -210,7 +210,7 @@ def _count_share() -> list[tuple[float, float, float]]:
     return [(s.operations_per_step, s.max_over_mean, s.of_a_step) for s in shares]
 
 
-def _in_rank(place, function):
+def _in_rank(rank_info, function):
     return function()
 
 

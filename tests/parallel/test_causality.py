@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from equilibrium_mcore.parallel.launch import Place
+from equilibrium_mcore.parallel.launch import RankInfo
 from tests.support.runs import MODEL, tiny_run
 
 PATTERNS = {
@@ -24,7 +24,7 @@ PATTERNS = {
 CHANGED = 37  # position of the token that differs, within the 64 of a sequence
 
 
-def _logits(place: Place, config, changed: bool) -> torch.Tensor:
+def _logits(rank_info: RankInfo, config, changed: bool) -> torch.Tensor:
     """Logits (sequence, vocabulary) of a fixed sequence, put together from all CP ranks."""
     from megatron.core.ssm.mamba_context_parallel import _undo_attention_load_balancing
     from megatron.core.utils import get_batch_on_this_cp_rank
@@ -33,11 +33,11 @@ def _logits(place: Place, config, changed: bool) -> torch.Tensor:
     from equilibrium_mcore.parallel import process_groups
 
     process_groups.initialize_distributed(
-        rank=place.rank,
-        world_size=place.world_size,
+        rank=rank_info.rank,
+        world_size=rank_info.world_size,
         local_rank=0,
         timeout_minutes=2,
-        init_method=place.init_method,
+        init_method=rank_info.init_method,
     )
     groups = process_groups.initialize_groups(config.parallelism)
     process_groups.seed_everything(3)
@@ -52,11 +52,11 @@ def _logits(place: Place, config, changed: bool) -> torch.Tensor:
     )
     with torch.no_grad():
         local = model(batch["tokens"], batch["position_ids"], None)[0]
-    if place.world_size == 1:
+    if rank_info.world_size == 1:
         return local
-    pieces = [torch.empty_like(local) for _ in range(place.world_size)]
+    pieces = [torch.empty_like(local) for _ in range(rank_info.world_size)]
     torch.distributed.all_gather(pieces, local.contiguous())
-    return _undo_attention_load_balancing(torch.cat(pieces), place.world_size)
+    return _undo_attention_load_balancing(torch.cat(pieces), rank_info.world_size)
 
 
 @pytest.mark.parametrize("context", [1, 2])

@@ -15,7 +15,7 @@ import pytest
 
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.load import save_config
-from equilibrium_mcore.parallel.launch import place_from_environment, this_command
+from equilibrium_mcore.parallel.launch import rank_info_from_environment, this_command
 from equilibrium_mcore.training.metrics import read_metrics
 from tests.support.processes import await_text, still_there
 from tests.support.runs import tiny_run
@@ -24,12 +24,12 @@ ROOT = Path(__file__).parents[2]
 TIMEOUT_SECONDS = 600  # for a hang alone
 
 
-def test_place_under_torchrun():
-    place = place_from_environment({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"})
-    assert (place.rank, place.world_size, place.local_rank) == (3, 8, 1)
+def test_rank_info_under_torchrun():
+    rank_info = rank_info_from_environment({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"})
+    assert (rank_info.rank, rank_info.world_size, rank_info.local_rank) == (3, 8, 1)
 
 
-def test_place_under_srun():
+def test_rank_info_under_srun():
     environment = {
         "SLURM_PROCID": "5",
         "SLURM_STEP_NUM_TASKS": "16",
@@ -37,11 +37,11 @@ def test_place_under_srun():
         "MASTER_ADDR": "node1",
         "MASTER_PORT": "29500",
     }
-    place = place_from_environment(environment)
-    assert (place.rank, place.world_size, place.local_rank) == (5, 16, 5)
+    rank_info = rank_info_from_environment(environment)
+    assert (rank_info.rank, rank_info.world_size, rank_info.local_rank) == (5, 16, 5)
     del environment["MASTER_ADDR"]
     with pytest.raises(ConfigError, match="MASTER_ADDR"):
-        place_from_environment(environment)
+        rank_info_from_environment(environment)
 
 
 def test_the_words_that_a_launcher_takes(monkeypatch):
@@ -53,9 +53,9 @@ def test_the_words_that_a_launcher_takes(monkeypatch):
     assert this_command() == "tools/train.py --stage sft"
 
 
-def test_started_plainly_has_no_place():
+def test_started_plainly_has_no_rank():
     # A batch script that is no job step has these, and is one process.
-    assert place_from_environment({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) is None
+    assert rank_info_from_environment({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) is None
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from equilibrium_mcore.config.errors import ConfigError
-from equilibrium_mcore.parallel.rank_job import Place, RankError, TimeLimit
+from equilibrium_mcore.parallel.rank_job import RankError, RankInfo, TimeLimit
 from equilibrium_mcore.parallel.rank_server import RankServer
 from equilibrium_mcore.processes.threads import threads_per_rank
 from tests.support.processes import await_text, still_there
@@ -22,16 +22,19 @@ from tests.support.processes import await_text, still_there
 ROOT = Path(__file__).parents[2]
 
 
-def _meet(place: Place) -> None:
+def _meet(rank_info: RankInfo) -> None:
     torch.distributed.init_process_group(
-        "gloo", init_method=place.init_method, rank=place.rank, world_size=place.world_size
+        "gloo",
+        init_method=rank_info.init_method,
+        rank=rank_info.rank,
+        world_size=rank_info.world_size,
     )
     torch.distributed.barrier()
 
 
-def _numbers(place: Place, factor: torch.Tensor) -> tuple[torch.Tensor, int]:
-    _meet(place)
-    return place.rank * factor, torch.get_num_threads()
+def _numbers(rank_info: RankInfo, factor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    _meet(rank_info)
+    return rank_info.rank * factor, torch.get_num_threads()
 
 
 def test_results_come_back_by_rank(ranks):
@@ -40,9 +43,9 @@ def test_results_come_back_by_rank(ranks):
     assert {threads for _, threads in results} == {threads_per_rank(3)}
 
 
-def _one_fails(place: Place, how: str) -> None:
-    _meet(place)
-    if place.rank == 1:
+def _one_fails(rank_info: RankInfo, how: str) -> None:
+    _meet(rank_info)
+    if rank_info.rank == 1:
         if how == "SIGKILL":
             os.kill(os.getpid(), signal.SIGKILL)
         raise ConfigError("planted=1 cannot be") if how == "config" else ValueError("planted")
@@ -78,8 +81,8 @@ def test_work_without_a_name_is_refused(ranks):
 # ------------------------------------------------------------------------------------------ hangs
 
 
-def _hang(place: Place) -> None:
-    _hang_within_c() if place.rank == 0 else _hang_in_the_rendezvous(place)
+def _hang(rank_info: RankInfo) -> None:
+    _hang_within_c() if rank_info.rank == 0 else _hang_in_the_rendezvous(rank_info)
 
 
 def _hang_within_c() -> None:
@@ -87,9 +90,12 @@ def _hang_within_c() -> None:
         ctypes.PyDLL(None).sleep(3600)  # keeps the interpreter's lock: no Python can run
 
 
-def _hang_in_the_rendezvous(place: Place) -> None:
+def _hang_in_the_rendezvous(rank_info: RankInfo) -> None:
     torch.distributed.init_process_group(
-        "gloo", init_method=place.init_method, rank=place.rank, world_size=place.world_size
+        "gloo",
+        init_method=rank_info.init_method,
+        rank=rank_info.rank,
+        world_size=rank_info.world_size,
     )
 
 
@@ -145,9 +151,9 @@ def test_ranks_have_their_threads_though_the_tool_has_run_parallel_regions(tmp_p
 # ------------------------------------------------------------------------------ who ends with whom
 
 
-def _note_and_sleep(place: Place, folder: Path, kill_the_helper: bool) -> None:
-    (folder / str(place.rank)).write_text(f"{os.getpid()} ")
-    if kill_the_helper and place.rank == 0:
+def _note_and_sleep(rank_info: RankInfo, folder: Path, kill_the_helper: bool) -> None:
+    (folder / str(rank_info.rank)).write_text(f"{os.getpid()} ")
+    if kill_the_helper and rank_info.rank == 0:
         await_text(folder / "1", lambda text: text.endswith(" "))
         os.kill(os.getppid(), signal.SIGKILL)
     time.sleep(3600)

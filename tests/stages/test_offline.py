@@ -11,7 +11,7 @@ import pytest
 
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import RunConfig
-from equilibrium_mcore.parallel.launch import Place
+from equilibrium_mcore.parallel.launch import RankInfo
 from equilibrium_mcore.stages.offline import train_rank
 from equilibrium_mcore.training.run_data import build_run_datasets, with_steps
 from tests.data.chat.support import messages_of, random_chats, write_rows
@@ -80,9 +80,9 @@ def fine_tuning(chats: dict, pretrained: Path, output: Path, **changes: Any) -> 
     )
 
 
-def stage_rank(place: Place, config: RunConfig) -> None:
+def stage_rank(rank_info: RankInfo, config: RunConfig) -> None:
     """What `python -m equilibrium_mcore.train` runs in a rank."""
-    train_rank(place, config=config)
+    train_rank(rank_info, config=config)
 
 
 def records(folder: Path, kind: str) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from equilibrium_mcore.config.load import run_from_mapping
 from equilibrium_mcore.config.schema import RunConfig
-from equilibrium_mcore.parallel.launch import Place
+from equilibrium_mcore.parallel.launch import RankInfo
 
 VOCABULARY = 512
 
@@ -103,13 +103,15 @@ def tiny_run(data: dict[str, Any], output: Path, **changes: Any) -> RunConfig:
     return run_from_mapping(values)
 
 
-def train_steps(place: Place, config: RunConfig, steps: int, save: bool = False) -> dict[str, Any]:
+def train_steps(
+    rank_info: RankInfo, config: RunConfig, steps: int, save: bool = False
+) -> dict[str, Any]:
     """Set up, resume if there is something, train `steps` steps; what was seen."""
     from equilibrium_mcore.training.callbacks import CheckpointCallback, LogCallback
     from equilibrium_mcore.training.setup import setup, teardown
     from equilibrium_mcore.training.step import train_step
 
-    run = setup(config, place)
+    run = setup(config, rank_info)
     start = run.progress.step
     squares = _note_gradients(run)
     outcomes = [train_step(run) for _ in range(steps)]

@@ -105,10 +105,10 @@ def test_both_or_none_is_refused(data, tmp_path):
         tiny_run(data, tmp_path, model=MODEL, training=TRAINING)
 
 
-def whole_run(place, config: RunConfig) -> None:
+def whole_run(rank_info, config: RunConfig) -> None:
     from equilibrium_mcore.stages.offline import train_rank
 
-    train_rank(place, config=config)
+    train_rank(rank_info, config=config)
 
 
 def steps_trained(folder: Path) -> list[int]:

@@ -15,7 +15,7 @@ from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.ledger.record import open_sources, plans_of, read_segments, segment_of
 from equilibrium_mcore.data.ledger.report import documents_of_step, report
-from equilibrium_mcore.parallel.launch import Place
+from equilibrium_mcore.parallel.launch import RankInfo
 from equilibrium_mcore.training.run_data import build_run_datasets
 from equilibrium_mcore.training.run_folder import owned_run_folder
 from tests.data.ledger.support import laned
@@ -35,7 +35,7 @@ SMALL = {
 }
 
 
-def train_and_note(place: Place, config: RunConfig, killed_at: int | None) -> int:
+def train_and_note(rank_info: RankInfo, config: RunConfig, killed_at: int | None) -> int:
     """Train with all callbacks; what each rank was fed goes to `seen/`, by step and rank.
 
     With `killed_at`, all ranks end behind that step as if killed. Returns the step it began at.
@@ -44,11 +44,11 @@ def train_and_note(place: Place, config: RunConfig, killed_at: int | None) -> in
     from equilibrium_mcore.training.loop import Callback, train
     from equilibrium_mcore.training.setup import setup, teardown
 
-    run = setup(config, place)
+    run = setup(config, rank_info)
     began, fed = run.progress.step, []
     folder = Path(config.output_directory) / "seen"
     folder.mkdir(exist_ok=True)
-    if place.rank == 0:  # of steps that were lost, also by ranks that are no more
+    if rank_info.rank == 0:  # of steps that were lost, also by ranks that are no more
         for path in folder.iterdir():
             if int(path.name.split("_")[0]) > began:
                 path.unlink()
@@ -218,11 +218,11 @@ def test_the_validation_batches_are_the_same_behind_every_step(ranks, data, tmp_
     assert np.array_equal(first, again)
 
 
-def _validation_batches(place: Place, config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
+def _validation_batches(rank_info: RankInfo, config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
     from equilibrium_mcore.training.setup import setup, teardown
     from equilibrium_mcore.training.step import train_step
 
-    run = setup(config, place)
+    run = setup(config, rank_info)
 
     def batches():
         stream = run.stream_of(run.datasets.validation, consumed_samples=0)
@@ -264,14 +264,14 @@ def test_what_would_break_the_order_is_refused(ranks, data, started, changes, wo
         assert word in str(caught.value)
 
 
-def _train_without_a_model(place: Place, config: RunConfig) -> None:
+def _train_without_a_model(rank_info: RankInfo, config: RunConfig) -> None:
     from equilibrium_mcore.training import setup
 
     def too_late(*_: object) -> None:
         raise AssertionError("the model is being built")
 
     setup.build_chunks = too_late
-    train_and_note(place, config, None)
+    train_and_note(rank_info, config, None)
 
 
 def test_data_made_anew_is_refused_before_the_model_is_built(ranks, data, started, tmp_path):

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from equilibrium_mcore.config.schema import RunConfig
-from equilibrium_mcore.parallel.launch import Place
+from equilibrium_mcore.parallel.launch import RankInfo
 from tests.support.runs import MODEL, tiny_run
 
 TP_SP_EP = {"world_size": 2, "tensor": 2, "sequence": True, "expert": 2}
 
 
 def gradients(
-    place: Place, config: RunConfig, weights: str | None, mask: str = "made up"
+    rank_info: RankInfo, config: RunConfig, weights: str | None, mask: str = "made up"
 ) -> dict[str, Any]:
     """The first step's loss, and every gradient that this rank owns, by parameter name."""
     from equilibrium_mcore.certify.tokens import made_up_datasets
@@ -29,7 +29,7 @@ def gradients(
         config = config.model_copy(
             update={"checkpoint": config.checkpoint.model_copy(update=checkpoint)}
         )
-    run = setup(config, place, datasets=made_up_datasets(config))
+    run = setup(config, rank_info, datasets=made_up_datasets(config))
     draw = run.stream.next_batches
 
     def masked(count: int) -> list:

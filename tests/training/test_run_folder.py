@@ -67,7 +67,7 @@ def test_a_second_run_is_refused_and_a_killed_ones_folder_is_free_at_once(data, 
     assert (config.output_directory / "archive/1/metrics.jsonl").read_bytes() == before
 
 
-def train_until_taken_over(place, config) -> None:
+def train_until_taken_over(rank_info, config) -> None:
     """A run whose lock another host takes after the first step; it is to save at the second."""
     from equilibrium_mcore.training.callbacks import build_callbacks
     from equilibrium_mcore.training.loop import Callback, train
@@ -79,8 +79,8 @@ def train_until_taken_over(place, config) -> None:
                 other = replace(Owner.of_this_process("other"), host="far")
                 (config.output_directory / LOCK_FILE).write_text(other.to_text())
 
-    with owned_run_folder(config, is_first_rank=place.rank == 0) as lock:
-        train(setup(config, place), [*build_callbacks(config, lock), TakeOver()])
+    with owned_run_folder(config, is_first_rank=rank_info.rank == 0) as lock:
+        train(setup(config, rank_info), [*build_callbacks(config, lock), TakeOver()])
 
 
 def test_a_run_that_lost_its_folder_stops_before_it_saves(ranks, data, tmp_path):
@@ -138,7 +138,7 @@ def test_a_file_of_that_name_is_left_alone(data, tmp_path):
     assert (tmp_path / "run").read_text() == "mine"
 
 
-def refused_in(place, config, *, user: int | None, limit: int | None) -> str:
+def refused_in(rank_info, config, *, user: int | None, limit: int | None) -> str:
     """The refusal of a process with another user's rights, or that may write no more bytes.
 
     It has its own again afterwards: a rank hands its result over in a file.
@@ -159,12 +159,12 @@ def refused_in(place, config, *, user: int | None, limit: int | None) -> str:
     return str(caught.value)
 
 
-def refused_without_rights(place, config) -> str:
-    return refused_in(place, config, user=65534 if os.geteuid() == 0 else None, limit=None)
+def refused_without_rights(rank_info, config) -> str:
+    return refused_in(rank_info, config, user=65534 if os.geteuid() == 0 else None, limit=None)
 
 
-def refused_for_want_of_room(place, config) -> str:
-    return refused_in(place, config, user=None, limit=4096)
+def refused_for_want_of_room(rank_info, config) -> str:
+    return refused_in(rank_info, config, user=None, limit=4096)
 
 
 @pytest.mark.parametrize("name", [".", "new"])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from equilibrium_mcore.config.schema import RunConfig
-from equilibrium_mcore.parallel.launch import Place
+from equilibrium_mcore.parallel.launch import RankInfo
 from tests.support.runs import MODEL, VOCABULARY, tiny_run
 
 # Rows 512 to 575 pad the vocabulary: a normaliser with them is off by about 0.1.
@@ -52,13 +52,13 @@ def made_up_batches(document_multiple: int | None = None) -> list[dict[str, Tens
     ]
 
 
-def score(place: Place, config: RunConfig) -> dict[str, Any]:
+def score(rank_info: RankInfo, config: RunConfig) -> dict[str, Any]:
     """All scores of the made-up batches, by name and batch, from the run's initial weights."""
     from equilibrium_mcore.certify.tokens import made_up_datasets
     from equilibrium_mcore.training.scoring import log_probabilities
     from equilibrium_mcore.training.setup import setup, teardown
 
-    run = setup(config, place, datasets=made_up_datasets(config))
+    run = setup(config, rank_info, datasets=made_up_datasets(config))
     before = _state(run, fill_gradients=True)
     modes: set[bool] = set()
     for chunk in run.chunks:
@@ -131,14 +131,14 @@ def config_of(data: dict, folder: Path, layout: dict, weights: str | None = None
     )
 
 
-def train_and_save(place: Place, config: RunConfig) -> None:
+def train_and_save(rank_info: RankInfo, config: RunConfig) -> None:
     """Some steps, so that routers have a bias, and a checkpoint."""
     from equilibrium_mcore.certify.tokens import made_up_datasets
     from equilibrium_mcore.training.callbacks import CheckpointCallback, LogCallback
     from equilibrium_mcore.training.setup import setup, teardown
     from equilibrium_mcore.training.step import train_step
 
-    run = setup(config, place, datasets=made_up_datasets(config))
+    run = setup(config, rank_info, datasets=made_up_datasets(config))
     for _ in range(3):
         train_step(run)
     CheckpointCallback(config, LogCallback(config)).on_end(run, reason="stop")
@@ -162,7 +162,7 @@ TEACHER_MODEL = {
 }
 
 
-def score_by_teacher(place: Place, config: RunConfig, weights: Path) -> list[Tensor]:
+def score_by_teacher(rank_info: RankInfo, config: RunConfig, weights: Path) -> list[Tensor]:
     """Scores of a frozen model that is another than the run's."""
     from equilibrium_mcore.certify.tokens import made_up_datasets
     from equilibrium_mcore.config.errors import ConfigError
@@ -170,7 +170,7 @@ def score_by_teacher(place: Place, config: RunConfig, weights: Path) -> list[Ten
     from equilibrium_mcore.training.scoring import log_probabilities
     from equilibrium_mcore.training.setup import setup, teardown
 
-    run = setup(config, place, datasets=made_up_datasets(config))
+    run = setup(config, rank_info, datasets=made_up_datasets(config))
     teacher = load_frozen(weights, config=config, groups=run.groups)
     values = log_probabilities(run, made_up_batches(), chunks=teacher)
     smaller = config.model.model_copy(update={"vocab_size": VOCABULARY - 1})
@@ -281,7 +281,7 @@ def test_every_layout_has_the_scores_of_one_rank(ranks, data, start, one_rank, t
         assert_same_bits(outcomes)
 
 
-def compare_weights(place: Place, config: RunConfig, other: Path) -> dict[str, Any]:
+def compare_weights(rank_info: RankInfo, config: RunConfig, other: Path) -> dict[str, Any]:
     """Scores with all the weights that a run can have, before and after some steps."""
     from equilibrium_mcore.certify.tokens import made_up_datasets
     from equilibrium_mcore.parallel.random_states import random_states
@@ -291,7 +291,7 @@ def compare_weights(place: Place, config: RunConfig, other: Path) -> dict[str, A
     from equilibrium_mcore.training.setup import setup, teardown
     from equilibrium_mcore.training.step import train_step
 
-    run = setup(config, place, datasets=made_up_datasets(config))
+    run = setup(config, rank_info, datasets=made_up_datasets(config))
     batches = made_up_batches()[:1]
     found = {"initial": log_probabilities(run, batches)[0]}
     for _ in range(3):

@@ -36,7 +36,7 @@ def main() -> int:
     accelerator.install()  # before megatron-core is imported
     if not arguments.rehearse and not accelerator.has_cuda():
         parser.error("this host has no CUDA device: --rehearse runs every part at a tiny size")
-    from tools.bench.measure.gpu import REHEARSAL, Plan, run_benchmark
+    from tools.bench.measure.gpu import REHEARSAL, BenchmarkSettings, run_benchmark
     from tools.bench.measure.gpu_report import markdown
 
     chosen = {
@@ -44,7 +44,7 @@ def main() -> int:
         for name in ("model", "sequence_length", "steps")
         if (value := getattr(arguments, name)) is not None
     }
-    plan = replace(REHEARSAL if arguments.rehearse else Plan(), **chosen)
+    plan = replace(REHEARSAL if arguments.rehearse else BenchmarkSettings(), **chosen)
     report = run_benchmark(plan, precisions=PARTS[arguments.part])
     print(markdown(report))
     if arguments.json:

@@ -61,7 +61,7 @@ def stage_steps(config: RunConfig, examples: Any) -> list[Callable[[], int]]:
     """Functions that train a step of the stage and give its tokens: packed, and with window 1."""
     from equilibrium_mcore.data.blend import Datasets
     from equilibrium_mcore.data.chat.dataset import ConversationDataset
-    from equilibrium_mcore.parallel.launch import Place
+    from equilibrium_mcore.parallel.launch import RankInfo
     from equilibrium_mcore.training.setup import setup
     from equilibrium_mcore.training.step import train_step
 
@@ -77,7 +77,7 @@ def stage_steps(config: RunConfig, examples: Any) -> list[Callable[[], int]]:
         )
 
     packed, alone = dataset(config.data.window), dataset(1)
-    run = setup(config, Place.alone(), datasets=Datasets(packed, None, None))
+    run = setup(config, RankInfo.alone(), datasets=Datasets(packed, None, None))
     streams = [run.stream_of(samples, consumed_samples=0) for samples in (packed, alone)]
 
     def step(stream: Any) -> int:

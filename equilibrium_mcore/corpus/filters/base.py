@@ -65,7 +65,7 @@ class CorpusFilter(ABC):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class FilterOutcome:
     """What became of a document.
 
     `text` is as far as it came. `dropped` and `stage`, an index into the chain's filters, say where
@@ -116,7 +116,7 @@ class FilterChain:
         """Whether `resolve` has anything to decide."""
         return bool(self._corpus_stages)
 
-    def process(self, text: str, fields: Mapping[str, Any]) -> Outcome:
+    def process(self, text: str, fields: Mapping[str, Any]) -> FilterOutcome:
         """Apply the document filters in order, and note signatures where others stand between.
 
         Raises FilterError when a filter fails on this document.
@@ -128,11 +128,11 @@ class FilterChain:
                 signatures.append(result)
                 continue
             if isinstance(result, Dropped):
-                return Outcome(text, result, stage, tuple(signatures))
+                return FilterOutcome(text, result, stage, tuple(signatures))
             text = result
-        return Outcome(text, signatures=tuple(signatures))
+        return FilterOutcome(text, signatures=tuple(signatures))
 
-    def resolve(self, outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
+    def resolve(self, outcomes: Iterable[FilterOutcome]) -> Iterator[FilterOutcome]:
         """The final outcomes, in the same order; signatures are taken off.
 
         A document counts for a filter across documents only if it reached it: one that an earlier
@@ -145,6 +145,6 @@ class FilterChain:
             for stage, index, signature in reached:
                 reason = index.decide(signature)
                 if reason is not None:
-                    final = Outcome(outcome.text, Dropped(reason), stage)
+                    final = FilterOutcome(outcome.text, Dropped(reason), stage)
                     break
             yield final

@@ -61,7 +61,7 @@ _ISSUERS = (
 )
 
 
-class Kind(NamedTuple):
+class PersonalDataKind(NamedTuple):
     """How a kind of personal data is found, checked and replaced."""
 
     pattern: re.Pattern[str]
@@ -122,11 +122,15 @@ def luhn(digits: str) -> bool:
 
 # Cards before phones, so that a card's digits are not taken for a phone. Replacements are from the
 # ranges that are reserved for documentation, so that a second pass leaves them alone.
-KINDS: dict[str, Kind] = {
-    "email": Kind(_EMAIL, "@", _is_email, "email@example.com"),
-    "ip_address": Kind(_IP_ADDRESS, re.compile(r"\d\.\d|:"), _is_public_address, "192.0.2.1"),
-    "credit_card": Kind(_CARD, re.compile(r"\d{3}"), _is_card, "[credit card]"),
-    "phone": Kind(_PHONE, re.compile(r"\+\d|\d{3}[.\-]\d{4}"), _is_phone, "[phone number]"),
+KINDS: dict[str, PersonalDataKind] = {
+    "email": PersonalDataKind(_EMAIL, "@", _is_email, "email@example.com"),
+    "ip_address": PersonalDataKind(
+        _IP_ADDRESS, re.compile(r"\d\.\d|:"), _is_public_address, "192.0.2.1"
+    ),
+    "credit_card": PersonalDataKind(_CARD, re.compile(r"\d{3}"), _is_card, "[credit card]"),
+    "phone": PersonalDataKind(
+        _PHONE, re.compile(r"\+\d|\d{3}[.\-]\d{4}"), _is_phone, "[phone number]"
+    ),
 }
 
 

@@ -32,7 +32,7 @@ class Reason:
 
 
 @dataclass
-class Stage:
+class FilterStage:
     """What one filter did. Seconds are of a processor; characters are of documents that stayed."""
 
     type: str
@@ -67,7 +67,7 @@ class Trial:
     documents_in_file: int
     sampled: int
     characters: int
-    stages: list[Stage]
+    stages: list[FilterStage]
     kept: int
     characters_kept: int
 
@@ -101,7 +101,7 @@ def try_filters(
     characters = sum(len(text) for text, _ in going)
     stages = []
     for config, part in zip(enabled, chain.filters, strict=True):
-        stage = Stage(config.type, _chosen(config))
+        stage = FilterStage(config.type, _chosen(config))
         going = _run_stage(part, going, stage, examples, example_characters)
         stages.append(stage)
     return Trial(
@@ -142,7 +142,7 @@ def draw_records(
 def _run_stage(
     part: DocumentFilter | CorpusFilter,
     documents: list[tuple[str, dict[str, Any]]],
-    stage: Stage,
+    stage: FilterStage,
     examples: int,
     example_characters: int,
 ) -> list[tuple[str, dict[str, Any]]]:

@@ -1,4 +1,4 @@
-"""What tools/try_filter.py does with its words: filters from text and YAML, a trial, a report."""
+"""What tools/try_filter.py does: filters from arguments and YAML, a trial, a report."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from equilibrium_mcore.data.tokenizer import Tokenizer, load_tokenizer
 def report_trial(
     path: Path,
     *,
-    words: Sequence[str],
+    filter_arguments: Sequence[str],
     filters: Path | None = None,
-    form: str = "table",
+    output_format: str = "table",
     tokenizer_model: Path | None = None,
     sample: int = 1000,
     seed: int = 1234,
     text_field: str = "text",
     examples: int = 2,
 ) -> str:
-    """The report on `filters` (a YAML file with the key `filters`), then `words` (type=...,k=v).
+    """The report on `filters` (a YAML file), then `filter_arguments` (type=...,key=value).
 
     Raises ConfigError, ValueError or OSError for what cannot be used.
     """
@@ -39,7 +39,7 @@ def report_trial(
                 source=filters,
             )
         values += held["filters"]
-    values += [filter_from_text(word) for word in words]
+    values += [filter_from_text(word) for word in filter_arguments]
     if not values:
         raise ConfigError(
             "no filter is given: add --filter type=length,min_length=100, or --filters FILE.yaml",
@@ -56,7 +56,7 @@ def report_trial(
         tokenizer=_tokenizer(tokenizer_model),
         examples=examples,
     )
-    return FORMATS[form](trial)
+    return FORMATS[output_format](trial)
 
 
 def _tokenizer(model: Path | None) -> Tokenizer | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 
-from equilibrium_mcore.corpus.filters.trial import Stage, Trial
+from equilibrium_mcore.corpus.filters.trial import FilterStage, Trial
 
 COLUMNS = ("filter", "reached", "kept", "dropped", "share", "changed", "characters", "ms/document")
 SAMPLE_NOTE = (
@@ -90,7 +90,7 @@ FORMATS: dict[str, Callable[[Trial], str]] = {
 }
 
 
-def _cells(stage: Stage) -> Sequence[str]:
+def _cells(stage: FilterStage) -> Sequence[str]:
     settings = ", ".join(f"{key}={_short(value)}" for key, value in stage.settings.items())
     return (
         f"{stage.type} {settings}".strip(),
@@ -117,7 +117,7 @@ def _notes(trial: Trial) -> list[str]:
     return ["", SAMPLE_NOTE] if trial.looks_across_a_sample else []
 
 
-def _by_size(stage: Stage) -> list:
+def _by_size(stage: FilterStage) -> list:
     return sorted(stage.reasons.items(), key=lambda item: -item[1].documents)
 
 

@@ -200,7 +200,7 @@ class Output:
     high: float | None = None
 
 
-class Stages:
+class CurriculumStages:
     """The stage, from 0, of each document that stays; -1 for the others."""
 
     def __init__(self, chosen: Chosen) -> None:
@@ -236,7 +236,7 @@ class Stages:
         return ordered(values, descending=self.sampling.hardest_first)
 
 
-def outputs_of(stages: Stages, split: str) -> list[Output]:
+def outputs_of(stages: CurriculumStages, split: str) -> list[Output]:
     """The datasets to write of one source, with their sizes.
 
     Raises ValueError for a stage that has no document.
@@ -281,7 +281,7 @@ def outputs_of(stages: Stages, split: str) -> list[Output]:
 
 
 def write_output(
-    stages: Stages, output: Output, add: Callable[[bytes, np.ndarray, bool], Any]
+    stages: CurriculumStages, output: Output, add: Callable[[bytes, np.ndarray, bool], Any]
 ) -> dict[str, Any]:
     """Hand an output's documents to `add(payload, lengths, held_out)`, those held out last.
 

@@ -51,7 +51,7 @@ class SourcePlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MixturePlan:
     """All datasets' parts."""
 
     mixture: MixtureConfig
@@ -84,7 +84,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(mixture: MixtureConfig) -> Plan:
+def make_plan(mixture: MixtureConfig) -> MixturePlan:
     """Shares and needs; opens nothing."""
     metadata = mixture.metadata
     total = metadata.total_tokens if mixture.kind == "text" else metadata.total_examples
@@ -94,10 +94,10 @@ def make_plan(mixture: MixtureConfig) -> Plan:
         kept = (1 - mixture.validation.ratio) / (1 + SURPLUS)
         take = None if needed is None else -int(-needed // kept)
         sources.append(SourcePlan(dataset, share, needed, take, is_hub(dataset)))
-    return Plan(mixture, sources, total)
+    return MixturePlan(mixture, sources, total)
 
 
-def open_sources(plan: Plan, *, ask_hub: bool) -> Plan:
+def open_sources(plan: MixturePlan, *, ask_hub: bool) -> MixturePlan:
     """The plan with files and parts, each source's first rows read as the work will read them.
 
     Raises ConfigError with every problem: tokenizer, filters, files, fields. The Hub is asked only
@@ -118,10 +118,10 @@ def open_sources(plan: Plan, *, ask_hub: bool) -> Plan:
                 problems.append(str(error))
     if problems:
         raise ConfigError(dict.fromkeys(problems), source=plan.mixture.name)
-    return Plan(plan.mixture, list(opened.values()), plan.total)
+    return MixturePlan(plan.mixture, list(opened.values()), plan.total)
 
 
-def check_disk(plan: Plan, output: Path, *, bytes_per_token: int) -> str:
+def check_disk(plan: MixturePlan, output: Path, *, bytes_per_token: int) -> str:
     """The room that the work needs, in words; raises OSError when there is less."""
     needed = 0.0
     for source in plan.sources:

@@ -40,7 +40,7 @@ from equilibrium_mcore.corpus.mixtures.manifest import (
 from equilibrium_mcore.corpus.mixtures.merge import Chosen, SharedIndexes, choose
 from equilibrium_mcore.corpus.mixtures.parts import SourcePart
 from equilibrium_mcore.corpus.mixtures.plan import (
-    Plan,
+    MixturePlan,
     SourcePlan,
     check_disk,
     make_plan,
@@ -134,7 +134,7 @@ def prepare(
 
 
 def _choose_all(
-    plan: Plan,
+    plan: MixturePlan,
     options: Options,
     encoder: EncoderPlan | None,
     workers: ShardWorkers,
@@ -171,7 +171,7 @@ def _choose_all(
     return chosen
 
 
-def _check_epochs(plan: Plan, chosen: list[Chosen]) -> None:
+def _check_epochs(plan: MixturePlan, chosen: list[Chosen]) -> None:
     if plan.total is None or plan.mixture.kind != "text":
         return
     problems = []
@@ -190,7 +190,7 @@ def _check_epochs(plan: Plan, chosen: list[Chosen]) -> None:
 
 
 def _write_all(
-    plan: Plan,
+    plan: MixturePlan,
     chosen: list[Chosen],
     options: Options,
     encoder: EncoderPlan | None,
@@ -302,7 +302,7 @@ def _fingerprint(*values: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _inputs(plan: Plan) -> list:
+def _inputs(plan: MixturePlan) -> list:
     return [source.inputs for source in plan.sources]
 
 

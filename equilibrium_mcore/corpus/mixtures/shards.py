@@ -25,7 +25,7 @@ import numpy as np
 
 from equilibrium_mcore.config.mixture import DatasetConfig, Kind
 from equilibrium_mcore.corpus.encode import EncoderPlan, open_encoder
-from equilibrium_mcore.corpus.filters.base import FilterChain, Outcome
+from equilibrium_mcore.corpus.filters.base import FilterChain, FilterOutcome
 from equilibrium_mcore.corpus.filters.build import build_filters
 from equilibrium_mcore.corpus.mixtures.documents import (
     Document,
@@ -259,7 +259,7 @@ class _Draft:
             self.facts.reasons.append(reason)
         return 1 + self.facts.reasons.index(reason)
 
-    def _enter(self, outcome: Outcome, fate: int, value: float) -> None:
+    def _enter(self, outcome: FilterOutcome, fate: int, value: float) -> None:
         self.columns["hashes"].append(document_hash(outcome.text, self.spec.seed))
         self.columns["values"].append(value)
         self.columns["fate"].append(fate)

@@ -16,12 +16,12 @@ from equilibrium_mcore.corpus.indexed_writer import IndexedWriter
 from equilibrium_mcore.corpus.mixtures.manifest import OutputFacts, SourceFacts
 from equilibrium_mcore.corpus.mixtures.merge import (
     Chosen,
+    CurriculumStages,
     Output,
-    Stages,
     outputs_of,
     write_output,
 )
-from equilibrium_mcore.corpus.mixtures.plan import Plan
+from equilibrium_mcore.corpus.mixtures.plan import MixturePlan
 from equilibrium_mcore.data.indexed_files import Manifest
 
 CONVERSATIONS = "conversations.yaml"
@@ -45,7 +45,7 @@ class OutputSet:
 
     def write(self, chosen: Chosen, split: str, inputs: list[dict[str, Any]]) -> list[OutputFacts]:
         """Write a source, or each stage of its curriculum."""
-        stages = Stages(chosen)
+        stages = CurriculumStages(chosen)
         return [self._write_one(stages, output, inputs) for output in outputs_of(stages, split)]
 
     def publish(self) -> None:
@@ -56,7 +56,7 @@ class OutputSet:
             lines.publish()
 
     def _write_one(
-        self, stages: Stages, output: Output, inputs: list[dict[str, Any]]
+        self, stages: CurriculumStages, output: Output, inputs: list[dict[str, Any]]
     ) -> OutputFacts:
         name = stages.chosen.spec.dataset.name
         stem = name if output.stage is None else f"{name}_stage{output.stage}"
@@ -127,7 +127,9 @@ class _LinesWriter:
             os.replace(_aside(path), path)
 
 
-def blend_texts(plan: Plan, facts: list[SourceFacts], output: Path, split: str) -> dict[str, str]:
+def blend_texts(
+    plan: MixturePlan, facts: list[SourceFacts], output: Path, split: str
+) -> dict[str, str]:
     """File name to YAML of the blends: one, or one per stage of a curriculum.
 
     A dataset without a curriculum is whole in every stage's blend.
@@ -159,7 +161,7 @@ def blend_texts(plan: Plan, facts: list[SourceFacts], output: Path, split: str) 
     return texts
 
 
-def conversation_texts(plan: Plan, facts: list[SourceFacts], output: Path) -> dict[str, str]:
+def conversation_texts(plan: MixturePlan, facts: list[SourceFacts], output: Path) -> dict[str, str]:
     """File name to YAML of the conversations that a run names as `data:`, a source a dataset.
 
     A curriculum's stages are files of one source. Without a tokenizer of the mixture's there is
@@ -192,7 +194,7 @@ def _conversation_source(source: SourceFacts, output: Path) -> dict[str, Any]:
 def _manifest(
     writer: IndexedWriter,
     encoder: EncoderPlan,
-    stages: Stages,
+    stages: CurriculumStages,
     bad: int,
     inputs: list[dict[str, Any]],
 ) -> Manifest:

@@ -35,7 +35,7 @@ class Conversation(NamedTuple):
     weight: float = 1.0
 
 
-class RowError(ValueError):
+class ConversationError(ValueError):
     """What is wrong with which key of a row."""
 
     def __init__(self, key: str, text: str) -> None:
@@ -65,7 +65,7 @@ def read_conversations(path: Path) -> Iterator[Conversation]:
 
 
 def parse_conversation(row: Mapping[str, Any], line: int = 0) -> Conversation:
-    """A row in one of the forms. Raises RowError that names the key."""
+    """A row in one of the forms. Raises ConversationError that names the key."""
     for key, read in _FORMS.items():
         if key in row:
             return Conversation(tuple(read(row)), line, _weight(row))
@@ -73,7 +73,7 @@ def parse_conversation(row: Mapping[str, Any], line: int = 0) -> Conversation:
     hint = ""
     if {"chosen", "prompt"} & row.keys():
         hint = "; preferences and prompts are for other stages"
-    raise RowError("", f"none of the keys {', '.join(_FORMS)}; it has {held}{hint}")
+    raise ConversationError("", f"none of the keys {', '.join(_FORMS)}; it has {held}{hint}")
 
 
 def _row(line: bytes) -> Mapping[str, Any]:
@@ -84,7 +84,7 @@ def _row(line: bytes) -> Mapping[str, Any]:
     except ValueError:
         pass
     parse_line(line, ())  # says what is wrong
-    raise RowError("", "not JSON that can be used; write the line with a JSON library")
+    raise ConversationError("", "not JSON that can be used; write the line with a JSON library")
 
 
 # ------------------------------------------------------------------------------------------ forms
@@ -93,7 +93,7 @@ def _row(line: bytes) -> Mapping[str, Any]:
 def _messages(row: Mapping[str, Any], key: str = "messages") -> Iterator[Turn]:
     messages = row[key]
     if not isinstance(messages, list) or not messages:
-        raise RowError(key, f"holds {messages!r:.60}, and a list of messages is needed")
+        raise ConversationError(key, f"holds {messages!r:.60}, and a list of messages is needed")
     turns = [_turn(message, f"{key}[{number}]") for number, message in enumerate(messages)]
     if all(turn.role != "system" for turn in turns):
         yield from _system(row)
@@ -109,7 +109,7 @@ def _alpaca(row: Mapping[str, Any]) -> Iterator[Turn]:
     asked = [_text(row.get(key) or "", key) for key in ("instruction", "input")]
     yield Turn("user", "\n\n".join(part for part in asked if part))
     if "output" not in row:
-        raise RowError("output", "missing beside 'instruction'")
+        raise ConversationError("output", "missing beside 'instruction'")
     yield Turn("assistant", _text(row["output"], "output"))
 
 
@@ -131,16 +131,20 @@ def _turn(message: Any, key: str) -> Turn:
             continue
         role = message[role_key]
         if not isinstance(role, str) or role not in ROLE_NAMES:
-            raise RowError(f"{key}.{role_key}", f"{role!r:.60} is none of {', '.join(ROLE_NAMES)}")
+            raise ConversationError(
+                f"{key}.{role_key}", f"{role!r:.60} is none of {', '.join(ROLE_NAMES)}"
+            )
         for name in _BESIDE_TEXT:
             if message.get(name):
-                raise RowError(
+                raise ConversationError(
                     f"{key}.{name}",
                     "only the content is trained on: write it there, as the model shall",
                 )
         content = _text(message.get(content_key), f"{key}.{content_key}")
         return Turn(ROLE_NAMES[role], content, _trained(message, ROLE_NAMES[role], key))
-    raise RowError(key, f"is {message!r:.80}; a message has role and content, or from and value")
+    raise ConversationError(
+        key, f"is {message!r:.80}; a message has role and content, or from and value"
+    )
 
 
 def _trained(message: Mapping[str, Any], role: str, key: str) -> bool:
@@ -148,7 +152,9 @@ def _trained(message: Mapping[str, Any], role: str, key: str) -> bool:
     if weight is None or role != "assistant":
         return True
     if weight not in (0, 1):
-        raise RowError(f"{key}.weight", f"{weight!r:.40} is neither 0 (context only) nor 1")
+        raise ConversationError(
+            f"{key}.weight", f"{weight!r:.40} is neither 0 (context only) nor 1"
+        )
     return bool(weight)
 
 
@@ -160,11 +166,11 @@ def _text(value: Any, key: str) -> str:
         if kinds <= {"text"} and all(isinstance(part, str) for part in parts):
             value = "".join(parts)
     if not isinstance(value, str):
-        raise RowError(key, f"holds {value!r:.60}, and text is needed")
+        raise ConversationError(key, f"holds {value!r:.60}, and text is needed")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise RowError(key, "holds half of a surrogate pair, which is no text") from None
+        raise ConversationError(key, "holds half of a surrogate pair, which is no text") from None
     return value
 
 
@@ -172,5 +178,5 @@ def _weight(row: Mapping[str, Any]) -> float:
     weight = row.get("weight", 1.0)
     number = isinstance(weight, int | float) and not isinstance(weight, bool)
     if not number or not math.isfinite(weight) or weight < 0:
-        raise RowError("weight", f"{weight!r:.40} is no number from 0 on")
+        raise ConversationError("weight", f"{weight!r:.40} is no number from 0 on")
     return float(weight)

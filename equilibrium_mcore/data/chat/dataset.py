@@ -10,7 +10,7 @@ from torch import Tensor
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.data.chat.examples import Examples
 from equilibrium_mcore.data.chat.fill import fill_sequence, padded
-from equilibrium_mcore.data.chat.order import ExampleOrder, Packing, Plan
+from equilibrium_mcore.data.chat.order import ExampleOrder, Packing, SequencePlan
 from equilibrium_mcore.data.samples import PlannedSamples
 
 
@@ -51,7 +51,7 @@ class ConversationDataset(PlannedSamples):
         )
         super().__init__(order, samples=samples, first_sample=first_sample)
 
-    def __getitem__(self, item: int | Plan) -> dict[str, Tensor]:
+    def __getitem__(self, item: int | SequencePlan) -> dict[str, Tensor]:
         """int64 `tokens`, `labels`, `position_ids` and float32 `loss_mask`, each [sequence]."""
         plan = self.plan_of(item)
         arrays = fill_sequence(

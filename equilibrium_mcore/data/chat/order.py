@@ -23,7 +23,7 @@ from equilibrium_mcore.data.ledger.permutation import Permutation
 STATE_VERSION = 1
 
 
-class Plan(NamedTuple):
+class SequencePlan(NamedTuple):
     """One sequence, before its tokens are read: its epoch, from 0, and its examples in order."""
 
     epoch: int
@@ -63,7 +63,7 @@ class ExampleOrder:
         self.epoch, self.place = 0, 0  # where the next window begins
         self._open: tuple[int, ...] = ()  # examples of the window under way
         self._opened_in, self._given = 0, 0  # their epoch; how many sequences are given out
-        self._plans: list[Plan] = []
+        self._plans: list[SequencePlan] = []
         if state is not None:
             self._resume(state)
 
@@ -73,7 +73,7 @@ class ExampleOrder:
         other.__dict__.update(self.__dict__)
         return other
 
-    def take(self) -> Plan:
+    def take(self) -> SequencePlan:
         """The next sequence."""
         self._open_window()
         self._given += 1
@@ -124,7 +124,7 @@ class ExampleOrder:
         self.epoch, self.place = (self.epoch + 1, 0) if end == count else (self.epoch, end)
         self._plans = self._packed(self.packing)
 
-    def _packed(self, packing: Packing) -> list[Plan]:
+    def _packed(self, packing: Packing) -> list[SequencePlan]:
         """The sequences of the window under way, in the order in which they are given out."""
         numbers = np.array(self._open, np.int64)
         lengths = padded(self.lengths[numbers].astype(np.int64), packing.document_multiple)
@@ -134,7 +134,7 @@ class ExampleOrder:
             len(bins), f"sequences/{self.seed}/{self._opened_in}/{self._open[0]}"
         )
         return [
-            Plan(self._opened_in, tuple(numbers[bins[number]].tolist()))
+            SequencePlan(self._opened_in, tuple(numbers[bins[number]].tolist()))
             for number in shuffled(0, len(bins)).tolist()
         ]
 

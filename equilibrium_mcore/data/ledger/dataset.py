@@ -13,7 +13,7 @@ from equilibrium_mcore.config.data import DataConfig
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.data.indexed_files import IndexHeader
 from equilibrium_mcore.data.ledger.lanes import padded
-from equilibrium_mcore.data.ledger.ledger import Ledger, Plan
+from equilibrium_mcore.data.ledger.ledger import Ledger, SamplePlan
 from equilibrium_mcore.data.ledger.source import SourceDocuments
 from equilibrium_mcore.data.open_files import OpenFiles
 from equilibrium_mcore.data.samples import PlannedSamples
@@ -55,7 +55,7 @@ class LedgerDataset(PlannedSamples):
         )
         super().__init__(ledger, samples=samples, first_sample=first_sample)
 
-    def __getitem__(self, item: int | Plan) -> dict[str, Tensor]:
+    def __getitem__(self, item: int | SamplePlan) -> dict[str, Tensor]:
         """int64 `tokens`, `labels`, `position_ids` and float32 `loss_mask`, each [sequence_length].
 
         `dataset_id` is the source's place in the blend. Raises ValueError for damaged files and
@@ -63,7 +63,7 @@ class LedgerDataset(PlannedSamples):
         """
         return self._sample(self.plan_of(item))
 
-    def _sample(self, plan: Plan) -> dict[str, Tensor]:
+    def _sample(self, plan: SamplePlan) -> dict[str, Tensor]:
         source = self.sources[plan.source]
         length = self.sequence_length
         tokens, mask = np.empty(length + 1, np.int64), np.ones(length, np.float32)
@@ -94,7 +94,7 @@ class LedgerDataset(PlannedSamples):
             "dataset_id": torch.tensor(plan.source),
         }
 
-    def _refuse_ids(self, plan: Plan) -> None:
+    def _refuse_ids(self, plan: SamplePlan) -> None:
         source = self.sources[plan.source]
         for span in (*plan.spans, plan.label):
             ids = source.read(span)

@@ -12,7 +12,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from equilibrium_mcore.data.ledger.source import START, Pointer, SourceDocuments, Span, Unfinished
+from equilibrium_mcore.data.ledger.source import (
+    START,
+    DocumentSlice,
+    Pointer,
+    SourceDocuments,
+    Unfinished,
+)
 
 # Another number asks for another ledger.STATE_VERSION: lanes that are no more hold documents.
 LANES = 64
@@ -44,7 +50,7 @@ class Lanes:
         other.held = dict(self.held)
         return other
 
-    def take(self, room: int, spans: list[Span] | None, *, multiple: int = 1) -> int:
+    def take(self, room: int, spans: list[DocumentSlice] | None, *, multiple: int = 1) -> int:
         """Fill a sample of `room` tokens from the next lane; its spans are added to `spans`.
 
         Each document is padded to a multiple of `multiple`. Returns the tokens taken.
@@ -62,11 +68,11 @@ class Lanes:
         self.lane = (self.lane + 1) % self.count
         return taken
 
-    def label(self) -> Span:
+    def label(self) -> DocumentSlice:
         """The token behind the last sample's, in its lane: looked at, not given out."""
         return self._next_token((self.lane - 1) % self.count)
 
-    def _give(self, tokens: int, spans: list[Span] | None) -> None:
+    def _give(self, tokens: int, spans: list[DocumentSlice] | None) -> None:
         held = self.held.get(self.lane)
         if held is not None:
             epoch, document, offset, length = held
@@ -74,7 +80,7 @@ class Lanes:
                 length = self.source.length(document)
             given = min(length - offset, tokens)
             if spans is not None:
-                spans.append(Span(document, offset, given, epoch))
+                spans.append(DocumentSlice(document, offset, given, epoch))
             if offset + given < length:
                 self.held[self.lane] = Unfinished(epoch, document, offset + given, length)
                 return
@@ -86,11 +92,11 @@ class Lanes:
         if held is not None:
             self.held[self.lane] = held
 
-    def _next_token(self, lane: int) -> Span:
+    def _next_token(self, lane: int) -> DocumentSlice:
         held = self.held.get(lane)
         if held is not None:
-            return Span(held.document, held.offset, 1, held.epoch)
-        spans: list[Span] = []
+            return DocumentSlice(held.document, held.offset, 1, held.epoch)
+        spans: list[DocumentSlice] = []
         self.source.advance(self.pointer, 1, spans)
         return spans[0]
 

@@ -18,19 +18,19 @@ import numpy as np
 
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.data.ledger.lanes import Lanes
-from equilibrium_mcore.data.ledger.source import SourceDocuments, Span
+from equilibrium_mcore.data.ledger.source import DocumentSlice, SourceDocuments
 
 STATE_VERSION = 2
 
 
-class Plan(NamedTuple):
+class SamplePlan(NamedTuple):
     """One sample, before its tokens are read."""
 
     source: int
     """Place of the source in the blend."""
-    spans: tuple[Span, ...]
+    spans: tuple[DocumentSlice, ...]
     """`sequence_length` tokens, padding counted; each span is a document begun or gone on with."""
-    label: Span
+    label: DocumentSlice
     """The token behind, for the last label."""
 
 
@@ -91,18 +91,18 @@ class Ledger:
         other._given, other._wanted = self._given.copy(), self._wanted.copy()
         return other
 
-    def take(self) -> Plan:
+    def take(self) -> SamplePlan:
         """Plan the next sample, and move on behind it."""
-        spans: list[Span] = []
+        spans: list[DocumentSlice] = []
         chosen = self._next(spans)
-        return Plan(chosen, tuple(spans), self.lanes[chosen].label())
+        return SamplePlan(chosen, tuple(spans), self.lanes[chosen].label())
 
     def skip(self, samples: int) -> None:
         """Move on by so many samples."""
         for _ in range(samples):
             self._next(None)
 
-    def _next(self, spans: list[Span] | None) -> int:
+    def _next(self, spans: list[DocumentSlice] | None) -> int:
         length = self.sequence_length
         # Counts of tokens are whole numbers far below 2^53: exact, so a resumed ledger that adds
         # them up in another order decides alike.

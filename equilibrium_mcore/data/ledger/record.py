@@ -21,7 +21,7 @@ from equilibrium_mcore.config.data import SourceConfig
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.indexed_files import read_header
-from equilibrium_mcore.data.ledger.ledger import Ledger, Plan, check_version
+from equilibrium_mcore.data.ledger.ledger import Ledger, SamplePlan, check_version
 from equilibrium_mcore.data.ledger.source import SourceDocuments
 from equilibrium_mcore.data.open_files import OpenFiles
 from equilibrium_mcore.files.archive import move_to_archive
@@ -114,7 +114,7 @@ class Mark:
 
 
 @dataclass(frozen=True)
-class Segment:
+class StepInterval:
     """Steps under the same settings: from the first mark's on, up to the next segment."""
 
     settings: dict[str, Any]
@@ -129,7 +129,7 @@ class Segment:
         return next(mark for mark in reversed(self.marks) if mark.step <= step)
 
 
-def read_segments(run_directory: Path) -> list[Segment]:
+def read_segments(run_directory: Path) -> list[StepInterval]:
     """The run's segments in order, without steps that were lost and trained again.
 
     Raises FileNotFoundError where the run has no ledger, ValueError for a broken line before the
@@ -140,14 +140,14 @@ def read_segments(run_directory: Path) -> list[Segment]:
         raise FileNotFoundError(
             f"{path} does not exist: name the output_directory of a run with data.order=ledger"
         )
-    segments: list[Segment] = []
+    segments: list[StepInterval] = []
     for record in _records(path):
         step = record["step"]
         check_version(record["state"])
         if record["kind"] == "start":
             segments = _cut(segments, step)
             mark = Mark(step, record["samples"], record["state"])
-            segments.append(Segment(record["settings"], (mark,)))
+            segments.append(StepInterval(record["settings"], (mark,)))
         elif segments:
             last = segments[-1]
             state = {**last.first.state, **record["state"]}
@@ -158,7 +158,7 @@ def read_segments(run_directory: Path) -> list[Segment]:
     return segments
 
 
-def _cut(segments: list[Segment], step: int) -> list[Segment]:
+def _cut(segments: list[StepInterval], step: int) -> list[StepInterval]:
     """What is left when the run goes on behind `step`: later steps are lost."""
     kept = [segment for segment in segments if segment.first.step < step]
     return [
@@ -183,7 +183,7 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
 # ------------------------------------------------------------------------------------ replaying
 
 
-def segment_of(segments: list[Segment], step: int) -> Segment:
+def segment_of(segments: list[StepInterval], step: int) -> StepInterval:
     """The segment in which step `step` (the first is 1) was trained, or will be.
 
     Raises ConfigError for a step outside of the run.
@@ -224,7 +224,7 @@ def open_sources(settings: dict[str, Any]) -> list[SourceDocuments]:
     return opened
 
 
-def ledger_behind(segment: Segment, step: int) -> Ledger:
+def ledger_behind(segment: StepInterval, step: int) -> Ledger:
     """The segment's ledger behind `step` steps, replayed from the last state that is known.
 
     Raises ConfigError where the data is gone or was made anew since.
@@ -241,7 +241,7 @@ def ledger_behind(segment: Segment, step: int) -> Ledger:
     return ledger
 
 
-def plans_of(segment: Segment, step: int) -> tuple[Ledger, list[Plan]]:
+def plans_of(segment: StepInterval, step: int) -> tuple[Ledger, list[SamplePlan]]:
     """The samples of step `step`, in the order of the global batch, and the ledger behind them."""
     ledger = ledger_behind(segment, step - 1)
     return ledger, [ledger.take() for _ in range(segment.settings["global_batch_size"])]

@@ -10,13 +10,13 @@ from equilibrium_mcore.config.data import TokenizerConfig
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.data.ledger.record import (
     Mark,
-    Segment,
+    StepInterval,
     ledger_behind,
     plans_of,
     read_segments,
     segment_of,
 )
-from equilibrium_mcore.data.ledger.source import SourceDocuments, Span
+from equilibrium_mcore.data.ledger.source import DocumentSlice, SourceDocuments
 from equilibrium_mcore.data.ledger.trace import readings
 from equilibrium_mcore.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -62,7 +62,7 @@ def report(
 # -------------------------------------------------------------------------------- consumption
 
 
-def consumption(segments: list[Segment], step: int | None = None) -> dict[str, Any]:
+def consumption(segments: list[StepInterval], step: int | None = None) -> dict[str, Any]:
     """Per source what the run consumed up to `step`; None: up to the last saved state.
 
     `documents` counts those that were begun, over all epochs; `epochs` is by tokens.
@@ -103,7 +103,7 @@ def _consumed(
     }
 
 
-def changes(segments: list[Segment]) -> list[dict[str, Any]]:
+def changes(segments: list[StepInterval]) -> list[dict[str, Any]]:
     """Where settings of the data changed on the way: behind which step, and what."""
     found = []
     for before, after in pairwise(segments):
@@ -127,7 +127,7 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 # -------------------------------------------------------------------------------- comparison
 
 
-def parting(ours: list[Segment], theirs: list[Segment]) -> dict[str, Any] | None:
+def parting(ours: list[StepInterval], theirs: list[StepInterval]) -> dict[str, Any] | None:
     """The first step in which two runs take other documents, and why; None where they never do.
 
     Two ledgers with equal states and settings take the same documents until settings change, so
@@ -149,7 +149,7 @@ def parting(ours: list[Segment], theirs: list[Segment]) -> dict[str, Any] | None
     return None
 
 
-def _state_behind(segment: Segment, step: int) -> dict[str, Any]:
+def _state_behind(segment: StepInterval, step: int) -> dict[str, Any]:
     mark = segment.mark_before(step)
     return mark.state if mark.step == step else ledger_behind(segment, step).state()
 
@@ -180,7 +180,7 @@ def _place(cursor: dict[str, Any] | None) -> str:
 
 
 def documents_of_step(
-    segments: list[Segment], step: int, *, show: bool = False
+    segments: list[StepInterval], step: int, *, show: bool = False
 ) -> list[dict[str, Any]]:
     """The samples of a step, each with its source and the documents it is made of.
 
@@ -203,7 +203,9 @@ def _with_path(values: dict[str, Any]) -> dict[str, Any]:
     return {**values, "model": Path(values["model"])}
 
 
-def _document(source: SourceDocuments, span: Span, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def _document(
+    source: SourceDocuments, span: DocumentSlice, tokenizer: Tokenizer | None
+) -> dict[str, Any]:
     values: dict[str, Any] = {
         "document": span.document,
         "offset": span.offset,
@@ -211,7 +213,7 @@ def _document(source: SourceDocuments, span: Span, tokenizer: Tokenizer | None) 
         "of": source.length(span.document),
     }
     if tokenizer is not None:
-        ids = source.read(Span(span.document, span.offset, min(span.tokens, TEXT_TOKENS)))
+        ids = source.read(DocumentSlice(span.document, span.offset, min(span.tokens, TEXT_TOKENS)))
         values["text"] = tokenizer.decode(ids.tolist())[:TEXT_CHARACTERS]
     return values
 

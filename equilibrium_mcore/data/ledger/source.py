@@ -54,7 +54,7 @@ class Unfinished(NamedTuple):
     """Tokens that it has; 0: not looked up yet."""
 
 
-class Span(NamedTuple):
+class DocumentSlice(NamedTuple):
     """Consecutive tokens of one document."""
 
     document: int
@@ -142,7 +142,7 @@ class SourceDocuments:
         return self._orders[epoch]
 
     def advance(
-        self, at: Pointer, tokens: int, spans: list[Span] | None = None
+        self, at: Pointer, tokens: int, spans: list[DocumentSlice] | None = None
     ) -> tuple[Pointer, Unfinished | None]:
         """Give out `tokens` tokens of the documents from `at` on; their spans go to `spans`.
 
@@ -208,7 +208,7 @@ class SourceDocuments:
         at = offset + document * np.dtype(dtype).itemsize
         return int(self._files.read(self._index_file, dtype, offset=at, count=1)[0])
 
-    def read(self, span: Span) -> np.ndarray:
+    def read(self, span: DocumentSlice) -> np.ndarray:
         """The span's token ids, [tokens].
 
         Raises ValueError where the index leads outside of the .bin, and where a file has changed
@@ -228,13 +228,15 @@ class SourceDocuments:
         )
 
 
-def _add_spans(spans: list[Span], block: _Block, place: int, here: int, until: int) -> None:
+def _add_spans(
+    spans: list[DocumentSlice], block: _Block, place: int, here: int, until: int
+) -> None:
     """Spans of the block's tokens here .. until-1; `place` is the document that holds `here`."""
     starts, documents = block.starts, block.documents
     while here < until:
         end = min(starts[place + 1], until)
         if end > here:
             offset = here - starts[place]
-            spans.append(Span(documents[place], offset, end - here, block.epoch))
+            spans.append(DocumentSlice(documents[place], offset, end - here, block.epoch))
             here = end
         place += 1

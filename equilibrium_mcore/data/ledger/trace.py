@@ -6,11 +6,11 @@ from itertools import pairwise
 from typing import Any
 
 from equilibrium_mcore.config.errors import ConfigError
-from equilibrium_mcore.data.ledger.record import Mark, Segment, ledger_behind
+from equilibrium_mcore.data.ledger.record import Mark, StepInterval, ledger_behind
 from equilibrium_mcore.data.ledger.source import START, SourceDocuments
 
 
-def readings(segments: list[Segment], name: str, document: int) -> dict[str, Any]:
+def readings(segments: list[StepInterval], name: str, document: int) -> dict[str, Any]:
     """Where document number `document` of source `name` was read, up to the last saved state.
 
     `read` has per piece the epoch, step, sample within the step's batch, offset and tokens. Only
@@ -40,7 +40,7 @@ def readings(segments: list[Segment], name: str, document: int) -> dict[str, Any
     return {"source": name, "document": document, "tokens": tokens, "read": found}
 
 
-def _with_ends(segments: list[Segment]) -> list[tuple[Segment, tuple[Mark, ...]]]:
+def _with_ends(segments: list[StepInterval]) -> list[tuple[StepInterval, tuple[Mark, ...]]]:
     """Each segment with the state that the next one starts from; the last ends at its last mark."""
     ends = [(following.first,) for following in segments[1:]]
     return list(zip(segments, [*ends, ()], strict=True))
@@ -63,7 +63,7 @@ def _passes(source: SourceDocuments, document: int, before: Mark, after: Mark) -
 
 
 def _replay(
-    segment: Segment, place: int, document: int, before: Mark, after: Mark
+    segment: StepInterval, place: int, document: int, before: Mark, after: Mark
 ) -> list[dict[str, Any]]:
     ledger = ledger_behind(segment, before.step)
     found = []

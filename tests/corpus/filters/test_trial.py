@@ -68,7 +68,9 @@ def test_report_as_json_and_markdown(tmp_path, web):
     filters = tmp_path / "filters.yaml"
     filters.write_text("filters:\n  - {type: length, min_length: 6}\n")
     words = ["type=c4"]
-    found = json.loads(report_trial(web, words=words, filters=filters, form="json"))
+    found = json.loads(
+        report_trial(web, filter_arguments=words, filters=filters, output_format="json")
+    )
     assert (found["sampled"], found["documents_in_file"], found["kept"]) == (6, 6, 3)
     length, c4 = found["filters"]
     assert length["type"] == "length" and length["settings"] == {"min_length": 6}
@@ -77,14 +79,18 @@ def test_report_as_json_and_markdown(tmp_path, web):
     }
     assert c4["reasons"]["too_few_sentences"]["documents"] == 1
     assert c4["characters_removed"] == 2 and c4["changed"] == 2  # the newline at each end
-    markdown = report_trial(web, words=["type=length,min_length=6"], form="markdown")
+    markdown = report_trial(
+        web, filter_arguments=["type=length,min_length=6"], output_format="markdown"
+    )
     assert "| length min_length=6 | 6 | 4 | 2 | 33.3% | 0 | 0 |" in markdown
     assert "| length | fewer than 6 characters | 2 | short |" in markdown
 
 
 def test_markdown_is_not_broken_by_a_document(tmp_path, write_jsonl):
     path = write_jsonl(tmp_path / "a.jsonl", ["a | b <b> \n c"])
-    markdown = report_trial(path, words=["type=length,min_length=99"], form="markdown")
+    markdown = report_trial(
+        path, filter_arguments=["type=length,min_length=99"], output_format="markdown"
+    )
     assert markdown.splitlines()[-1].endswith("| 1 | a \\| b &lt;b> c |")
 
 
@@ -106,8 +112,8 @@ def test_a_sample_says_that_it_sees_fewer_duplicates(tmp_path, write_jsonl):
     assert try_filters(path, configs, sample=2).looks_across_a_sample
     assert not try_filters(path, configs, sample=0).looks_across_a_sample
     words = ["type=deduplication"]
-    assert "--sample 0" in report_trial(path, words=words, sample=2)
-    assert "--sample 0" not in report_trial(path, words=words, sample=3)
+    assert "--sample 0" in report_trial(path, filter_arguments=words, sample=2)
+    assert "--sample 0" not in report_trial(path, filter_arguments=words, sample=3)
 
 
 def test_gzip_other_field_and_tokens(tmp_path, tokenizer_config):
@@ -117,10 +123,10 @@ def test_gzip_other_field_and_tokens(tmp_path, tokenizer_config):
     found = json.loads(
         report_trial(
             path,
-            words=["type=length,unit=tokens,min_length=2"],
+            filter_arguments=["type=length,unit=tokens,min_length=2"],
             tokenizer_model=tokenizer_config.model,
             text_field="body",
-            form="json",
+            output_format="json",
         )
     )
     assert found["kept"] == 1
@@ -145,7 +151,7 @@ def test_what_cannot_be_tried(repository, web, words, options, message):
     if "filters" in options:
         options = {"filters": repository / options["filters"]}
     with pytest.raises((ValueError, OSError)) as caught:
-        report_trial(web, words=words, **options)
+        report_trial(web, filter_arguments=words, **options)
     assert message in str(caught.value)
 
 

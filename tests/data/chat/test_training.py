@@ -41,11 +41,11 @@ def run_of(config, chats, place) -> Any:
     return setup(config, place, datasets=Datasets(built.dataset, built.dataset, built.dataset))
 
 
-def losses(place, config, chats, steps: int) -> list[tuple[float, float]]:
+def losses(rank_info, config, chats, steps: int) -> list[tuple[float, float]]:
     from equilibrium_mcore.training.setup import teardown
     from equilibrium_mcore.training.step import train_step
 
-    run = run_of(config, chats, place)
+    run = run_of(config, chats, rank_info)
     outcomes = [train_step(run) for _ in range(steps)]
     teardown(run)
     return [(outcome.loss, outcome.gradient_norm) for outcome in outcomes]
@@ -92,7 +92,7 @@ def test_data_ranks_and_context_agree_with_one_rank(ranks, data, tmp_path):
         assert found[name][0] == pytest.approx(found["one"][0], rel=1e-4)
 
 
-def learned(place, config, chats) -> tuple[float, list[list[int]]]:
+def learned(rank_info, config, chats) -> tuple[float, list[list[int]]]:
     """The last loss, and greedy answers to all questions."""
     import torch
 
@@ -102,7 +102,7 @@ def learned(place, config, chats) -> tuple[float, list[list[int]]]:
     from equilibrium_mcore.training.setup import teardown
     from equilibrium_mcore.training.step import train_step
 
-    run = run_of(config, chats, place)
+    run = run_of(config, chats, rank_info)
     outcomes = [train_step(run) for _ in range(config.training.steps)]
     renderer = build_renderer(chats.template, load_tokenizer(chats.tokenizer))
     answers = []

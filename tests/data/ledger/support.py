@@ -12,7 +12,7 @@ from equilibrium_mcore.config.data import SourceConfig
 from equilibrium_mcore.corpus.indexed_writer import IndexedWriter
 from equilibrium_mcore.data.indexed_files import read_header
 from equilibrium_mcore.data.ledger import lanes
-from equilibrium_mcore.data.ledger.source import SourceDocuments, Span
+from equilibrium_mcore.data.ledger.source import DocumentSlice, SourceDocuments
 
 SEED = 11
 
@@ -45,7 +45,7 @@ def documents_in_order(source: SourceDocuments) -> Iterator[tuple[int, int, np.n
         for document in source.order(epoch, 0, source.documents).tolist():
             length = source.length(document)
             if length:
-                yield epoch, document, source.read(Span(document, 0, length))
+                yield epoch, document, source.read(DocumentSlice(document, 0, length))
         epoch += 1
 
 

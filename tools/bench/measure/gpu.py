@@ -33,7 +33,7 @@ from equilibrium_mcore.models.parameters import count_parameters
 from equilibrium_mcore.optim.muon import Muon
 from equilibrium_mcore.parallel import accelerator, process_groups
 from equilibrium_mcore.parallel.host import describe_host
-from equilibrium_mcore.parallel.launch import Place
+from equilibrium_mcore.parallel.launch import RankInfo
 from equilibrium_mcore.training.setup import Run, setup
 from equilibrium_mcore.training.step import train_step
 from tools.bench.measure.gpu_report import Report, Roofs, TrainingFigures, versions
@@ -44,7 +44,7 @@ MEMORY_SHARE = 0.90
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchmarkSettings:
     """What is trained, and how long."""
 
     model: str = "equilibrium_3b"
@@ -55,12 +55,12 @@ class Plan:
     time_limit_seconds: float = 400.0
 
 
-REHEARSAL = Plan(
+REHEARSAL = BenchmarkSettings(
     model="equilibrium_tiny", sequence_length=64, sequences_per_step=2, warmup_steps=1, steps=2
 )
 
 
-def run_benchmark(plan: Plan, *, precisions: tuple[str, ...]) -> Report:
+def run_benchmark(plan: BenchmarkSettings, *, precisions: tuple[str, ...]) -> Report:
     """Measure the roofs, then train in each of `precisions` ("bf16", "fp8").
 
     A precision that this host lacks, or that fails, is named in `not_run` with the reason.
@@ -134,7 +134,7 @@ def _median_seconds(work: Callable[[], object], *, warmup: int = 5, repeats: int
 # -------------------------------------------------------------------------------- the training
 
 
-class MadeUpTokens(Samples):
+class UniformTokens(Samples):
     """Samples of uniformly random tokens; sample i is the same in every call."""
 
     def __init__(self, *, samples: int, sequence_length: int, vocab_size: int) -> None:
@@ -153,7 +153,7 @@ class MadeUpTokens(Samples):
         }
 
 
-def train(plan: Plan, precision: str, roofs: Roofs) -> TrainingFigures:
+def train(plan: BenchmarkSettings, precision: str, roofs: Roofs) -> TrainingFigures:
     """Train the largest cut of the model that fits. Raises ValueError where nothing fits."""
     model = load_model(plan.model)
     blocks = model.layer_pattern.split(CUT)
@@ -186,7 +186,7 @@ def candidates(blocks: int, sequences_per_step: int) -> list[tuple[int, int]]:
 
 
 def run_config(
-    model: ModelConfig, plan: Plan, *, precision: str, micro_batch_size: int
+    model: ModelConfig, plan: BenchmarkSettings, *, precision: str, micro_batch_size: int
 ) -> RunConfig:
     """The run of one measurement. Raises ValueError where this host cannot do it."""
     no_file = "made_up_tokens"
@@ -218,12 +218,12 @@ def run_config(
 
 
 def _train_once(
-    config: RunConfig, plan: Plan, roofs: Roofs, *, blocks: str, estimated_gib: float
+    config: RunConfig, plan: BenchmarkSettings, roofs: Roofs, *, blocks: str, estimated_gib: float
 ) -> TrainingFigures:
     torch.cuda.reset_peak_memory_stats()
     training = config.training
     tokens_per_step = plan.sequences_per_step * plan.sequence_length
-    tokens = MadeUpTokens(
+    tokens = UniformTokens(
         samples=training.steps * training.global_batch_size,
         sequence_length=training.sequence_length,
         vocab_size=config.model.vocab_size,
@@ -231,7 +231,7 @@ def _train_once(
     start = time.perf_counter()
     with temporary_folder("equilibrium_bench_") as folder:
         config = config.model_copy(update={"output_directory": folder})
-        place = Place.alone()
+        place = RankInfo.alone()
         try:
             run = setup(config, place, datasets=Datasets(tokens, None, None))
             losses, seconds, optimizer, muon = [], [], [], []

@@ -23,13 +23,13 @@ from equilibrium_mcore.files.temporary import temporary_folder
 from equilibrium_mcore.models.flops import training_flops_per_token
 from equilibrium_mcore.optim import muon as muon_module
 from equilibrium_mcore.optim.ownership import newton_schulz_operations, spread
-from equilibrium_mcore.optim.param_groups import Row, parameter_rows
+from equilibrium_mcore.optim.param_groups import ParameterRow, parameter_rows
 from equilibrium_mcore.optim.parts import part_shapes
 from equilibrium_mcore.parallel import process_groups
-from equilibrium_mcore.parallel.launch import Place
+from equilibrium_mcore.parallel.launch import RankInfo
 from equilibrium_mcore.training.setup import Run, setup
 from equilibrium_mcore.training.step import train_step
-from tools.bench.measure.gpu import MadeUpTokens
+from tools.bench.measure.gpu import UniformTokens
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Times:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class UpdateComparison:
     """One Muon update of the same matrices, in seconds."""
 
     matrices: int
@@ -91,25 +91,25 @@ def count_share(config: RunConfig, world_size: int | None = None) -> Share:
     )
 
 
-def _operations(config: RunConfig, row: Row) -> float:
+def _operations(config: RunConfig, row: ParameterRow) -> float:
     shapes = part_shapes(row.shape, row.treatment.parts)
     return newton_schulz_operations(shapes, config.optimizer.muon.newton_schulz_steps)
 
 
-def _stages(config: RunConfig, rows: list[Row]) -> list[list[Row]]:
+def _stages(config: RunConfig, rows: list[ParameterRow]) -> list[list[ParameterRow]]:
     """Matrices of each pipeline rank."""
     layout = config.parallelism
     cut = cut_into(config.model.layer_pattern, layout.pipeline * layout.virtual_pipeline)
     stage_of_layer: list[int] = []
     for number, segment in enumerate(cut.split(CUT)):
         stage_of_layer += [number % layout.pipeline] * len(segment)
-    stages: list[list[Row]] = [[] for _ in range(layout.pipeline)]
+    stages: list[list[ParameterRow]] = [[] for _ in range(layout.pipeline)]
     for row in rows:
         stages[stage_of_layer[int(row.name.split(".layers.")[1].split(".")[0])]].append(row)
     return stages
 
 
-def _loads(config: RunConfig, rows: list[Row], world_size: int) -> list[float]:
+def _loads(config: RunConfig, rows: list[ParameterRow], world_size: int) -> list[float]:
     """Newton-Schulz operations of every rank of a pipeline stage, as `assign_owners` spreads them.
 
     Ranks are numbered as megatron-core does: tensor ranks are neighbours, then context and data;
@@ -143,7 +143,7 @@ def _loads(config: RunConfig, rows: list[Row], world_size: int) -> list[float]:
 # ------------------------------------------------------------------------------------ measured
 
 
-def measure(config: RunConfig, *, steps: int) -> tuple[Times, Comparison]:
+def measure(config: RunConfig, *, steps: int) -> tuple[Times, UpdateComparison]:
     """Train the run's model on made-up tokens in this process, then race the two Muons."""
     training = config.training.model_copy(
         update={"steps": steps + 1, "epochs": None, "stop_after_steps": None}
@@ -151,7 +151,7 @@ def measure(config: RunConfig, *, steps: int) -> tuple[Times, Comparison]:
     schedule = config.optimizer.schedule.model_copy(
         update={"kind": "constant", "warmup_steps": 0, "decay_steps": 0}
     )
-    tokens = MadeUpTokens(
+    tokens = UniformTokens(
         samples=training.steps * training.global_batch_size,
         sequence_length=training.sequence_length,
         vocab_size=config.model.vocab_size,
@@ -166,14 +166,14 @@ def measure(config: RunConfig, *, steps: int) -> tuple[Times, Comparison]:
             }
         )
         try:
-            place = Place.alone()
+            place = RankInfo.alone()
             run = setup(alone, place, datasets=Datasets(tokens, None, None))
             return measure_steps(run, steps=steps), compare_with_loop(run)
         finally:
             process_groups.destroy()
 
 
-def report(config: RunConfig, times: Times, race: Comparison) -> str:
+def report(config: RunConfig, times: Times, race: UpdateComparison) -> str:
     """Markdown: what was measured on this host, in one process."""
     tokens = global_batch_tokens(config)
     lines = [
@@ -225,7 +225,7 @@ def measure_steps(run: Run, *, steps: int) -> Times:
     return Times(**{name: statistics.median(values) for name, values in seconds.items()})
 
 
-def compare_with_loop(run: Run, *, repeats: int = 5) -> Comparison:
+def compare_with_loop(run: Run, *, repeats: int = 5) -> UpdateComparison:
     """One Muon update of this rank's matrices: batched here, and by megatron-core's Muon.
 
     Both in float32 with the same coefficients and products of the same precision, in turns.
@@ -255,7 +255,7 @@ def compare_with_loop(run: Run, *, repeats: int = 5) -> Comparison:
                 weight.grad = gradient
             times[name] += [_seconds(optimizer.step)] * (number > 0)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    return Comparison(matrices=len(matrices), **medians)
+    return UpdateComparison(matrices=len(matrices), **medians)
 
 
 def _muon_like_ours(run: Run, matrices, weights, *, split: bool) -> muon_module.Muon:
