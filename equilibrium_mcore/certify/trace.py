@@ -22,7 +22,7 @@ from equilibrium_mcore.certify.tokens import made_up_datasets
 from equilibrium_mcore.certify.updates import update_from_given_gradients
 from equilibrium_mcore.certify.whole import pieces_of
 from equilibrium_mcore.checkpoint.pieces import FullTensor, TensorShard, assemble, whole_shard
-from equilibrium_mcore.checkpoint.sharded import save_checkpoint
+from equilibrium_mcore.checkpoint.save import save_checkpoint
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.parallel.launch import RankInfo
 from equilibrium_mcore.training.setup import Run, setup, teardown
@@ -237,6 +237,5 @@ def _save(run: Run) -> None:
         config=run.config,
         chunks=run.chunks,
         optimizer=run.optimizer,
-        groups=run.groups,
         progress=dataclasses.asdict(run.progress),
     )

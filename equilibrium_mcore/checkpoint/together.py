@@ -41,11 +41,11 @@ def _try[T](work: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return work(), None
     except Exception as error:
-        return None, _as_sent(error)
+        return None, as_sent(error)
 
 
-def _as_sent(error: Exception) -> Exception:
-    """The error, or its text where it cannot travel to other ranks."""
+def as_sent(error: Exception) -> Exception:
+    """The error, or its text where it cannot travel to another process."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

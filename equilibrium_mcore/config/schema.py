@@ -338,6 +338,11 @@ class CheckpointConfig(Section):
     """Saving and resuming."""
 
     save_interval_steps: NonNegativeInt = setting(0, "steps between saves; 0: only at the end")
+    asynchronous: bool = setting(
+        False,
+        "training waits only until its state is copied, and a process of each rank writes the "
+        "copy; needs that much more host memory",
+    )
     keep_last: PositiveInt = setting(2, "how many checkpoints stay on disk")
     resume: Literal["auto", "never", "must"] = setting(
         "auto", "auto: from the latest checkpoint of the output directory, if there is one"

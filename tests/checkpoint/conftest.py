@@ -33,7 +33,11 @@ def _train_and_save(rank_info: RankInfo, config: RunConfig) -> None:
 def saved_run(ranks, data, tmp_path_factory) -> Path:
     """An output directory with the checkpoints of steps 1, 2 and 3, written by two ranks."""
     folder = tmp_path_factory.mktemp("saved")
-    changes = {"parallelism": {"world_size": 2}, "model": MODEL, "checkpoint": {"keep_last": 5}}
+    changes = {
+        "parallelism": {"world_size": 2},
+        "model": MODEL,
+        "checkpoint": {"keep_last": 5, "save_interval_steps": 1},
+    }
     ranks.run(2, _train_and_save, tiny_run(data, folder, **changes))
     return folder
 

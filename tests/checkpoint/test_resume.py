@@ -107,12 +107,10 @@ def _die_while_saving(rank_info: RankInfo, config: RunConfig) -> None:
     """Train two steps and save; rank 1 ends as if killed, in the middle of the save."""
     import os
 
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from equilibrium_mcore.checkpoint import background
 
     if rank_info.rank == 1:
-        filesystem_async.FileSystemWriterAsync.write_preloaded_data_multithread = staticmethod(
-            lambda *a, **k: os._exit(9)
-        )
+        background.write_data_file = lambda file: os._exit(9)
     train_steps(rank_info, config, 2, True)
 
 

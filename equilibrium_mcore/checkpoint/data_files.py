@@ -1,0 +1,62 @@
+"""One rank's data file of a checkpoint: what goes into it, and how it is written.
+
+The bytes are those of megatron-core's own writer: torch's `_write_item`, item after item. Of large
+packages torch alone is imported, since the process that writes beside training imports this too.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import (
+    SerializationFormat,
+    _StorageWriterTransforms,
+    _write_item,
+)
+from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+
+from equilibrium_mcore.checkpoint.manifest import describe_file
+from equilibrium_mcore.files.whole import sync_stream
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file `path` that the checkpoint's metadata calls `name`: objects first, then tensors."""
+
+    path: Path
+    name: str
+    objects: Sequence[tuple[WriteItem, bytes]]
+    tensors: Sequence[tuple[WriteItem, Tensor]]
+
+    @property
+    def items(self) -> Iterator[tuple[WriteItem, Any]]:
+        """What is written, in order, as `_write_item` takes it."""
+        for item, content in self.objects:
+            yield item, io.BytesIO(content)
+        yield from self.tensors
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """Where each item lies, for the checkpoint's metadata, and the file's entry of the manifest."""
+
+    name: str
+    results: list[WriteResult]
+    facts: dict[str, Any]
+
+
+def write_data_file(file: DataFile) -> WrittenFile:
+    """Write the file, bring it to the disk, hash it. Tensors are on the CPU. Raises OSError."""
+    transforms, results = _StorageWriterTransforms(), []
+    with file.path.open("wb") as stream:  # in a folder that has no final name yet
+        for item, content in file.items:
+            arguments = (transforms, stream, content, item, file.name)
+            results.append(_write_item(*arguments, SerializationFormat.TORCH_SAVE))
+        sync_stream(stream)
+    return WrittenFile(file.path.name, results, describe_file(file.path))

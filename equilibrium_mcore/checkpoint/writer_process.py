@@ -1,0 +1,70 @@
+"""A process that writes a rank's data files while the rank trains; `background.py` starts it.
+
+It reads jobs from a pipe and answers each with what was written, or with the error. Tensors lie in
+memory that both see. It ends when its rank does, by whatever: the kernel kills it, or the pipe
+ends. Signals that ask the job to stop are for the rank, which wants its last save written.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NamedTuple
+
+from torch.distributed.checkpoint.planner import WriteItem
+
+from equilibrium_mcore.checkpoint.data_files import DataFile, WrittenFile, write_data_file
+from equilibrium_mcore.checkpoint.shared_buffer import SharedBuffer, Slot
+from equilibrium_mcore.checkpoint.together import as_sent
+from equilibrium_mcore.processes.parents import end_with_parent
+
+
+class FileJob(NamedTuple):
+    """A `DataFile` whose tensors lie in the shared buffer."""
+
+    path: str
+    name: str
+    objects: Sequence[tuple[WriteItem, bytes]]
+    slots: Sequence[tuple[WriteItem, Slot]]
+
+
+class Job(NamedTuple):
+    """The files of one save, and the size of the buffer that holds their tensors."""
+
+    files: Sequence[FileJob]
+    buffer_bytes: int
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Serve the pipe until it ends. `arguments`: parent's id, descriptors of pipe and buffer."""
+    parent, pipe, memory = map(int, arguments)
+    end_with_parent(parent)
+    connection, buffer = Connection(pipe), SharedBuffer(memory)
+    while True:
+        try:
+            job = connection.recv()
+        except EOFError:
+            return 0
+        connection.send(_answer(job, buffer))
+
+
+def _answer(job: Job, buffer: SharedBuffer) -> list[WrittenFile] | Exception:
+    try:
+        buffer.open(job.buffer_bytes)
+        return [write_data_file(_data_file(file, buffer)) for file in job.files]
+    except Exception as error:  # whatever it is, the rank has to hear of it
+        return as_sent(error)
+
+
+def _data_file(file: FileJob, buffer: SharedBuffer) -> DataFile:
+    tensors = [(item, buffer.tensor(slot)) for item, slot in file.slots]
+    return DataFile(Path(file.path), file.name, file.objects, tensors)
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(main(sys.argv[1:]))
