@@ -7,23 +7,28 @@ Both are given the same files and write the same bytes. `InPlace` returns when t
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
 from multiprocessing import Pipe
-from typing import Protocol
+from pathlib import Path
+from typing import NoReturn, Protocol
 
 from equilibrium_mcore.checkpoint.data_files import DataFile, WrittenFile, write_data_file
 from equilibrium_mcore.checkpoint.shared_buffer import SharedBuffer
-from equilibrium_mcore.checkpoint.writer_process import FileJob, Job
+from equilibrium_mcore.checkpoint.writer_jobs import FileJob, Job, Removal, Reservation
 
 HELD_BACK = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Writer(Protocol):
     """Writes one save at a time: `take`, then `result`."""
+
+    def reserve(self, bytes_: int) -> None:
+        """Find memory for a save of about this size; nobody waits for it."""
 
     def take(self, files: Sequence[DataFile]) -> None:
         """Begin to write. The tensors may change once this returns."""
@@ -34,8 +39,11 @@ class Writer(Protocol):
     def result(self) -> list[WrittenFile]:
         """What was written, once it is on the disk. Raises what the writing raised."""
 
+    def remove(self, folder: Path) -> None:
+        """Remove a folder of old files; nobody waits for it."""
+
     def close(self) -> None:
-        """Give everything back; a save that is being written is not finished."""
+        """Give everything back, once what was asked for is done."""
 
 
 class InPlace:
@@ -44,9 +52,12 @@ class InPlace:
     def __init__(self) -> None:
         self._written: list[WrittenFile] | Exception = []
 
+    def reserve(self, bytes_: int) -> None:
+        pass
+
     def take(self, files: Sequence[DataFile]) -> None:
         try:
-            self._written = [write_data_file(_on_cpu(file)) for file in files]
+            self._written = [write_data_file(file) for file in files]
         except Exception as error:  # raised by `result`, where all ranks meet
             self._written = error
 
@@ -55,6 +66,9 @@ class InPlace:
 
     def result(self) -> list[WrittenFile]:
         return _raised(self._written)
+
+    def remove(self, folder: Path) -> None:
+        shutil.rmtree(folder)
 
     def close(self) -> None:
         self._written = []
@@ -80,6 +94,10 @@ class Background:
             )
         there.close()
 
+    def reserve(self, bytes_: int) -> None:
+        self._buffer.grow(bytes_)
+        self._send(Reservation(self._buffer.size))
+
     def take(self, files: Sequence[DataFile]) -> None:
         slots = iter(self._buffer.copy_in([t for file in files for _, t in file.tensors]))
         jobs = [
@@ -91,10 +109,7 @@ class Background:
             )
             for file in files
         ]
-        try:
-            self._pipe.send(Job(jobs, self._buffer.size))
-        except OSError:
-            self._gone()
+        self._send(Job(jobs, self._buffer.size))
 
     def is_done(self) -> bool:
         return self._pipe.poll()  # also where it has ended: there is an end to read
@@ -105,13 +120,22 @@ class Background:
         except (EOFError, ConnectionResetError):
             self._gone()
 
+    def remove(self, folder: Path) -> None:
+        self._send(Removal(str(folder)))
+
     def close(self) -> None:
-        self._pipe.close()
-        self._process.kill()
+        self._send(None)  # the last word: what it was asked to remove goes first
         self._process.wait()
+        self._pipe.close()
         self._buffer.close()
 
-    def _gone(self) -> None:
+    def _send(self, message: Job | Removal | Reservation | None) -> None:
+        try:
+            self._pipe.send(message)
+        except OSError:
+            self._gone()
+
+    def _gone(self) -> NoReturn:
         status = self._process.wait()
         how = f"signal {-status}" if status < 0 else f"status {status}"
         raise OSError(
@@ -126,11 +150,6 @@ def _raised(outcome: list[WrittenFile] | Exception) -> list[WrittenFile]:
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
-
-
-def _on_cpu(file: DataFile) -> DataFile:
-    tensors = [(item, tensor.detach().cpu()) for item, tensor in file.tensors]
-    return DataFile(file.path, file.name, file.objects, tensors)
 
 
 @contextmanager

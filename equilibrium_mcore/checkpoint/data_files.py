@@ -39,7 +39,14 @@ class DataFile:
         """What is written, in order, as `_write_item` takes it."""
         for item, content in self.objects:
             yield item, io.BytesIO(content)
-        yield from self.tensors
+        for item, tensor in self.tensors:
+            yield item, _alone(tensor)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """On the CPU, and not part of a larger memory, all of which torch would write."""
+    tensor = tensor.detach().cpu()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class WrittenFile:
 
 
 def write_data_file(file: DataFile) -> WrittenFile:
-    """Write the file, bring it to the disk, hash it. Tensors are on the CPU. Raises OSError."""
+    """Write the file, bring it to the disk, hash it. Raises OSError."""
     transforms, results = _StorageWriterTransforms(), []
     with file.path.open("wb") as stream:  # in a folder that has no final name yet
         for item, content in file.items:

@@ -22,7 +22,13 @@ from equilibrium_mcore.checkpoint.manifest import (
     DamagedCheckpointError,
     read_manifest,
 )
-from equilibrium_mcore.files.whole import REMOVED, remove_tree, sync_directory, write_whole
+from equilibrium_mcore.files.whole import (
+    REMOVED,
+    remove_tree,
+    set_aside_for_removal,
+    sync_directory,
+    write_whole,
+)
 
 _PARTIAL = ".partial"
 _CONTENT = "content"
@@ -46,8 +52,8 @@ def _partial(final: Path, line: Lineage) -> Path:
     return final.with_name(f"{final.name}.{line.run}{_PARTIAL}")
 
 
-def publish(final: Path, line: Lineage, *, keep_last: int) -> str | None:
-    """Give a written checkpoint its final name, point `latest` at it, drop the oldest. One rank.
+def publish(final: Path, line: Lineage) -> str | None:
+    """Give a written checkpoint its final name, and point `latest` at it. One rank.
 
     A folder that has the name already (of a branch that was left, or a user's) is renamed, never
     removed; returns its new name.
@@ -60,10 +66,13 @@ def publish(final: Path, line: Lineage, *, keep_last: int) -> str | None:
     sync_directory(final.parent)
     write_whole(final.parent / LATEST, final.name + "\n")
     remove_tree(_partial(final, line))
-    own = [path for path in list_checkpoints(final.parent.parent) if not _why_left(path, line)]
-    for old in own[:-keep_last]:
-        remove_tree(old)
     return renamed
+
+
+def drop_oldest(run_directory: str | Path, line: Lineage, *, keep_last: int) -> list[Path]:
+    """Take the names of the oldest checkpoints away; returns the folders to remove. One rank."""
+    own = [path for path in list_checkpoints(run_directory) if not _why_left(path, line)]
+    return [set_aside_for_removal(old) for old in own[:-keep_last]]
 
 
 def _free_name(final: Path) -> Path:

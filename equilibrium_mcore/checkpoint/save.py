@@ -6,8 +6,10 @@ name. Between the two a run may train, if its writer works beside it; no collect
 
 from __future__ import annotations
 
+import os
 import queue
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,9 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
+from torch.distributed.checkpoint.planner import WriteItemType
 
 import equilibrium_mcore
 from equilibrium_mcore.checkpoint import directory, publish, structure
@@ -27,6 +32,7 @@ from equilibrium_mcore.checkpoint.finite import check_finite
 from equilibrium_mcore.checkpoint.lineage import Lineage
 from equilibrium_mcore.checkpoint.manifest import Files, describe_file, write_manifest
 from equilibrium_mcore.checkpoint.sharded import sharded_state
+from equilibrium_mcore.checkpoint.shared_buffer import ALIGNMENT
 from equilibrium_mcore.checkpoint.together import on_every_rank, on_first_rank
 from equilibrium_mcore.config.load import save_config
 from equilibrium_mcore.config.schema import RunConfig
@@ -121,13 +127,51 @@ def finish_save(save: SaveInProgress) -> SavedCheckpoint:
     return on_first_rank(lambda: _publish(save, written))
 
 
+def bytes_of_state(optimizer: HybridOptimizer) -> int:
+    """About how much this rank saves: weights and state of the parameters that it owns."""
+    optimizer.init_state()
+    tensors = (
+        tensor
+        for parameter in optimizer.parameters
+        if parameter.is_owned
+        for tensor in (
+            parameter.model,
+            *optimizer.state_of(parameter).values(),
+            *optimizer.whole_state_of(parameter).values(),
+        )
+    )
+    return sum(tensor.nbytes + ALIGNMENT for tensor in tensors)
+
+
 def _planned(sharded: dict[str, Any], content: Path) -> AsyncRequest:
     """megatron-core's plan of a save: who writes what into which file. Collective."""
     filesystem_async._results_queue = queue.Queue()  # else it starts a process for its results
     torch_strategy._logged_mcore_async_deprecation = True  # its plan is used, not its processes
-    return dist_checkpointing.save(
-        sharded, str(content), async_sharded_save=True, async_strategy="mcore"
-    )
+    with _nothing_copied():
+        return dist_checkpointing.save(
+            sharded, str(content), async_sharded_save=True, async_strategy="mcore"
+        )
+
+
+@contextmanager
+def _nothing_copied() -> Iterator[None]:
+    """Inside, megatron-core's plan holds the tensors themselves, where it would clone views."""
+
+    def prepare(writer, plan, planner) -> None:
+        found = [(item, planner.resolve_data(item)) for item in plan.items]
+        objects = [pair for pair in found if pair[0].type == WriteItemType.BYTE_IO]
+        tensors = [pair for pair in found if pair[0].type != WriteItemType.BYTE_IO]
+        name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
+        path = os.path.join(writer.checkpoint_dir, name)
+        writer.write_buckets = [(path, name, (objects, tensors))] if found else []
+        writer.results_queue = filesystem_async._results_queue if found else None
+
+    before = FileSystemWriterAsync.prepare_write_data
+    FileSystemWriterAsync.prepare_write_data = prepare
+    try:
+        yield
+    finally:
+        FileSystemWriterAsync.prepare_write_data = before
 
 
 def _data_files(request: AsyncRequest) -> list[DataFile]:
@@ -190,5 +234,10 @@ def _publish(save: SaveInProgress, files: Files) -> SavedCheckpoint:
         raise OSError(f"{content}: no rank has written {', '.join(sorted(unclaimed))}")
     write_manifest(content, files)
     sync_directory(content)
-    renamed = publish.publish(save.path, save.line, keep_last=save.config.checkpoint.keep_last)
+    renamed = publish.publish(save.path, save.line)
+    settings = save.config.checkpoint
+    for old in publish.drop_oldest(
+        save.config.output_directory, save.line, keep_last=settings.keep_last
+    ):
+        save.writer.remove(old)
     return SavedCheckpoint(save.path, renamed, save.progress)

@@ -7,6 +7,7 @@ the last process that has it open, whatever ends that one.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import os
@@ -51,8 +52,7 @@ class SharedBuffer:
         for tensor in tensors:
             slots.append(Slot(end, tensor.dtype, tuple(tensor.shape)))
             end += -(-slots[-1].bytes // ALIGNMENT) * ALIGNMENT
-        if end > self.size:
-            self._grow(end)
+        self.grow(end)
         on_device = False
         for slot, tensor in zip(slots, tensors, strict=True):
             on_device |= tensor.is_cuda
@@ -74,13 +74,22 @@ class SharedBuffer:
         if size != self.size:
             self._map = mmap.mmap(self.descriptor, size)
 
+    def find_pages(self, size: int) -> None:
+        """Take the memory now: to find a page at its first write costs more than to write it."""
+        if size and hasattr(os, "posix_fallocate"):
+            with contextlib.suppress(OSError):  # less memory than that is found out by the save
+                os.posix_fallocate(self.descriptor, 0, size)
+
     def close(self) -> None:
         """Give the memory back; tensors of it keep what they hold."""
         self._unpin()
         self._map = None
         os.close(self.descriptor)
 
-    def _grow(self, size: int) -> None:
+    def grow(self, size: int) -> None:
+        """Have at least `size` bytes; what was in the buffer is of no more use."""
+        if size <= self.size:
+            return
         self._unpin()
         self._map = None
         os.ftruncate(self.descriptor, size)

@@ -7,48 +7,41 @@ ends. Signals that ask the job to stop are for the rank, which wants its last sa
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
-
-from torch.distributed.checkpoint.planner import WriteItem
 
 from equilibrium_mcore.checkpoint.data_files import DataFile, WrittenFile, write_data_file
-from equilibrium_mcore.checkpoint.shared_buffer import SharedBuffer, Slot
+from equilibrium_mcore.checkpoint.shared_buffer import SharedBuffer
 from equilibrium_mcore.checkpoint.together import as_sent
+from equilibrium_mcore.checkpoint.writer_jobs import FileJob, Job, Removal, Reservation
 from equilibrium_mcore.processes.parents import end_with_parent
 
 
-class FileJob(NamedTuple):
-    """A `DataFile` whose tensors lie in the shared buffer."""
-
-    path: str
-    name: str
-    objects: Sequence[tuple[WriteItem, bytes]]
-    slots: Sequence[tuple[WriteItem, Slot]]
-
-
-class Job(NamedTuple):
-    """The files of one save, and the size of the buffer that holds their tensors."""
-
-    files: Sequence[FileJob]
-    buffer_bytes: int
-
-
 def main(arguments: Sequence[str]) -> int:
-    """Serve the pipe until it ends. `arguments`: parent's id, descriptors of pipe and buffer."""
+    """Serve the pipe until it ends or says so.
+
+    `arguments` are the parent's id and the descriptors of pipe and buffer.
+    """
     parent, pipe, memory = map(int, arguments)
     end_with_parent(parent)
     connection, buffer = Connection(pipe), SharedBuffer(memory)
     while True:
         try:
-            job = connection.recv()
+            message = connection.recv()
         except EOFError:
             return 0
-        connection.send(_answer(job, buffer))
+        if message is None:
+            return 0
+        if isinstance(message, Removal):  # what stays is removed by a later save
+            shutil.rmtree(message.path, ignore_errors=True)
+        elif isinstance(message, Reservation):
+            buffer.find_pages(message.buffer_bytes)
+        else:
+            connection.send(_answer(message, buffer))
 
 
 def _answer(job: Job, buffer: SharedBuffer) -> list[WrittenFile] | Exception:

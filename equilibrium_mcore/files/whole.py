@@ -96,10 +96,15 @@ def remove_tree(path: str | Path) -> None:
     if path.is_symlink() or not path.is_dir():
         path.unlink()
         return
-    doomed = _temporary_name(path, REMOVED)
-    os.replace(path, doomed)
-    sync_directory(path.parent)
-    shutil.rmtree(doomed)
+    shutil.rmtree(set_aside_for_removal(path))
+
+
+def set_aside_for_removal(folder: Path) -> Path:
+    """Rename a folder, so that its name is free at once; returns what is left to be removed."""
+    doomed = _temporary_name(folder, REMOVED)
+    os.replace(folder, doomed)
+    sync_directory(folder.parent)
+    return doomed
 
 
 def _put_in_place(folder: Path, target: Path) -> None:

@@ -8,7 +8,12 @@ from pathlib import Path
 import torch
 
 from equilibrium_mcore.checkpoint.background import Background, InPlace, Writer
-from equilibrium_mcore.checkpoint.save import SaveInProgress, begin_save, finish_save
+from equilibrium_mcore.checkpoint.save import (
+    SaveInProgress,
+    begin_save,
+    bytes_of_state,
+    finish_save,
+)
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.entropy import ngram_baseline, validation_pairs
@@ -232,7 +237,7 @@ class CheckpointCallback(Callback):
 
     def on_start(self, run: Run) -> None:
         self._saved_step = run.progress.step if run.resumed_from is not None else None
-        self._ready_writer(run.config)
+        self._ready_writer(run.config).reserve(bytes_of_state(run.optimizer))
 
     def on_step(self, run: Run, outcome: StepOutcome) -> None:
         if self._in_progress is not None and _everywhere(self._writer.is_done()):

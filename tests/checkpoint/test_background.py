@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from equilibrium_mcore.checkpoint import directory
 from equilibrium_mcore.checkpoint.manifest import HASH, read_manifest
@@ -94,6 +95,37 @@ def test_the_same_bytes_as_without(ranks, data, tmp_path, changes):
     for one, other in zip(plain, beside, strict=True):
         assert _data_hashes(one) == _data_hashes(other) != {}
         assert directory.read_state(one)["step"] == directory.read_state(other)["step"]
+
+
+def _save_by_megatron_too(rank_info: RankInfo, config: RunConfig) -> None:
+    from megatron.core import dist_checkpointing
+
+    from equilibrium_mcore.checkpoint.save import save_checkpoint
+    from equilibrium_mcore.checkpoint.sharded import sharded_state
+    from equilibrium_mcore.training.setup import setup, teardown
+    from equilibrium_mcore.training.step import train_step
+
+    run = setup(config, rank_info)
+    train_step(run)
+    progress = run.progress_to_save()
+    parts = {"chunks": run.chunks, "optimizer": run.optimizer}
+    save_checkpoint(config=config, progress=progress, **parts)
+    theirs = Path(config.output_directory, "theirs")
+    theirs.mkdir(exist_ok=True)
+    torch.distributed.barrier()
+    dist_checkpointing.save(sharded_state(**parts, progress=progress), str(theirs))
+    teardown(run)
+
+
+def test_the_bytes_are_those_of_megatrons_writer(ranks, data, tmp_path):
+    """With an MLP, whose gate and up are saved as views of one tensor."""
+    config = _config(data, tmp_path, asynchronous=False)
+    ranks.run(2, _save_by_megatron_too, config)
+    (ours,) = directory.list_checkpoints(tmp_path)
+    names = sorted(path.name for path in ours.glob("*.distcp"))
+    assert len(names) == 2
+    for name in names:
+        assert (ours / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
 
 
 def _train_of(steps: int, fault: str | None = None):

@@ -25,7 +25,10 @@ def save(run: Path, step: int, line: Lineage, *, keep_last: int = 2) -> str | No
     content = publish.start_partial(final, line)
     directory.write_state(content, {"step": step, "run": line.facts()})
     write_manifest(content, {"state.json": describe_file(content / "state.json")})
-    return publish.publish(final, line, keep_last=keep_last)
+    renamed = publish.publish(final, line)
+    for old in publish.drop_oldest(run, line, keep_last=keep_last):
+        shutil.rmtree(old)
+    return renamed
 
 
 def resumed(run: Path) -> Lineage:

@@ -48,13 +48,14 @@ def main() -> int:
 def _measure(folder: Path, options: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
     """(seconds that training waited, seconds until the checkpoint was in place) of each save."""
     from equilibrium_mcore.checkpoint.background import Background, InPlace
-    from equilibrium_mcore.checkpoint.save import begin_save, finish_save
+    from equilibrium_mcore.checkpoint.save import begin_save, bytes_of_state, finish_save
     from equilibrium_mcore.training.setup import teardown
     from equilibrium_mcore.training.step import train_step
 
     run = _run(folder, options)
     train_step(run)
     writers = {"in place": InPlace(), "beside training": Background()}
+    writers["beside training"].reserve(bytes_of_state(run.optimizer))
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in writers}
     for number in range(options.saves):
         for name, writer in writers.items():
@@ -77,9 +78,9 @@ def _measure(folder: Path, options: argparse.Namespace) -> dict[str, list[tuple[
             finish_save(save)
             end = time.perf_counter()
             times[name].append((begun - start + end - done, end - start))
-    _say_size(folder)
     for writer in writers.values():
         writer.close()
+    _say_size(folder)
     teardown(run)
     return times
 
@@ -105,7 +106,12 @@ def _run(folder: Path, options: argparse.Namespace):
                 "tokenizer": {"type": "SentencePieceTokenizer", "model": str(folder / "none")},
                 "sources": [{"name": "none", "prefix": str(folder / "none"), "weight": 1.0}],
             },
-            "training": {"sequence_length": 64, "global_batch_size": 1, "steps": 10, "precision": "fp32"},
+            "training": {
+                "sequence_length": 64,
+                "global_batch_size": 1,
+                "steps": 10,
+                "precision": "fp32",
+            },
             "checkpoint": {"keep_last": 1, "resume": "never"},
         }
     )
