@@ -30,17 +30,21 @@ def main() -> int:
     add("--step", type=int, metavar="N", help="name the documents of step N; the first is 1")
     add("--compare", type=user_path, metavar="OTHER", help="another run's output_directory")
     add("--document", metavar="SOURCE:N", help="the steps that read document N of a source")
+    add("--position", type=int, metavar="P", help="name the documents of samples from position P")
+    add("--count", type=int, default=1, help="with --position: how many samples; default 1")
     add("--show", action="store_true", help="with --step: the beginning of each document's text")
     add("--json", action="store_true", help="print JSON instead of text")
     options = parser.parse_args()
-    if options.show and options.step is None:
-        parser.error("--show needs --step N: the step whose text is shown")
+    if options.show and options.step is None and options.position is None:
+        parser.error("--show needs --step N or --position P: whose text is shown")
     try:
         values = report(
             options.run,
             step=options.step,
             compare=options.compare,
             document=options.document,
+            position=options.position,
+            count=options.count,
             show=options.show,
         )
     except (OSError, ValueError) as error:

@@ -15,6 +15,7 @@ from equilibrium_mcore.checkpoint.directory import (
     checkpoints_directory,
     list_checkpoints,
     peek_state,
+    step_of,
 )
 from equilibrium_mcore.checkpoint.lineage import Lineage, write_writer, writer_is_done
 from equilibrium_mcore.checkpoint.manifest import (
@@ -67,6 +68,23 @@ def publish(final: Path, line: Lineage) -> str | None:
     write_whole(final.parent / LATEST, final.name + "\n")
     remove_tree(_partial(final, line))
     return renamed
+
+
+def go_back(run_directory: str | Path, line: Lineage, to: Path) -> list[str]:
+    """Point `latest` at `to`, and rename the run's newer checkpoints; their new names. One rank."""
+    renamed = []
+    for path in list_checkpoints(run_directory):
+        if step_of(path) > step_of(to) and line.holds(peek_state(path)):
+            renamed.append(_free_name(path).name)
+            os.rename(path, path.with_name(renamed[-1]))
+    sync_directory(to.parent)
+    write_whole(to.parent / LATEST, to.name + "\n")
+    return renamed
+
+
+def abandon_partial(final: Path, line: Lineage) -> None:
+    """Remove what was written of a checkpoint that gets no name. One rank."""
+    remove_tree(_partial(final, line))
 
 
 def drop_oldest(run_directory: str | Path, line: Lineage, *, keep_last: int) -> list[Path]:

@@ -6,6 +6,7 @@ name. Between the two a run may train, if its writer works beside it; no collect
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 from collections.abc import Callable, Iterator, Sequence
@@ -141,6 +142,16 @@ def bytes_of_state(optimizer: HybridOptimizer) -> int:
         )
     )
     return sum(tensor.nbytes + ALIGNMENT for tensor in tensors)
+
+
+def abandon_save(save: SaveInProgress) -> None:
+    """Wait for the data files, and remove them: the state that they hold is not wanted. Collective.
+
+    What the writing raised does not matter any more.
+    """
+    with contextlib.suppress(OSError):
+        on_every_rank(save.writer.result)
+    on_first_rank(lambda: publish.abandon_partial(save.path, save.line))
 
 
 def _planned(sharded: dict[str, Any], content: Path) -> AsyncRequest:

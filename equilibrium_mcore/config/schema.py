@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from equilibrium_mcore.config.anomalies import AnomaliesConfig
 from equilibrium_mcore.config.data_kinds import DataChoice
 from equilibrium_mcore.config.objectives import NextTokenConfig, ObjectiveConfig
 from equilibrium_mcore.config.section import (
@@ -311,6 +312,14 @@ class TrainingConfig(Section):
         [],
         "parameters that do not train: names with * for any text, as tools/show_param_groups.py "
         "prints them, e.g. embedding.*",
+    )
+    anomalies: AnomaliesConfig | None = setting(
+        None, "what is done about spikes and values that are not finite; null: see the docs"
+    )
+    left_out: list[tuple[NonNegativeInt, PositiveInt]] = setting(
+        [],
+        "samples that are passed over, [first, count] by their position in the data, as a "
+        "rollback notes them in ledger.jsonl",
     )
     seed: NonNegativeInt = setting(1234, "seed of weights, data order and dropout")
     precision: Literal["fp32", "bf16", "fp16", "fp8"] = setting("bf16", "number format")

@@ -33,7 +33,7 @@ class StepResult:
     """What an optimizer step reports."""
 
     gradient_norm: float  # before clipping, over all parameters of the model
-    skipped: bool  # fp16 only: gradients overflowed, the loss scale was lowered instead
+    skipped: bool  # nothing was updated: refused, or fp16 gradients overflowed
 
 
 class HybridOptimizer:
@@ -132,8 +132,12 @@ class HybridOptimizer:
         return {"matrix": matrix * factor, "adamw": adamw * factor}
 
     @torch.no_grad()
-    def step(self) -> StepResult:
-        """Clip, update, share. Gradients must be reduced and finalised. Collective."""
+    def step(self, *, refuses: Callable[[float], bool] | None = None) -> StepResult:
+        """Clip, update, share. Gradients must be reduced and finalised. Collective.
+
+        `refuses` is asked with the gradient norm before anything is updated; where it says yes,
+        nothing is. Without it a norm that is not finite raises FloatingPointError.
+        """
         norm = self.gradient_norm()
         if self.scaler is not None:
             norm = norm / self.scaler.scale.item()
@@ -142,8 +146,10 @@ class HybridOptimizer:
             self.scaler.update(overflow)
             if overflow:
                 return StepResult(gradient_norm=norm, skipped=True)
-        elif not math.isfinite(norm):
+        elif refuses is None and not math.isfinite(norm):
             raise FloatingPointError(self._name_non_finite())
+        if refuses is not None and refuses(norm):
+            return StepResult(gradient_norm=norm, skipped=True)
         clip = self.settings.clip_gradient_norm
         factor = 1.0 if not clip or norm <= clip else clip / (norm + 1e-6)
         for parameter in self._owned:

@@ -10,6 +10,7 @@ import torch
 from equilibrium_mcore.checkpoint.background import Background, InPlace, Writer
 from equilibrium_mcore.checkpoint.save import (
     SaveInProgress,
+    abandon_save,
     begin_save,
     bytes_of_state,
     finish_save,
@@ -20,6 +21,7 @@ from equilibrium_mcore.data.entropy import ngram_baseline, validation_pairs
 from equilibrium_mcore.data.ledger.record import LedgerFile, settings_of
 from equilibrium_mcore.models.flops import training_flops_per_token
 from equilibrium_mcore.parallel import accelerator
+from equilibrium_mcore.training.anomalies import Anomaly
 from equilibrium_mcore.training.loop import Callback
 from equilibrium_mcore.training.metrics import (
     MetricsWriter,
@@ -27,6 +29,7 @@ from equilibrium_mcore.training.metrics import (
     ValidationRecord,
     memory_gib,
 )
+from equilibrium_mcore.training.rollback import documents
 from equilibrium_mcore.training.run_data import DATA_KINDS
 from equilibrium_mcore.training.run_folder import RunLock
 from equilibrium_mcore.training.setup import Run
@@ -82,27 +85,40 @@ class LogCallback(Callback):
         self._paused = 0.0
 
     def on_start(self, run: Run) -> None:
+        self._open(run)
+        layout = run.config.parallelism.model_dump(exclude_defaults=True, exclude={"world_size"})
+        details = {"ranks": torch.distributed.get_world_size(), **layout}
+        if run.resumed_from is not None:
+            details["from"] = str(run.resumed_from)
+        self.event("start" if run.resumed_from is None else "resume", run, **details)
+        for name, told in run.choice.notes:
+            self.event(name, run, **told)
+
+    def _open(self, run: Run) -> None:
+        """Write from the run's step on: what stands after it is of steps that are trained again."""
         config = run.config
         if run.is_first_rank:
-            resumed = run.progress.step if run.resumed_from is not None else None
             self.writer = MetricsWriter(
                 config.output_directory,
                 total_steps=config.training.steps,
-                resumed_step=resumed,
+                resumed_step=run.progress.step if run.resumed_from is not None else None,
                 tensorboard=config.logging.tensorboard,
                 wandb_project=config.logging.wandb_project,
                 run_name=config.logging.wandb_run_name or config.name,
                 run_config=config.model_dump(mode="json"),
                 console=lambda line: print(line, flush=True),
             )
-            layout = config.parallelism.model_dump(exclude_defaults=True, exclude={"world_size"})
-            details = {"ranks": torch.distributed.get_world_size(), **layout}
-            if run.resumed_from is not None:
-                details["from"] = str(run.resumed_from)
-            self.event("start" if resumed is None else "resume", run, **details)
-            for name, told in run.choice.notes:
-                self.event(name, run, **told)
         self._since = (time.perf_counter(), run.progress.step, run.progress.samples)
+
+    def on_anomaly(self, run: Run, anomaly: Anomaly) -> None:
+        self.event("anomaly", run, **_facts(run, anomaly))
+
+    def on_rollback(self, run: Run, anomaly: Anomaly, *, abandoned: list[str]) -> None:
+        if self.writer is not None:
+            self.writer.close()
+        self._open(run)
+        details = {"left_out": anomaly.ranges, "to": str(run.resumed_from), "abandoned": abandoned}
+        self.event("rollback", run, **_facts(run, anomaly), **details)
 
     def pause(self, seconds: float) -> None:
         """Leave this time out of the next rate: it was not spent on training."""
@@ -204,7 +220,12 @@ class LedgerCallback(Callback):
             samples=run.progress.samples,
             settings=settings_of(run.config),
             state=state,
+            left_out=run.left_out.as_lists(),
         )
+
+    def on_rollback(self, run: Run, anomaly: Anomaly, *, abandoned: list[str]) -> None:
+        if self.file is not None:
+            self.on_start(run)
 
     def saved(self, run: Run, progress: dict) -> None:
         """Note the state of a checkpoint that is in place."""
@@ -238,6 +259,22 @@ class CheckpointCallback(Callback):
     def on_start(self, run: Run) -> None:
         self._saved_step = run.progress.step if run.resumed_from is not None else None
         self._ready_writer(run.config).reserve(bytes_of_state(run.optimizer))
+        if run.watch is not None and run.watch.settings.policy == "rollback":
+            self._save(run)  # something to go back to, from the first step on
+
+    def on_anomaly(self, run: Run, anomaly: Anomaly) -> None:
+        if self._in_progress is None:
+            return
+        if run.watch.settings.policy != "rollback":
+            return self._finish(run)
+        if self._saved_step > run.progress.step - run.watch.settings.margin_steps:
+            abandon_save(self._in_progress)
+            self._in_progress = None
+        else:
+            self._finish(run)
+
+    def on_rollback(self, run: Run, anomaly: Anomaly, *, abandoned: list[str]) -> None:
+        self._saved_step = run.progress.step
 
     def on_step(self, run: Run, outcome: StepOutcome) -> None:
         if self._in_progress is not None and _everywhere(self._writer.is_done()):
@@ -299,6 +336,17 @@ def _everywhere(here: bool) -> bool:
     flag = torch.tensor(float(here), device=accelerator.device())
     torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
     return bool(flag.item())
+
+
+def _facts(run: Run, anomaly: Anomaly) -> dict[str, object]:
+    """An anomaly for `metrics.jsonl`; the event's own step is the last that was trained."""
+    return {
+        "failed_step": anomaly.step,
+        "what": anomaly.what,
+        "loss": anomaly.loss,
+        "gradient_norm": anomaly.gradient_norm,
+        "documents": documents(run, anomaly),
+    }
 
 
 def _beside_loss(figures: dict[str, float]) -> dict[str, float]:

@@ -37,6 +37,8 @@ EventName = Literal[
     # of settings that differ from those that the checkpoint or the weights were saved under
     "settings_changed",
     "vocabulary_grown",
+    "anomaly",
+    "rollback",
 ]
 
 logger = logging.getLogger(__name__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from equilibrium_mcore.config import rules
@@ -14,12 +15,29 @@ from equilibrium_mcore.config.layout import train_samples
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.blend import Datasets, build_datasets, epoch_tokens
 from equilibrium_mcore.data.chat.build import build_conversations, epoch_sequences
+from equilibrium_mcore.data.ledger.dataset import LedgerDataset
+from equilibrium_mcore.data.left_out import LeftOut, RemainingSamples
+from equilibrium_mcore.data.samples import Samples
 from equilibrium_mcore.data.tokenizer import load_tokenizer
 
 CONVERSATIONS_FOLDER = "conversations"  # in the output directory: what was encoded
 
 Progress = dict[str, Any]
 Say = Callable[[str], object]
+
+
+def documents_at(train: Samples, first: int, count: int) -> list[str]:
+    """Names of the documents that samples are made of, by position; those that are known."""
+    dataset = train.dataset if isinstance(train, RemainingSamples) else train
+    if not isinstance(dataset, LedgerDataset):
+        return []
+    plans = [dataset.plan_of(position) for position in range(first, first + count)]
+    names = (
+        f"{dataset.sources[plan.source].name}:{span.document}"
+        for plan in plans
+        for span in plan.spans
+    )
+    return list(dict.fromkeys(names))
 
 
 class DataKind(NamedTuple):
@@ -44,7 +62,32 @@ def build_run_datasets(
     scratch. `say` gets what is worth a line in the log. Raises ConfigError for data that cannot be
     trained on.
     """
-    return DATA_KINDS[type(config.data)].build(config, progress, say)
+    build, left_out = DATA_KINDS[type(config.data)].build, left_out_of(config, progress)
+    if not left_out:
+        return build(config, progress, say)
+    samples = _samples_to_come(config, progress or {"step": 0, "samples": 0})
+    if progress is not None:  # the data counts positions
+        progress = {**progress, "samples": left_out.passed(progress["samples"])}
+    built = build(config, progress, say)
+    return replace(built, train=RemainingSamples(built.train, left_out, samples=samples))
+
+
+def left_out_of(config: RunConfig, progress: Progress | None) -> LeftOut:
+    """What the checkpoint of `progress` left out, and what the config does.
+
+    Raises ConfigError for a range of the config in what was trained on already.
+    """
+    saved = LeftOut((progress or {}).get("left_out", ()))
+    both = saved + config.training.left_out
+    samples = (progress or {}).get("samples", 0)
+    if both.passed(samples) != saved.passed(samples):
+        raise ConfigError(
+            f"training.left_out={[list(pair) for pair in config.training.left_out]}: the run has "
+            f"trained on {samples:,} samples, up to position {saved.passed(samples):,}, and none "
+            "of them can be left out any more: name later ones, or start from an earlier "
+            "checkpoint (checkpoint.resume_step)"
+        )
+    return both
 
 
 def with_steps(config: RunConfig, *, say: Say = lambda text: None) -> RunConfig:

@@ -28,6 +28,7 @@ from equilibrium_mcore.config.layout import (
 from equilibrium_mcore.config.load import save_config
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.blend import Datasets
+from equilibrium_mcore.data.left_out import LeftOut
 from equilibrium_mcore.data.samples import Samples
 from equilibrium_mcore.data.stream import DatasetStream, TrainStream
 from equilibrium_mcore.models.provider import build_model
@@ -37,8 +38,9 @@ from equilibrium_mcore.optim.optimizer import HybridOptimizer
 from equilibrium_mcore.parallel import accelerator, process_groups
 from equilibrium_mcore.parallel.host import describe_host
 from equilibrium_mcore.parallel.launch import RankInfo
+from equilibrium_mcore.training.anomalies import Watch
 from equilibrium_mcore.training.objective import Objective, build_objective
-from equilibrium_mcore.training.run_data import build_run_datasets, with_steps
+from equilibrium_mcore.training.run_data import build_run_datasets, left_out_of, with_steps
 
 logger = logging.getLogger(__name__)
 
@@ -73,10 +75,23 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     resumed_from: Path | None = None
     stream: TrainStream | None = None  # made once the run knows where it stands
+    left_out: LeftOut = field(default_factory=LeftOut)  # samples that are passed over
+    watch: Watch | None = None  # judges every step, where `training.anomalies` is set
 
     def progress_to_save(self) -> dict[str, Any]:
         """Progress and where the data stands, as plain values."""
-        return {**asdict(self.progress), **self.stream.state()}
+        values = {**asdict(self.progress), **self.stream.state()}
+        if self.left_out:
+            values["left_out"] = self.left_out.as_lists()
+        if self.watch is not None:
+            values["anomalies"] = self.watch.state()
+        return values
+
+    def ranges_of_next_step(self, *, and_before: int = 0) -> list[list[int]]:
+        """Samples of the next step and of so many before it: [first, count] by position."""
+        size, done = self.config.training.global_batch_size, self.progress.samples
+        first = self.left_out.position_of(max(0, done - and_before * size))
+        return [[first, self.left_out.position_of(done + size - 1) + 1 - first]]
 
     @contextmanager
     def weights(self, which: Weights) -> Iterator[list[torch.nn.Module]]:
@@ -152,6 +167,8 @@ def setup(config: RunConfig, rank_info: RankInfo, *, datasets: Datasets | None =
         data_parallel_size=data_parallel_size(config, rank_info.world_size),
         micro_batches=micro_batches_per_step(config, rank_info.world_size),
         choice=choice,
+        left_out=left_out_of(config, choice.progress),
+        watch=config.training.anomalies and Watch(config.training.anomalies),
     )
     resume(run)
     run.stream = run.stream_of(datasets.train, consumed_samples=run.progress.samples)
@@ -229,6 +246,8 @@ def resume(run: Run) -> None:
         # What else it holds is where the data stands, at which the datasets were built.
         run.progress = Progress(**{f.name: progress[f.name] for f in fields(Progress)})
         run.resumed_from = choice.checkpoint.path
+        if run.watch is not None and "anomalies" in progress:
+            run.watch.load(progress["anomalies"])
     elif choice.weights is not None:
         load_weights(
             choice.weights,

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from equilibrium_mcore.config.pattern import count_kinds
 from equilibrium_mcore.data.stream import Batch
+from equilibrium_mcore.optim.optimizer import StepResult
 from equilibrium_mcore.parallel import accelerator
+from equilibrium_mcore.training.anomalies import Anomaly
 from equilibrium_mcore.training.schedule import evaluating, rank_batch, run_schedule
 from equilibrium_mcore.training.setup import Run
 
@@ -28,6 +30,7 @@ class StepOutcome:
     learning_rates: dict[str, float]
     skipped: bool
     stop_requested: bool  # some rank was told to stop
+    anomaly: Anomaly | None = None  # what is wrong with it; nothing was updated then
 
     @property
     def loss(self) -> float:
@@ -40,18 +43,19 @@ def train_step(run: Run, *, stop_requested: bool = False) -> StepOutcome:
 
     `stop_requested` is this rank's wish to stop; every rank learns whether any rank has it.
     """
+    biases = _expert_biases(run)
     outputs = gradients_of(run, run.stream.next_batches(run.micro_batches))
     rates = run.optimizer.learning_rates()
-    result = run.optimizer.step()
     figures, counts, extra = _sum_over_ranks(
         run, outputs, extra=[_aux_loss_here(run), float(stop_requested)]
     )
     aux, stops = extra
-    samples = run.config.training.global_batch_size
-    run.stream.commit(samples)
-    run.progress.step += 1
-    run.progress.samples += samples
-    run.progress.tokens += round(counts["loss"])
+    result, anomaly = _update(run, figures["loss"])
+    if anomaly is None or run.watch.settings.policy == "skip":
+        _advance(run, tokens=round(counts["loss"]))
+    if anomaly is not None:
+        for bias, before in biases:
+            bias.copy_(before)
     moe_layers = count_kinds(run.config.model.layer_pattern).get("moe", 0)
     aux_scale = moe_layers * run.micro_batches * run.data_parallel_size
     return StepOutcome(
@@ -62,7 +66,46 @@ def train_step(run: Run, *, stop_requested: bool = False) -> StepOutcome:
         learning_rates=rates,
         skipped=result.skipped,
         stop_requested=stops > 0,
+        anomaly=anomaly,
     )
+
+
+def _advance(run: Run, *, tokens: int) -> None:
+    samples = run.config.training.global_batch_size
+    run.stream.commit(samples)
+    run.progress.step += 1
+    run.progress.samples += samples
+    run.progress.tokens += tokens
+
+
+def _update(run: Run, loss: float) -> tuple[StepResult, Anomaly | None]:
+    """The optimizer's step, unless the run's watch refuses it. Collective."""
+    if run.watch is None:
+        return run.optimizer.step(), None
+    found: list[str] = []
+
+    def refuses(gradient_norm: float) -> bool:
+        what = run.watch.judge(loss, gradient_norm)
+        found.extend([what] if what else [])
+        return bool(found)
+
+    result = run.optimizer.step(refuses=refuses)
+    if not found:
+        return result, None
+    step, ranges = run.progress.step + 1, run.ranges_of_next_step()
+    return result, Anomaly(step, found[0], loss, result.gradient_norm, ranges)
+
+
+def _expert_biases(run: Run) -> list[tuple[Tensor, Tensor]]:
+    """Biases of the routers with copies: megatron-core moves them before the verdict is there."""
+    if run.watch is None:
+        return []
+    return [
+        (buffer, buffer.clone())
+        for chunk in run.chunks
+        for name, buffer in chunk.named_buffers()
+        if name.endswith("expert_bias")
+    ]
 
 
 def gradients_of(run: Run, batches: list[Batch]) -> list[Tensor]:

@@ -1,11 +1,11 @@
 """`ledger.jsonl`: enough of a run's ledger to say later which documents were behind any step.
 
-    {"kind": "start", "step", "samples", "settings", "state"}    a process starts or goes on here
+    {"kind": "start", "step", "samples", "settings", "state", "left_out"}    a process starts here
     {"kind": "checkpoint", "step", "samples", "state"}           a checkpoint is in place
 
 `state` is the ledger's behind `step` steps; that of a checkpoint leaves out the data behind the
 names, which the start before it has. Where a run was killed and went on from an earlier checkpoint,
-the later lines count.
+the later lines count. `left_out` are samples that the run passes over, [first, count] by position.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.indexed_files import read_header
 from equilibrium_mcore.data.ledger.ledger import Ledger, SamplePlan, check_version
 from equilibrium_mcore.data.ledger.source import SourceDocuments
+from equilibrium_mcore.data.left_out import LeftOut, PassingCursor
 from equilibrium_mcore.data.open_files import OpenFiles
 from equilibrium_mcore.files.archive import move_to_archive
 
@@ -69,7 +70,9 @@ class LedgerFile:
             else:
                 move_to_archive(self.path.parent, [self.path.name])
 
-    def start(self, *, step: int, samples: int, settings: dict, state: dict) -> None:
+    def start(
+        self, *, step: int, samples: int, settings: dict, state: dict, left_out: list[list[int]]
+    ) -> None:
         """A process begins behind `step` steps and `samples` samples."""
         self._append(
             {
@@ -78,6 +81,7 @@ class LedgerFile:
                 "samples": samples,
                 "settings": settings,
                 "state": state,
+                "left_out": left_out,
             }
         )
 
@@ -119,6 +123,7 @@ class StepInterval:
 
     settings: dict[str, Any]
     marks: tuple[Mark, ...]
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     @property
     def first(self) -> Mark:
@@ -147,7 +152,8 @@ def read_segments(run_directory: Path) -> list[StepInterval]:
         if record["kind"] == "start":
             segments = _cut(segments, step)
             mark = Mark(step, record["samples"], record["state"])
-            segments.append(StepInterval(record["settings"], (mark,)))
+            left_out = LeftOut(record.get("left_out", ()))
+            segments.append(StepInterval(record["settings"], (mark,), left_out))
         elif segments:
             last = segments[-1]
             state = {**last.first.state, **record["state"]}
@@ -224,12 +230,19 @@ def open_sources(settings: dict[str, Any]) -> list[SourceDocuments]:
     return opened
 
 
-def ledger_behind(segment: StepInterval, step: int) -> Ledger:
-    """The segment's ledger behind `step` steps, replayed from the last state that is known.
+def ledger_behind(segment: StepInterval, step: int) -> PassingCursor:
+    """The segment's ledger after `step` steps, replayed from the last state that is known.
 
     Raises ConfigError where the data is gone or was made anew since.
     """
-    settings, mark = segment.settings, segment.mark_before(step)
+    mark = segment.mark_before(step)
+    cursor = _cursor_at(segment, mark)
+    cursor.skip((step - mark.step) * segment.settings["global_batch_size"])
+    return cursor
+
+
+def _cursor_at(segment: StepInterval, mark: Mark) -> PassingCursor:
+    settings, left_out = segment.settings, segment.left_out
     ledger = Ledger(
         open_sources(settings),
         [source["weight"] for source in settings["sources"]],
@@ -237,11 +250,28 @@ def ledger_behind(segment: StepInterval, step: int) -> Ledger:
         document_multiple=settings["document_multiple"],
         state=mark.state,
     )
-    ledger.skip((step - mark.step) * settings["global_batch_size"])
-    return ledger
+    return PassingCursor(ledger, left_out, position=left_out.passed(mark.samples))
 
 
 def plans_of(segment: StepInterval, step: int) -> tuple[Ledger, list[SamplePlan]]:
     """The samples of step `step`, in the order of the global batch, and the ledger behind them."""
-    ledger = ledger_behind(segment, step - 1)
-    return ledger, [ledger.take() for _ in range(segment.settings["global_batch_size"])]
+    cursor = ledger_behind(segment, step - 1)
+    plans = [cursor.take() for _ in range(segment.settings["global_batch_size"])]
+    return cursor.cursor, plans
+
+
+def plans_at(
+    segments: list[StepInterval], position: int, count: int
+) -> tuple[StepInterval, Ledger, list[SamplePlan]]:
+    """The samples at positions of the data, trained on or left out, and the ledger after them.
+
+    Raises ConfigError for a position before the run.
+    """
+    for segment in reversed(segments):
+        for mark in reversed(segment.marks):
+            passed = segment.left_out.passed(mark.samples)
+            if passed <= position:
+                ledger = _cursor_at(segment, mark).cursor
+                ledger.skip(position - passed)
+                return segment, ledger, [ledger.take() for _ in range(count)]
+    raise ConfigError(f"--position {position}: this run's ledger begins after it")

@@ -8,10 +8,12 @@ from typing import Any
 
 from equilibrium_mcore.config.data import TokenizerConfig
 from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.data.ledger.ledger import Ledger, SamplePlan
 from equilibrium_mcore.data.ledger.record import (
     Mark,
     StepInterval,
     ledger_behind,
+    plans_at,
     plans_of,
     read_segments,
     segment_of,
@@ -32,20 +34,25 @@ def report(
     step: int | None = None,
     compare: Path | None = None,
     document: str | None = None,
+    position: int | None = None,
+    count: int = 1,
     show: bool = False,
 ) -> dict[str, Any]:
     """What `tools/data_ledger.py` prints, as plain values.
 
     Always `run`, `step`, and per source what was consumed up to it: by default the last saved step,
     else `step`. With `compare` the same of another run, and where the two part. With `step` the
-    documents of that step, with the beginning of their text where `show` is set. With `document`,
-    SOURCE:NUMBER, where that document was read. Raises FileNotFoundError, ValueError, and
-    ConfigError for a step or a document that is not the run's.
+    documents of that step, or with `position` those of `count` samples from it on, trained on or
+    left out; with the beginning of their text where `show` is set. With `document`, SOURCE:NUMBER,
+    where that document was read. Raises FileNotFoundError, ValueError, and ConfigError for a step
+    or a document that is not the run's.
     """
     segments = read_segments(run)
     values: dict[str, Any] = {"run": str(run), **consumption(segments, step)}
     values["changes"] = changes(segments)
-    if step is not None:
+    if position is not None:
+        values["samples"] = documents_at(segments, position, count, show=show)
+    elif step is not None:
         values["samples"] = documents_of_step(segments, step, show=show)
     if document is not None:
         name, _, number = document.rpartition(":")
@@ -187,7 +194,19 @@ def documents_of_step(
     `offset` is the first token taken of the document, `tokens` how many, `of` how many it has.
     """
     segment = segment_of(segments, step)
-    ledger, plans = plans_of(segment, step)
+    return _described(segment, *plans_of(segment, step), show=show)
+
+
+def documents_at(
+    segments: list[StepInterval], position: int, count: int, *, show: bool = False
+) -> list[dict[str, Any]]:
+    """The same of samples by their position in the data, trained on or left out."""
+    return _described(*plans_at(segments, position, count), show=show)
+
+
+def _described(
+    segment: StepInterval, ledger: Ledger, plans: list[SamplePlan], *, show: bool
+) -> list[dict[str, Any]]:
     tokenizer = None
     if show:
         tokenizer = load_tokenizer(TokenizerConfig(**_with_path(segment.settings["tokenizer"])))
