@@ -19,6 +19,7 @@ from equilibrium_mcore.training.metrics import (
     TrainRecord,
     ValidationRecord,
     memory_gib,
+    perplexity_of,
 )
 from equilibrium_mcore.training.run_data import DATA_KINDS
 from equilibrium_mcore.training.run_folder import RunLock
@@ -122,6 +123,7 @@ class LogCallback(Callback):
                 step=progress.step,
                 tokens=progress.tokens,
                 loss=outcome.loss,
+                perplexity=_perplexity(run, outcome.loss),
                 figures=_beside_loss(outcome.figures),
                 aux_loss=outcome.aux_loss,
                 learning_rate=outcome.learning_rates["matrix"],
@@ -169,6 +171,7 @@ class ValidationCallback(Callback):
                 ValidationRecord(
                     step=run.progress.step,
                     loss=figures["loss"],
+                    perplexity=_perplexity(run, figures["loss"]),
                     figures=_beside_loss(figures),
                     **self._entropies,
                 )
@@ -255,6 +258,10 @@ class CheckpointCallback(Callback):
 
 def _beside_loss(figures: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in figures.items() if name != "loss"}
+
+
+def _perplexity(run: Run, loss: float) -> float | None:
+    return perplexity_of(loss) if run.objective.has_perplexity else None
 
 
 def _entropies(run: Run) -> dict[str, float]:
