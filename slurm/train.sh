@@ -88,7 +88,7 @@ if [ -n "${CONTAINER_IMAGE:-}" ]; then
 else
   python="${VENV:-$EQUILIBRIUM_ROOT/.venv}/bin/python"
   [ -x "$python" ] || fail \
-    "$python is missing: run 'bash tools/setup_venv.sh' on a login node (docs/install.md), or set" \
+    "$python is missing: run 'bash tools/setup_venv.sh' on a login node (docs/start/install.md), or set" \
     "VENV or CONTAINER_IMAGE."
 fi
 read -r -a more_srun_args <<<"${SRUN_ARGS:-}"

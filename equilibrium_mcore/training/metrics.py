@@ -27,7 +27,7 @@ EventName = Literal[
     "stop",
     "signal",
     "end",
-    # of checkpoints: docs/checkpoints.md
+    # of checkpoints: docs/reference/checkpoints.md
     "verified",
     "unverified",
     "damaged",
