@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from equilibrium_mcore.files.paths import user_path
+
 ROOT = Path(__file__).resolve().parents[2]
 Graph = dict[str, set[str]]
 
@@ -174,7 +176,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     folder = ROOT / "equilibrium_mcore"
-    parser.add_argument("package", nargs="?", type=Path, default=folder, help="its folder")
+    parser.add_argument("package", nargs="?", type=user_path, default=folder, help="its folder")
     parser.add_argument("--check", action="store_true", help="status 1 when a limit is passed")
     options = parser.parse_args()
     try:
