@@ -289,9 +289,9 @@ def yaml_blocks(document: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("document", [README, DOCS / "guides" / "TRAINING_GUIDE.md"], ids=name_of)
 def test_the_run_of_a_document_is_a_run(document):
-    blocks = yaml_blocks(document)
-    (run,) = (block for block in blocks if "training" in block)
-    (data,) = (block for block in blocks if "sources" in block)
+    """On the blend of the README."""
+    (run,) = (block for block in yaml_blocks(document) if "training" in block)
+    (data,) = (block for block in yaml_blocks(README) if "sources" in block)
     assert run_from_mapping({**run, "data": data}, folder=ROOT / "configs" / "runs").name == "mine"
 
 
