@@ -2,14 +2,14 @@
 # Fine-tuning, whole, on this machine's CPU and without a network: conversations about Python's standard
 # library -> supervised fine-tuning of the quickstart's model on 4 ranks, loss on the answers -> a
 # Hugging Face folder with its chat template -> answers before and after, side by side. Minutes on 2
-# cores once the quickstart's model is there; where it is not, examples/quickstart.sh makes it first.
+# cores once the quickstart's model exists; otherwise examples/quickstart.sh makes it first.
 #
-#   bash examples/chat.sh                       results in runs/chat, of the model in runs/quickstart
-#   bash examples/chat.sh --quickstart DIR      of another quickstart's model (its --output)
+#   bash examples/chat.sh                       results in runs/chat, from the model in runs/quickstart
+#   bash examples/chat.sh --quickstart DIR      from another quickstart's model (its --output)
 #   bash examples/chat.sh --output DIR          results elsewhere
 #   bash examples/chat.sh --fast                a quickstart and a fine-tuning of few steps: a rehearsal
 #
-# Run again, it goes on where it was: what is there is not made again.
+# Run again, it continues where it was and reuses what is there.
 set -Eeuo pipefail
 
 usage() { sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
@@ -39,7 +39,7 @@ begin 1/7 "Python environment"
 bash tools/setup_venv.sh
 python="$PWD/.venv/bin/python"
 export PYTHONUNBUFFERED=1
-# Libraries warn of GPU packages that are not here; on this CPU that is as it should be.
+# Libraries warn about missing GPU packages; on a CPU that is expected.
 export PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error
 
 begin 2/7 "The quickstart's model"

@@ -8,7 +8,7 @@
 #   bash examples/quickstart.sh --output DIR       results elsewhere
 #   bash examples/quickstart.sh --fast             a smaller vocabulary, model and budget: a rehearsal
 #
-# Run again, it goes on where it was: what is there is not made again.
+# Run again, it continues where it was and reuses what is there.
 set -Eeuo pipefail
 
 usage() { sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
@@ -40,7 +40,7 @@ begin 1/9 "Python environment"
 bash tools/setup_venv.sh
 python="$PWD/.venv/bin/python"
 export PYTHONUNBUFFERED=1
-# Libraries warn of GPU packages that are not here; on this CPU that is as it should be.
+# Libraries warn about missing GPU packages; on a CPU that is expected.
 export PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error
 
 config=configs/runs/quickstart.yaml

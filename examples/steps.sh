@@ -4,7 +4,7 @@ part="starting" child=""
 
 on_error() {
   printf '\n%s: FAILED in %s (exit status %s)\n' "$name" "$part" "$1" >&2
-  printf '  the message is above; what was done is kept, and the same command goes on from there\n' >&2
+  printf '  the message is above; finished steps are kept, and the same command continues from there\n' >&2
   exit 1
 }
 # Leaves no rank behind: SIGTERM lets the run save; one that does not end in time is killed.

@@ -5,7 +5,7 @@
 #   sbatch slurm/pretrain_3b.sh
 #   sbatch --nodes=4 --account=ACCOUNT slurm/pretrain_3b.sh training.steps=1000
 #
-# Options of sbatch given on its command line replace those below. Words after the script's name are
+# Options of sbatch given on its command line replace those below. Arguments after the script's name are
 # passed to the run as key=value overrides. Variables, all with a default:
 #
 #   RUN_CONFIG         the run                           configs/runs/pretrain_3b.yaml
@@ -15,8 +15,8 @@
 #   VENV, CONTAINER_IMAGE, CONTAINER_MOUNTS, SRUN_ARGS: see slurm/train.sh
 #
 # Pre-emption and the time limit: Slurm sends SIGTERM to every rank, the run saves and exits with
-# status 0, and this script puts the job back into the queue; there it resumes from what was saved.
-# A run that ends, or fails, is not queued again; a job whose node dies is queued again by Slurm.
+# status 0, and this script requeues the job, which then resumes from what was saved.
+# A run that ends, or fails, is not requeued; a job whose node dies is requeued by Slurm.
 #
 #SBATCH --job-name=pretrain_3b
 #SBATCH --nodes=8

@@ -6,12 +6,12 @@
 #     sbatch --nodes=4 --account=ACCOUNT slurm/train.sh training.epochs=3
 #
 # RUN_CONFIG is a run or an experiment file; its stage decides what is trained. Options of sbatch given
-# on its command line replace those below. Words after the script's name are passed to the run as
-# key=value overrides. slurm/pretrain_3b.sh is this script with defaults of its own. Variables:
+# on its command line replace those below. Arguments after the script's name are passed to the
+# run as key=value overrides. slurm/pretrain_3b.sh is this script with defaults of its own. Variables:
 #
-#   RUN_CONFIG         the run, of any stage             needed
-#   OUTPUT_DIRECTORY   checkpoints and logs; on a file   needed, or output_directory=... after the
-#                      system that all nodes share       script's name
+#   RUN_CONFIG         the run, of any stage             required
+#   OUTPUT_DIRECTORY   checkpoints and logs; on a file   required, or output_directory=... after
+#                      system that all nodes share       the script's name
 #   EQUILIBRIUM_ROOT   the repository                    the folder that sbatch was called in
 #   VENV               the virtual environment           $EQUILIBRIUM_ROOT/.venv
 #   CONTAINER_IMAGE    run in this image instead (enroot/pyxis): a .sqsh file or a registry's name
@@ -19,8 +19,8 @@
 #   SRUN_ARGS          more options of srun, separated by spaces
 #
 # Pre-emption and the time limit: Slurm sends SIGTERM to every rank, the run saves and exits with
-# status 0, and this script puts the job back into the queue; there it resumes from what was saved.
-# A run that ends, or fails, is not queued again; a job whose node dies is queued again by Slurm.
+# status 0, and this script requeues the job, which then resumes from what was saved.
+# A run that ends, or fails, is not requeued; a job whose node dies is requeued by Slurm.
 #
 #SBATCH --job-name=train
 #SBATCH --nodes=1
@@ -88,7 +88,7 @@ if [ -n "${CONTAINER_IMAGE:-}" ]; then
 else
   python="${VENV:-$EQUILIBRIUM_ROOT/.venv}/bin/python"
   [ -x "$python" ] || fail \
-    "$python is missing: run 'bash tools/setup_venv.sh' on a login node (docs/install.md), or set" \
+    "$python is missing: run 'bash tools/setup_venv.sh' on a login node (docs/start/install.md), or set" \
     "VENV or CONTAINER_IMAGE."
 fi
 read -r -a more_srun_args <<<"${SRUN_ARGS:-}"

@@ -3,7 +3,7 @@
 #
 #   bash tests/run.sh                      everything that is not marked slow
 #   bash tests/run.sh -m slow              the slow cases
-#   bash tests/run.sh tests/config -x      one room, up to the first failure
+#   bash tests/run.sh tests/config -x      one package, up to the first failure
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -10,6 +10,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 import types
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -21,15 +22,27 @@ from equilibrium_mcore.config.experiment_words import WORDS
 from equilibrium_mcore.config.load import run_from_mapping, usage
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.config.yaml_io import parse_yaml
+from tests.support.notebooks import as_markdown
 from tools.dev.tree import said_of, tree_text
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-TREE = ROOT / "docs" / "tree.md"  # generated
-GUIDES = sorted(path for path in (ROOT / "docs").rglob("*.md") if path != TREE)
-DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *GUIDES]
+DOCS = ROOT / "docs"
+INDEX, TREE = DOCS / "README.md", DOCS / "tree.md"  # the tree is generated
+PAGES = sorted(path for path in DOCS.rglob("*.md") if path != TREE)
+AT_THE_TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+NOTEBOOKS = sorted((ROOT / "examples").rglob("*.ipynb"))
+DOCUMENTS = [*AT_THE_TOP, *PAGES, *NOTEBOOKS]
 # Those whose every `section.key` is a setting; other documents name tensors and metrics too.
-OF_SETTINGS = [README, ROOT / "CONTRIBUTING.md", ROOT / "docs" / "checkpoints.md"]
+OF_SETTINGS = [
+    *AT_THE_TOP,
+    *(DOCS / "guides").glob("*_GUIDE.md"),
+    *(DOCS / "reference" / f"{name}.md" for name in ("checkpoints", "data", "limits")),
+    *(
+        DOCS / "guides" / f"{name}.md"
+        for name in ("experiments", "fine_tuning", "recipes", "slurm")
+    ),
+]
 MAINS = ("-m equilibrium_mcore.train", "-m equilibrium_mcore.pretrain")
 JOBS = ("slurm/train.sh", "slurm/pretrain_3b.sh")
 STARTERS = ("tools/train.py", "tools/resume_training.py")  # they take settings, too
@@ -37,7 +50,15 @@ LISTED_BY_FILE = ("equilibrium_mcore", "tools", "examples", "configs", "slurm", 
 
 
 def read(document: Path) -> str:
+    """A document's text; a notebook's as Markdown."""
+    if document.suffix == ".ipynb":
+        return as_markdown(document)
     return document.read_text(encoding="utf-8")
+
+
+def name_of(document: Path) -> str:
+    """Where a document is, for the names of tests and for messages."""
+    return str(document.relative_to(ROOT))
 
 
 def fenced(document: Path, *languages: str) -> list[str]:
@@ -81,26 +102,26 @@ def test_a_file_that_does_not_say_what_it_is_is_an_error(tmp_path):
 # ------------------------------------------------------------------------------------------- links
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_links_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)\s]+)\)", read(document)):
         if re.match(r"[a-z]+:", target):
             continue
         path, _, anchor = target.partition("#")
         place = document.parent / path if path else document
-        assert place.exists(), f"{document.name} links to {target}"
+        assert place.exists(), f"{name_of(document)} links to {target}"
         if anchor:
             headings = re.findall(r"^#+ (.+)$", read(place), re.M)
             anchors = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
-            assert anchor in anchors, f"{document.name} links to {target}"
+            assert anchor in anchors, f"{name_of(document)} links to {target}"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_paths_in_the_text_exist(document):
     top = "|".join((*LISTED_BY_FILE, "tests"))
     for code in inline_code(document):
         if re.fullmatch(rf"({top})/[\w./\-]*", code) and not re.search(r"mine|my_", code):
-            assert (ROOT / code).exists(), f"{document.name} speaks of {code}"
+            assert (ROOT / code).exists(), f"{name_of(document)} speaks of {code}"
 
 
 # ---------------------------------------------------------------------------------------- commands
@@ -148,6 +169,7 @@ def options_of(words: list[str], script: str) -> list[str]:
 def test_documents_have_commands():
     scripts = {named_script(words) for _, words in ALL_COMMANDS}
     assert {"examples/quickstart.sh", "tests/run.sh", *JOBS} <= scripts
+    assert any(document in NOTEBOOKS for document, _ in ALL_COMMANDS)
     assert set(MAINS) <= scripts
 
 
@@ -157,7 +179,7 @@ def test_commands_name_files_that_exist():
         path = script
         if script.startswith("-m "):
             path = script.removeprefix("-m ").replace(".", "/") + ".py"
-        assert (ROOT / path).is_file(), f"{document.name}: {' '.join(words)}"
+        assert (ROOT / path).is_file(), f"{name_of(document)}: {' '.join(words)}"
 
 
 def help_text(script: str) -> str:
@@ -165,6 +187,9 @@ def help_text(script: str) -> str:
     if script in MAINS:
         return usage()
     path = str(ROOT / script)
+    if script.startswith("-m "):
+        command = [sys.executable, *script.split(), "--help"]
+        return subprocess.run(command, capture_output=True, text=True).stdout
     if script.endswith(".sh"):
         return subprocess.run(["bash", path, "--help"], capture_output=True, text=True).stdout
     printed = io.StringIO()
@@ -188,7 +213,7 @@ def test_options_in_commands_are_in_the_help():
         if script in ("tests/run.sh", *JOBS, "tests/slurm/local_cluster.sh"):
             continue
         for option in options_of(words, script):
-            wanted.setdefault(script, []).append((option, document.name))
+            wanted.setdefault(script, []).append((option, name_of(document)))
     assert {"tools/preprocess_data.py", "tools/convert_checkpoint.py"} <= wanted.keys()
     for script, options in wanted.items():
         text = help_text(script)
@@ -199,7 +224,9 @@ def test_options_in_commands_are_in_the_help():
 
 def test_variables_of_the_slurm_scripts_are_theirs():
     script = read(ROOT / "slurm" / "pretrain_3b.sh") + read(ROOT / "slurm" / "train.sh")
-    for line in re.findall(r"^\| (`[A-Z_`, ]+`) \|", read(README), re.M):
+    lines = re.findall(r"^\| (`[A-Z_`, ]+`) \|", read(DOCS / "guides" / "slurm.md"), re.M)
+    assert any("RUN_CONFIG" in line for line in lines)
+    for line in lines:
         for variable in re.findall(r"[A-Z_]+", line):
             read_there = re.search(rf"\$\{{{variable}:[-+]", script)
             assert read_there, f"the scripts in slurm/ do not read {variable}"
@@ -231,7 +258,7 @@ def test_what_is_a_setting():
         assert not is_setting(key), key
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_settings_in_commands_exist(document):
     for words in commands(document):
         script = named_script(words)
@@ -241,25 +268,74 @@ def test_settings_in_commands_exist(document):
                 key, equals, _ = word.partition("=")
                 if equals and not key.startswith("-") and key != "key":
                     known = is_setting(key) or key in WORDS
-                    assert known, f"{document.name}: {' '.join(words)}: {key}"
+                    assert known, f"{name_of(document)}: {' '.join(words)}: {key}"
 
 
-@pytest.mark.parametrize("document", OF_SETTINGS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", OF_SETTINGS, ids=name_of)
 def test_settings_in_the_text_exist(document):
     sections = "|".join(RunConfig.model_fields)
     for code in inline_code(document):
         found = re.fullmatch(rf"((?:{sections})\.[a-z_0-9.]+)(?:[=:].*)?", code)
         if found and not re.search(r"\.(yaml|py|jsonl)$", found[1]):
-            assert is_setting(found[1]), f"{document.name} speaks of {code}"
+            known = is_setting(found[1]) or found[1] in WORDS
+            assert known, f"{name_of(document)} speaks of {code}"
 
 
-def test_the_run_of_the_readme_is_a_run():
-    data, run = (parse_yaml(block, source="README") for block in fenced(README, "yaml"))
+def yaml_blocks(document: Path) -> list[dict[str, Any]]:
+    """The mappings in a document's YAML blocks; those that leave things out with `...` excepted."""
+    blocks = [block for block in fenced(document, "yaml") if "  ..." not in block]
+    return [parse_yaml(block, source=name_of(document)) for block in blocks]
+
+
+@pytest.mark.parametrize("document", [README, DOCS / "guides" / "TRAINING_GUIDE.md"], ids=name_of)
+def test_the_run_of_a_document_is_a_run(document):
+    """On the blend of the README."""
+    (run,) = (block for block in yaml_blocks(document) if "training" in block)
+    (data,) = (block for block in yaml_blocks(README) if "sources" in block)
     assert run_from_mapping({**run, "data": data}, folder=ROOT / "configs" / "runs").name == "mine"
 
 
-def test_counts_are_those_of_the_models_document():
-    rows = r"^\| (`\w[\w.]*`) \| ([^|]+) \| ([\d,]+) \| ([\d,]+) \|"
-    in_readme = re.findall(rows, read(README), re.M)
-    assert len(in_readme) == len(list((ROOT / "configs" / "models").glob("*.yaml")))
-    assert in_readme == re.findall(rows, read(ROOT / "docs" / "models.md"), re.M)
+def test_the_models_of_the_guide_are_models():
+    """Both fit into the quickstart's run: with `from:`, and as a file of its own."""
+    quickstart = parse_yaml(
+        read(ROOT / "configs" / "runs" / "quickstart.yaml"), source="quickstart"
+    )
+    changed, own = yaml_blocks(DOCS / "guides" / "MODEL_ARCHITECTURE_GUIDE.md")
+    for model in (changed["model"], own):
+        run = {**quickstart, "model": model, "parallelism": {"world_size": 1}}
+        config = run_from_mapping(run, folder=ROOT / "configs" / "runs")
+        assert config.model.name == model["name"]
+
+
+def test_the_models_document_has_every_model():
+    rows = re.findall(
+        r"^\| `(\w[\w.]*)` \| [^|]+ \| [\d,]+ \|", read(DOCS / "reference" / "models.md"), re.M
+    )
+    assert sorted(rows) == sorted(
+        path.stem for path in (ROOT / "configs" / "models").glob("*.yaml")
+    )
+
+
+# ------------------------------------------------------------------------------ the front of house
+
+
+def test_the_readme_is_one_page():
+    assert len(read(README).splitlines()) <= 180
+
+
+def test_the_index_names_every_page():
+    linked = {
+        (INDEX.parent / target).resolve() for target in re.findall(r"\]\(([^)#\s]+)", read(INDEX))
+    }
+    assert set(PAGES) | {TREE} <= linked | {INDEX}
+
+
+def test_the_citation_is_of_this_version():
+    """The keys that CFF 1.2.0 requires, and the version and license of pyproject.toml."""
+    citation = parse_yaml(read(ROOT / "CITATION.cff"), source="CITATION.cff")
+    project = tomllib.loads(read(ROOT / "pyproject.toml"))["project"]
+    assert citation["cff-version"] == "1.2.0" and citation["message"] and citation["title"]
+    assert citation["authors"] == [{"name": "equilibrium_mcore contributors"}]
+    assert citation["license"] == "Apache-2.0"
+    assert str(citation["version"]) == project["version"]
+    assert f"[{project['version']}]" in read(ROOT / "CHANGELOG.md")

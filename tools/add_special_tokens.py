@@ -8,7 +8,7 @@ Examples:
 The tokenizer is a SentencePiece .model, a Hugging Face tokenizer.json, or the folder of one. Old
 ids stay; new tokens get the next ones. A run grows a model that was trained before: set its
 checkpoint.initial_weights, and model.vocab_size to the size that is printed here. Rows of new
-tokens start at the mean of the old ones: docs/fine_tuning.md.
+tokens start at the mean of the old ones: docs/guides/fine_tuning.md.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ too, and only warns.
 
     python tools/certify_layout.py configs/runs/pretrain_3b.yaml
     python tools/certify_layout.py configs/runs/pretrain_3b.yaml \\
-        --layouts tp=2,cp=2,pp=2,ep=2 tp=4,ep=4 --json certificate.json
+        --layouts tp=2,cp=2,pp=2,ep=2 tp=4,ep=4 --json certificate.json --plot certificate.png
 
 On a GPU host the layouts are certified on CPU ranks too, and a second tier compares what only a GPU
 has: Transformer Engine, the Triton scan, fused attention and FP8 against PyTorch's reference, layer
@@ -52,6 +52,7 @@ def main() -> int:
         "--world-size", type=int, help="ranks of the real run, if not in the config"
     )
     parser.add_argument("--json", type=report_path, metavar="OUT", help="write the result here")
+    parser.add_argument("--plot", type=report_path, metavar="PNG", help="draw the result here")
     parser.add_argument(
         "--tier", choices=["layouts", "kernels"], default="layouts", help="kernels needs a GPU"
     )
@@ -68,6 +69,8 @@ def main() -> int:
         help="also train the twin by a plain loop over transformers' class (--tier layouts)",
     )
     options = parser.parse_args()
+    if options.plot and options.plot.suffix.lower() != ".png":
+        parser.error(f"--plot {options.plot} must end in .png")
     kernels = options.tier == "kernels"
     if kernels and not accelerator.has_cuda():
         parser.error("--tier kernels: this host has no CUDA device; --tier layouts needs none")
@@ -100,6 +103,10 @@ def main() -> int:
     print(certificate.table())
     if options.json:
         write_certificate(certificate, options.json)
+    if options.plot:
+        from equilibrium_mcore.certify.picture import plot_certificate
+
+        plot_certificate(certificate.as_dict(), options.plot)
     return 0 if certificate.passed else 1
 
 

@@ -1,8 +1,8 @@
 """Resume a run from its folder alone: the stored config, the newest whole checkpoint.
 
 A damaged checkpoint is named and passed over; the one before it is taken. Settings may change as at
-any resume (docs/checkpoints.md): what must not is an error. Under torchrun or srun it uses their
-ranks, and another layout than before if you give one.
+any resume (docs/reference/checkpoints.md): what must not is an error. Under torchrun or srun it
+uses their ranks, and another layout than before if you give one.
 
 Examples:
     python tools/resume_training.py experiments/exp001

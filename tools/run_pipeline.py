@@ -2,7 +2,7 @@
 
 A step runs if it never did, if its command or an input is another than before, if it did not end,
 or if what it writes is not there. What a changed step wrote before is moved to archive/ beside it.
-After a failure, a kill or a signal the same command continues. docs/experiments.md.
+After a failure, a kill or a signal the same command continues. docs/guides/experiments.md.
 
 Examples:
     python tools/run_pipeline.py configs/experiments/full_pipeline.yaml --dry-run

@@ -1,7 +1,7 @@
 """The checks that save a week: run them on a run's config before you train it.
 
 Each prints PASS, FAIL or SKIPPED with its figures, on one rank, on a laptop if need be; the exit
-status is 1 when one fails. docs/sanity.md tells what each catches.
+status is 1 when one fails. docs/reference/sanity.md tells what each catches.
 
 Examples:
     python tools/sanity.py configs/runs/quickstart.yaml

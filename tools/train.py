@@ -3,7 +3,7 @@
 Takes the stage's template in configs/experiments, lays these options and the key=value changes
 over it, checks all, and runs. The experiment's folder gets the effective config (config.yaml), the
 command line, checkpoints and logs. The same command again resumes; tools/resume_training.py does
-too. A mixture that was not prepared is an error that has the command. docs/experiments.md.
+too. A mixture that was not prepared is an error that has the command. docs/guides/experiments.md.
 
 Examples:
     python tools/train.py --stage pretrain --phase phase1 --data_mixture mixture1 \\

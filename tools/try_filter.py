@@ -7,7 +7,7 @@ Examples:
 
 --filter may be given several times and takes key=value pairs, whose values are YAML; filters.yaml
 holds `filters:` with a list, as a data mixture does. Nothing is written. All filters with their
-settings: docs/filters.md.
+settings: docs/reference/filters.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Verdicts: a layout's trace against the reference's, quantity by quantity.
 
-Both train in float64, so what re-ordering sums does is far below what a fault does
-(docs/certificate.md has the figures): tolerances are not to be widened to make a layout pass.
+Both train in float64, so what re-ordering sums does is far below what a fault does (figures:
+docs/design/certificate.md). Tolerances are not to be widened to make a layout pass.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class DataConfig(Section):
     )
     order: Literal["ledger", "megatron"] = setting(
         "ledger",
-        "who decides which document comes next: ledger keeps a cursor per source; megatron bakes "
+        "who decides which document comes next: ledger keeps a cursor per source; megatron takes "
         "megatron-core's order for a given number of sequences",
     )
     packing: Literal["stream", "documents"] = setting(

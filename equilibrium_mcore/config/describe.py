@@ -21,10 +21,11 @@ from equilibrium_mcore.config.problems import sections_in
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.files.whole import write_whole
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
-FILTERS_DOCUMENT = DOCUMENT.with_name("filters.md")
-MIXTURES_DOCUMENT = DOCUMENT.with_name("mixtures.md")
-EXPERIMENTS_DOCUMENT = DOCUMENT.with_name("experiments.md")
+REFERENCE = Path(__file__).resolve().parents[2] / "docs" / "reference"
+DOCUMENT = REFERENCE / "configuration.md"
+FILTERS_DOCUMENT = REFERENCE / "filters.md"
+MIXTURES_DOCUMENT = REFERENCE / "mixtures.md"
+EXPERIMENTS_DOCUMENT = REFERENCE / "experiment_files.md"
 BEGIN = "<!-- settings: written by equilibrium_mcore/config/describe.py -->"
 END = "<!-- end of settings -->"
 
@@ -51,7 +52,7 @@ def describe(
     inner: list[str] = []
     for name, field in kind.model_fields.items():
         sections = sections_in(field.annotation)
-        if len(sections) == len(FILTER_CLASSES):  # filters.md has them
+        if len(sections) == len(FILTER_CLASSES):  # reference/filters.md has them
             sections = []
         is_list = get_origin(field.annotation) is list
         place = ".".join(part for part in (key, name) if part) + (".0" if is_list else "")
@@ -79,8 +80,8 @@ def describe_mixture() -> str:
 
 
 def describe_words() -> str:
-    """Markdown: the words of an experiment file, and the settings of a run that each gives."""
-    lines = ["| word | settings | meaning |", "|---|---|---|"]
+    """Markdown: the keys of an experiment file, and the settings of a run that each gives."""
+    lines = ["| key | settings | meaning |", "|---|---|---|"]
     for key, word in WORDS.items():
         settings = ", ".join(f"`{name}`" for name in word.settings)
         lines.append("| " + " | ".join(map(_cell, (f"`{key}`", settings, word.meaning))) + " |")
@@ -149,7 +150,7 @@ def _cell(text: str) -> str:
 
 
 def up_to_date(document: str, settings: Callable[[], str] = describe) -> str:
-    """`document` with the settings between its markers written anew.
+    """`document` with the settings between its markers rewritten.
 
     Raises ValueError when it lacks the markers.
     """

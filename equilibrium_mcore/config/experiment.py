@@ -118,7 +118,7 @@ def _unknown_word(section: str, key: str) -> str:
     name = f"{section}.{key}"
     own = _setting_named(section, str(key))
     if own is not None:
-        return f"{name}: no word of an experiment file, but a setting: write it below {OWN}: {own}"
+        return f"{name}: not a key of this file, but a setting: write it below {OWN}: {own}"
     elsewhere = [word for word in WORDS if word.partition(".")[2] == key]
     here = [word.partition(".")[2] for word in WORDS if word.startswith(f"{section}.")]
     hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else None

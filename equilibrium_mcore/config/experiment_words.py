@@ -108,7 +108,7 @@ WORDS: dict[str, Word] = {
     ),
     "training.use_ddp": Word(
         ("parallelism.world_size",),
-        "false: one rank; true says what is so anyway, where there are several",
+        "false: one rank; true is how several ranks train anyway",
         _true_or_false,
     ),
     "training.world_size": Word(

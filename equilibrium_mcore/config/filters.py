@@ -1,4 +1,4 @@
-"""Settings of the document filters, one class per `type`. docs/filters.md has them as tables.
+"""Settings of the document filters, one class per `type`; as tables in docs/reference/filters.md.
 
 A list of filters is a list of `FilterConfig`; `parse_filters` reads one from plain values, and
 `filter_from_text` from a command line's `type=...,key=value`.

@@ -28,7 +28,7 @@ Trains the model that RUN.yaml names on the data that it names: every stage (`st
 `python -m equilibrium_mcore.pretrain` is the same command.
 
   RUN.yaml         a run, e.g. configs/runs/quickstart.yaml, or an experiment file, e.g.
-                   configs/experiments/pretrain_template.yaml (docs/experiments.md)
+                   configs/experiments/pretrain_template.yaml (docs/guides/experiments.md)
   key=value        overrides a setting; the value is YAML, and keys reach inside the model and
                    the data:  training.steps=100  model.moe.top_k=4  data.sources.0.weight=0.5
                    model=llama_1b  optimizer.adamw.learning_rates='{embedding: 1e-3}'
@@ -38,7 +38,7 @@ Trains the model that RUN.yaml names on the data that it names: every stage (`st
 sections of a run:
 {sections}
 
-Every setting, its default and its meaning: docs/configuration.md
+Every setting, its default and its meaning: docs/reference/configuration.md
 example: python -m equilibrium_mcore.train configs/runs/quickstart.yaml training.steps=20
 """
 

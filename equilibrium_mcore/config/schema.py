@@ -302,8 +302,8 @@ class TrainingConfig(Section):
     )
     epochs: PositiveFloat | None = setting(
         None,
-        "instead of `steps`: so often what the data holds for training; how many steps that is "
-        "is computed and printed when the run starts",
+        "instead of `steps`: passes over the training data; the number of steps is computed and "
+        "printed when the run starts",
     )
     stop_after_steps: PositiveInt | None = setting(
         None, "save and stop at this step, to be resumed later; null: run to the end"
@@ -330,16 +330,16 @@ class TrainingConfig(Section):
         "hybrid", "precision fp8: hybrid is e4m3 forward and e5m2 backward"
     )
     recompute: Literal["none", "full", "selective"] = setting(
-        "none", "which activations are computed again in backward"
+        "none", "which activations are recomputed in backward"
     )
     recompute_layers: PositiveInt = setting(1, "recompute full: layers between two checkpoints")
     recompute_modules: list[Literal["core_attn", "moe", "mlp", "moe_act", "mla_up_proj"]] = setting(
-        ["core_attn"], "recompute selective: what is computed again"
+        ["core_attn"], "recompute selective: what is recomputed"
     )
     validation_interval_steps: NonNegativeInt = setting(0, "steps between validations; 0: never")
     validation_batches: PositiveInt = setting(8, "global batches per validation")
     backend: Literal["auto", "torch", "transformer_engine"] = setting(
-        "auto", "where modules come from; auto: Transformer Engine if it and a GPU are there"
+        "auto", "where modules come from; auto: Transformer Engine if installed, on a GPU"
     )
 
 
@@ -378,7 +378,7 @@ class LoggingConfig(Section):
     wandb_project: str | None = setting(None, "log to this Weights & Biases project")
     wandb_run_name: str | None = setting(None, "the run's name there; null: `name`")
     peak_tflops_per_device: PositiveFloat | None = setting(
-        None, "dense peak of one device in TFLOP/s, to print utilisation"
+        None, "dense peak of one device in TFLOP/s, to print utilization"
     )
 
 
@@ -394,12 +394,12 @@ class RunConfig(Section):
     tags: list[str] = setting([], "words to find the run by, here and in Weights & Biases")
     output_directory: UserPath = setting(doc="checkpoints, logs and the effective config go here")
     model: ModelConfig
-    data: DataChoice = setting(doc="what is trained on, told apart by its `type`")
+    data: DataChoice = setting(doc="what is trained on; its `type` says which kind")
     parallelism: ParallelismConfig = ParallelismConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig
     objective: ObjectiveConfig = setting(
-        NextTokenConfig(), "what is minimised, told apart by its `type`"
+        NextTokenConfig(), "what is minimized; its `type` says which kind"
     )
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()

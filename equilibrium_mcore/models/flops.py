@@ -9,7 +9,7 @@ and chunk size, without activation recomputation, padding of experts or communic
 Letters: h hidden, d Mamba inner width, G groups, N state, H Mamba heads, K convolution width,
 Q scan chunk, S sequence, V vocabulary; n heads, g key/value heads, a/r/v MLA's widths without
 position, with position and of values, q/c its query and key/value latents; f expert width,
-E experts, k experts per token. `docs/flops.md` compares with what other trainers count.
+E experts, k experts per token. `docs/reference/flops.md` compares with what other trainers count.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from equilibrium_mcore.models.flops import training_flops_per_token
 
 @dataclass(frozen=True)
 class Cluster:
-    """The devices. `utilization` is an assumption: docs/performance.md says what was measured.
+    """The devices. `utilization` is an assumption; docs/reference/performance.md has measurements.
 
     peak_tflops: dense peak of one device in TFLOP/s, for the number format of the training.
     price_per_hour: of one device, in any currency; None when it is not asked for.

@@ -28,8 +28,8 @@ PRECISION_SEQUENCES = 2
 # CPUs without bfloat16 units need minutes for the products with a large vocabulary, so there ids
 # are taken modulo this.
 PRECISION_VOCABULARY = 4096
-# Tolerated difference of the two curves, as a share of the float32 loss; docs/sanity.md has the
-# measurements. fp8 has 4 bits fewer than bf16, so it is allowed 16 times as much.
+# Tolerated difference of the two curves, as a share of the float32 loss, from the measurements in
+# docs/reference/sanity.md. fp8 has 4 bits fewer than bf16, so it is allowed 16 times as much.
 PRECISION_TOLERANCE = {"bf16": 0.002, "fp16": 0.002, "fp8": 0.032}
 NOISE_FACTOR = 4
 

@@ -28,6 +28,7 @@ from equilibrium_mcore.training.metrics import (
     TrainRecord,
     ValidationRecord,
     memory_gib,
+    perplexity_of,
 )
 from equilibrium_mcore.training.rollback import documents
 from equilibrium_mcore.training.run_data import DATA_KINDS
@@ -145,6 +146,7 @@ class LogCallback(Callback):
                 step=progress.step,
                 tokens=progress.tokens,
                 loss=outcome.loss,
+                perplexity=_perplexity(run, outcome.loss),
                 figures=_beside_loss(outcome.figures),
                 aux_loss=outcome.aux_loss,
                 learning_rate=outcome.learning_rates["matrix"],
@@ -192,6 +194,7 @@ class ValidationCallback(Callback):
                 ValidationRecord(
                     step=run.progress.step,
                     loss=figures["loss"],
+                    perplexity=_perplexity(run, figures["loss"]),
                     figures=_beside_loss(figures),
                     **self._entropies,
                 )
@@ -351,6 +354,10 @@ def _facts(run: Run, anomaly: Anomaly) -> dict[str, object]:
 
 def _beside_loss(figures: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in figures.items() if name != "loss"}
+
+
+def _perplexity(run: Run, loss: float) -> float | None:
+    return perplexity_of(loss) if run.objective.has_perplexity else None
 
 
 def _entropies(run: Run) -> dict[str, float]:

@@ -27,7 +27,7 @@ EventName = Literal[
     "stop",
     "signal",
     "end",
-    # of checkpoints: docs/checkpoints.md
+    # of checkpoints: docs/reference/checkpoints.md
     "verified",
     "unverified",
     "damaged",
@@ -54,6 +54,8 @@ class TrainRecord:
     """Tokens since the start of the run, over all ranks."""
     loss: float
     """Mean cross-entropy per token, in nats."""
+    perplexity: float | None = None
+    """`perplexity_of(loss)`; None where the objective's loss has none."""
     figures: Mapping[str, float] = field(default_factory=dict)
     """What else the objective logs, by name; beside `loss` in the file, not inside `figures`."""
     aux_loss: float | None = None
@@ -83,6 +85,8 @@ class ValidationRecord:
     step: int
     loss: float
     """Mean cross-entropy per token, in nats; the entropies are in nats too."""
+    perplexity: float | None = None
+    """As of a training record."""
     figures: Mapping[str, float] = field(default_factory=dict)
     """As of a training record."""
     unigram_entropy: float | None = None
@@ -106,6 +110,15 @@ class EventRecord:
 
 
 Record = TrainRecord | ValidationRecord | EventRecord
+
+
+def perplexity_of(loss: float) -> float | None:
+    """exp(loss) of a mean cross-entropy in nats per token; None where it is no finite number."""
+    try:
+        perplexity = math.exp(loss)
+    except OverflowError:  # beyond a loss of 709.78
+        return None
+    return perplexity if math.isfinite(perplexity) else None
 
 
 def record_to_json(record: Record) -> str:
@@ -179,6 +192,8 @@ def format_record(record: Record, *, total_steps: int) -> str:
         return f"{start} | {record.event}" + (f": {details}" if details else "")
     if isinstance(record, ValidationRecord):
         parts = [f"validation loss {record.loss:.3f}"]
+        if record.perplexity is not None:
+            parts.append(f"perplexity {record.perplexity:,.2f}")
         for name in ("unigram_entropy", "bigram_entropy"):
             value = getattr(record, name)
             if value is not None:

@@ -41,6 +41,9 @@ class Objective(Protocol):
 
     figures: tuple[str, ...]
 
+    has_perplexity: bool
+    """Whether `loss` is the mean -log p per counted token, of which a perplexity is exp."""
+
     def weigh(self, batch: Batch) -> float:
         """Prepare a whole micro-batch, before CP cuts it; its part of the divisor.
 
@@ -65,6 +68,7 @@ class WeightedTokens:
     """
 
     figures = ("loss",)
+    has_perplexity = True
 
     def __init__(self, reduction: str = "token_mean", length: int | None = None) -> None:
         self._weights, self._length = REDUCTIONS[reduction], length

@@ -4,7 +4,7 @@ Learning rates are swept on a small grid with the first seed, extended where its
 best; the best one is run with the other seeds. At the end the time of a step is measured for all
 optimizers in turns, so that what else the machine did during the sweep does not count. Results:
 curves.png, table.md and results.json in the output folder. Finished runs are kept: the same command
-goes on where it was, and --minutes bounds how long it works at a time.
+continues where it was, and --minutes limits how long it works at a time.
 
 Examples:
     python examples/optimizer_shootout/run.py --rehearse
@@ -40,7 +40,7 @@ REHEARSAL = [
 
 
 def make_data() -> None:
-    """The quickstart's text, tokenizer and indexed data, where they are not there yet."""
+    """The quickstart's text, tokenizer and indexed data, unless they exist."""
     text, tokenizer = DATA / "text", DATA / "tokenizer" / "tokenizer.model"
     sources = ("code", "prose")
     done = [DATA / "data" / f"{name}_text_document.idx" for name in sources]
@@ -170,7 +170,7 @@ def main() -> int:
         step_seconds = time_steps(output, best_rates(results), options)
     print(write_report(results, output, steps=options.steps, step_seconds=step_seconds))
     if missing:
-        print(f"{len(results)} runs are done, and some are missing: the same command goes on")
+        print(f"{len(results)} runs are done, and some are missing: the same command continues")
         return 1
     return 0
 

@@ -17,6 +17,7 @@ class LikelierDocument:
     """-log sigmoid(mean loss of the second - mean loss of the first); the mean over all pairs."""
 
     figures = ("loss", "margin")
+    has_perplexity = False
     inputs = ("document", "documents", "weight")
 
     def weigh(self, batch: dict[str, Tensor]) -> float:
@@ -49,7 +50,7 @@ class LikelierDocument:
                 losses.new_tensor(len(margins) / cp_group.size()),
             ),
         }
-        return objective.Outcome(-torch.nn.functional.logsigmoid(margins).sum(), figures)
+        return objective.ObjectiveOutput(-torch.nn.functional.logsigmoid(margins).sum(), figures)
 
 
 def pairs() -> None:

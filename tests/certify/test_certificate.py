@@ -209,11 +209,14 @@ def tool(*arguments: str | Path) -> subprocess.CompletedProcess:
 
 def test_tool_writes_the_certificate_and_tells_by_its_status(tmp_path):
     output = tmp_path / "certificate.json"
-    job = tool("--json", output, "--time-limit", "10")
+    job = tool("--json", output, "--plot", output.with_suffix(".png"), "--time-limit", "10")
     assert job.returncode == 0, job.stdout + job.stderr
     assert "the same numbers in every layout" in job.stdout
     certificate = json.loads(output.read_text())
     assert certificate["passed"] and certificate["not_certified"] and certificate["versions"]
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    wrong = tool("--plot", output)
+    assert wrong.returncode == 2 and "must end in .png" in wrong.stderr
     wrong = tool("--layouts", "tp=two")
     assert wrong.returncode == 2 and "NAME=NUMBER" in wrong.stderr
     wrong = tool("--layouts", "tp=3")

@@ -125,7 +125,7 @@ def test_words_that_are_no_filter(text):
 def test_document_is_up_to_date():
     document = describe.FILTERS_DOCUMENT.read_text(encoding="utf-8")
     assert describe.up_to_date(document, describe.describe_filters) == document, (
-        "docs/filters.md differs from the schema; bring it up to date with "
+        "docs/reference/filters.md differs from the schema; bring it up to date with "
         "`python -m equilibrium_mcore.config.describe`"
     )
     assert all(f"### `{kind}`" in document for kind in FILTER_CLASSES)

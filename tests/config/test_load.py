@@ -318,7 +318,7 @@ def test_command_line(
         load_run_config(["--help"])
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
-    assert "parallelism" in shown and "docs/configuration.md" in shown
+    assert "parallelism" in shown and "docs/reference/configuration.md" in shown
     with pytest.raises(SystemExit) as stopped:
         load_run_config([str(run_file), "training.steps=3", "--check"])
     assert stopped.value.code == 0

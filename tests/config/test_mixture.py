@@ -229,7 +229,7 @@ def test_epochs_at_the_cap_are_allowed(load):
 def test_the_document_has_every_setting():
     document = describe.MIXTURES_DOCUMENT.read_text(encoding="utf-8")
     assert describe.up_to_date(document, describe.describe_mixture) == document, (
-        "docs/mixtures.md differs from the settings: run "
+        "docs/reference/mixtures.md differs from the settings: run "
         "`python -m equilibrium_mcore.config.describe`"
     )
     assert "### A mixture" in document and "### `datasets.0.sampling`" in document

@@ -119,7 +119,7 @@ def test_pretrain_3b_scales(world_size: int | None) -> None:
 def test_document_is_up_to_date() -> None:
     document = describe.DOCUMENT.read_text(encoding="utf-8")
     assert describe.up_to_date(document) == document, (
-        "docs/configuration.md differs from the schema: run "
+        "docs/reference/configuration.md differs from the schema: run "
         "`python -m equilibrium_mcore.config.describe`"
     )
 

@@ -1,4 +1,4 @@
-"""docs/recipes.md at a tiny size, on made-up rows of the published columns."""
+"""docs/guides/recipes.md at a tiny size, on made-up rows of the published columns."""
 
 from __future__ import annotations
 

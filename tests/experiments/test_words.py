@@ -132,7 +132,7 @@ def test_every_word_of_the_roadmap_is_a_setting(roadmap):
 def test_the_document_has_every_word():
     document = describe.EXPERIMENTS_DOCUMENT.read_text(encoding="utf-8")
     assert describe.up_to_date(document, describe.describe_words) == document, (
-        "docs/experiments.md differs from the words: run "
+        "docs/reference/experiment_files.md differs from the words: run "
         "`python -m equilibrium_mcore.config.describe`"
     )
     assert all(f"| `{word}` |" in document for word in WORDS)
@@ -229,7 +229,7 @@ def test_ranks_of_a_launcher_count(roadmap):
             "  save_steps: ",
             r"training\.save_steps: .*'checkpointing\.save_steps'",
         ),
-        ("  eps: ", "  seed: ", r"training\.seed: no word.*below run: training: \{seed"),
+        ("  eps: ", "  seed: ", r"training\.seed: not a key.*below run: training: \{seed"),
         ("logging:", "loging:", r"loging: unknown section; did you mean 'logging'"),
         ("betas: [0.9, 0.95]", "betas: 0.9", r"training\.betas=0\.9: must be two numbers"),
         ('"cosine"', '"linear"', r"must be one of .*\(written as training\.lr_scheduler\)"),

@@ -238,7 +238,7 @@ def test_command_names_a_missing_file(tmp_path):
 def test_the_table_in_the_docs_is_current(path):
     count = flops.flops_per_token(load_model(path), 4096)
     training = flops.training_flops_per_token(load_model(path), 4096)
-    table = (ROOT / "docs/flops.md").read_text(encoding="utf-8").splitlines()
+    table = (ROOT / "docs/reference/flops.md").read_text(encoding="utf-8").splitlines()
     row = next((line for line in table if line.startswith(f"| {path.stem} |")), "no row")
     cells = [f"{value / 1e6:,.2f} ({value / sum(count.values()):.1%})" for value in count.values()]
     assert [cell.strip() for cell in row.split("|") if "%" in cell] == cells

@@ -175,7 +175,7 @@ def test_a_parameter_of_no_kind_is_an_error():
 
 
 def test_the_table_in_the_docs_is_current():
-    rows = (ROOT / "docs/models.md").read_text(encoding="utf-8").splitlines()
+    rows = (ROOT / "docs/reference/models.md").read_text(encoding="utf-8").splitlines()
     for name in MODELS:
         row = next((row for row in rows if row.startswith(f"| `{name}` |")), "no row")
         assert f"| {count(name).total:,} | {count(name).active:,} |" in row, name

@@ -148,7 +148,7 @@ def test_the_least_loaded_gets_the_next_piece():
 def test_rounding_grows_no_more_than_the_documented_bound(decades):
     """A difference of gradients, relative to their norm, grows at most by the product of the slopes
     at zero (493 for five quintic steps) over the norm of the orthogonal factor; float32's own
-    rounding adds less than 2e-5. docs/optimizers.md states both."""
+    rounding adds less than 2e-5. docs/reference/optimizers.md states both."""
     generator = torch.Generator().manual_seed(decades)
 
     def draw(*size: int) -> torch.Tensor:

@@ -49,7 +49,7 @@ print(*(s.getsockname()[1] for s in sockets))'
 start() {
   local program control_port node_port host user cpus
   for program in slurmctld slurmd munged sbatch scontrol sinfo python3; do
-    command -v "$program" >/dev/null || fail "$program is missing; docs/slurm.md says what to install"
+    command -v "$program" >/dev/null || fail "$program is missing; docs/guides/slurm.md says what to install"
   done
   [ ! -e "$dir/slurm.conf" ] || fail "$dir holds a cluster already: stop it and remove the folder"
   read -r control_port node_port < <(free_ports)

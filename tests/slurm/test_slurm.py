@@ -1,6 +1,6 @@
 """slurm/pretrain_3b.sh under a real Slurm of one node, which the test starts and stops.
 
-Skips with a reason where Slurm is not installed; docs/slurm.md says how to install it.
+Skips with a reason where Slurm is not installed; docs/guides/slurm.md says how to install it.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def cluster() -> Iterator[Cluster]:
     search = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     missing = [program for program in PROGRAMS if not shutil.which(program, path=search)]
     if missing:
-        pytest.skip(f"no Slurm here: {', '.join(missing)} missing (docs/slurm.md)")
+        pytest.skip(f"no Slurm here: {', '.join(missing)} missing (docs/guides/slurm.md)")
     if (os.cpu_count() or 1) < 2:
         pytest.skip("the job needs a node of 2 cores")
     # Not below pytest's folder: the path of munge's socket has at most 107 characters.

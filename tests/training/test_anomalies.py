@@ -74,7 +74,7 @@ def test_a_resumed_watch_judges_as_the_straight_one():
 
 BAD = 6  # the step that spikes
 STEPS = 9
-EXPERTS = {**MODEL, "moe": {**MODEL["moe"], "expert_bias": True, "expert_bias_update_rate": 0.01}}
+EXPERTS = {**MODEL, "moe": {**MODEL["moe"], "score_function": "sigmoid", "expert_bias": True}}
 
 
 def _train(rank_info: RankInfo, config: RunConfig, *, bad: int | None, what: str) -> Any:

@@ -18,9 +18,11 @@ from equilibrium_mcore.training.metrics import (
     format_record,
     human,
     memory_gib,
+    perplexity_of,
     read_metrics,
     record_to_json,
 )
+from tests.support.runs import tiny_run
 
 
 def train_record(step: int, **changes) -> TrainRecord:
@@ -64,6 +66,7 @@ def test_a_record_reads_back_as_written(tmp_path):
         "kind": "validation",
         "step": 1,
         "loss": 4.0,
+        "perplexity": None,
         "unigram_entropy": 6.1,
         "bigram_entropy": 3.9,
     }
@@ -145,6 +148,10 @@ def test_console_line():
     assert format_record(validation, total_steps=400) == (
         "step   5/400 | validation loss 4.000 | unigram entropy 6.125"
     )
+    with_perplexity = ValidationRecord(step=5, loss=11.09, perplexity=perplexity_of(11.09))
+    assert format_record(with_perplexity, total_steps=400) == (
+        "step   5/400 | validation loss 11.090 | perplexity 65,512.75"
+    )
     stop = EventRecord(event="stop", step=5, details={"reason": "SIGTERM"})
     assert format_record(stop, total_steps=400) == "step   5/400 | stop: reason SIGTERM"
 
@@ -224,3 +231,57 @@ def test_figures_of_an_objective_stand_beside_the_loss(tmp_path):
 def test_a_figure_never_hides_a_field():
     with pytest.raises(ValueError, match="gradient_norm"):
         record_to_json(train_record(1, figures={"gradient_norm": 0.0}))
+
+
+@pytest.mark.parametrize(
+    ("loss", "perplexity"),
+    [(0.0, 1.0), (math.log(32_000), 32_000.0), (709.0, math.exp(709.0))],
+)
+def test_perplexity_is_exp_of_the_loss(loss, perplexity):
+    assert perplexity_of(loss) == pytest.approx(perplexity, rel=1e-12)
+
+
+@pytest.mark.parametrize("loss", [710.0, math.inf, math.nan])
+def test_a_perplexity_that_overflows_is_null(loss, tmp_path):
+    with MetricsWriter(tmp_path, **console_of([])) as writer:
+        writer.write(train_record(1, loss=loss, perplexity=perplexity_of(loss)))
+    assert read_metrics(tmp_path / "metrics.jsonl")[0]["perplexity"] is None
+
+
+def test_tensorboard_gets_the_perplexity_where_there_is_one(tmp_path):
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    with MetricsWriter(tmp_path, total_steps=9, console=str) as writer:
+        writer.write(train_record(1, perplexity=20.5))
+        writer.write(train_record(2, perplexity=None))
+        writer.write(ValidationRecord(step=2, loss=1.0, perplexity=2.75))
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for name, expected in (("train", [(1, 20.5)]), ("validation", [(2, 2.75)])):
+        scalars = events.Scalars(f"{name}/perplexity")
+        assert [(event.step, event.value) for event in scalars] == expected
+
+
+def trained(rank_info, config, has_perplexity: bool) -> None:
+    """Two steps of a run with its log and its validations."""
+    from equilibrium_mcore.training.callbacks import LogCallback, ValidationCallback
+    from equilibrium_mcore.training.loop import train
+    from equilibrium_mcore.training.setup import setup, teardown
+
+    run = setup(config, rank_info)
+    run.objective.has_perplexity = has_perplexity
+    log = LogCallback(config)
+    train(run, [log, ValidationCallback(config, log)])
+    teardown(run)
+
+
+@pytest.mark.parametrize("has_perplexity", [True, False])
+def test_a_run_logs_perplexity_where_its_loss_has_one(ranks, data, tmp_path, has_perplexity):
+    training = {"steps": 2, "validation_interval_steps": 1, "validation_batches": 1}
+    config = tiny_run(data, tmp_path, training=training, parallelism={"world_size": 1})
+    ranks.run(1, trained, config, has_perplexity)
+    records = [r for r in read_metrics(tmp_path / "metrics.jsonl") if r["kind"] != "event"]
+    assert [record["kind"] for record in records].count("validation") == 3
+    for record in records:
+        expected = pytest.approx(math.exp(record["loss"])) if has_perplexity else None
+        assert record["perplexity"] == expected

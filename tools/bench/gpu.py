@@ -21,8 +21,8 @@ PARTS = {"roofs": (), "bf16": ("bf16",), "fp8": ("fp8",), "all": ("bf16", "fp8")
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="Print a Markdown table for docs/performance.md: matrix and copy roofs, and "
-        "tokens/s, model TFLOP/s, share of the roof and peak memory of real training steps.",
+        description="Print a Markdown table for docs/reference/performance.md: matrix and copy "
+        "roofs, and tokens/s, model TFLOP/s, share of the roof and peak memory of real steps.",
         epilog="example: python tools/bench/gpu.py --part bf16 --steps 8 --json bf16.json",
     )
     parser.add_argument("--part", choices=PARTS, default="all", help="what to measure")

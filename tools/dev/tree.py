@@ -26,7 +26,7 @@ WIDTH = 96
 HEAD = """# Every file
 
 Written by `python tools/dev/tree.py` from the first sentence of each file; a test compares. What
-the packages are for, and how they depend on each other: [architecture.md](architecture.md).
+the packages are for, and how they depend on each other: [architecture.md](design/architecture.md).
 """
 
 

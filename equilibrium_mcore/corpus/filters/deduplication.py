@@ -123,7 +123,7 @@ class MinHashDeduplication(CorpusFilter):
 class SimHashDeduplication(CorpusFilter):
     """64-bit fingerprints of word n-grams that differ in few bits. Manku, Jain, Das Sarma 2007.
 
-    Less exact than MinHash: docs/filters.md has both, measured.
+    Less exact than MinHash: docs/reference/filters.md has both, measured.
     """
 
     name = NAME

@@ -218,7 +218,7 @@ def test_ngram_hashes_are_of_words_in_order():
 
 @pytest.mark.slow
 def test_near_duplicates_planted_in_real_text(chain, stdlib_texts, capsys):
-    """Shares caught by exact similarity, as docs/filters.md has them. Run with -s to see them."""
+    """Shares caught by exact similarity, for docs/reference/filters.md. Run with -s to see them."""
     generator = random.Random(0)
     texts = [text.split()[:1500] for text in stdlib_texts["prose"]]
     texts = [words for words in texts if len(words) >= 100]

@@ -267,7 +267,7 @@ def test_language_is_told_from_all_of_a_long_document(reason):
 
 @pytest.mark.slow
 def test_language_of_short_text(chain, stdlib_texts, capsys):
-    """The shares that docs/filters.md has. Run with -s to see them."""
+    """The shares that docs/reference/filters.md has. Run with -s to see them."""
     generator = random.Random(0)
     filters = chain(type="language", languages=["en"])
     shares = []

@@ -1,4 +1,4 @@
-"""The commands of docs/mixtures.md, as they stand there, on the text that they make."""
+"""The worked example of docs/guides/DATASET_MIXING_GUIDE.md, command by command."""
 
 import os
 import re
@@ -20,7 +20,7 @@ def workplace(tmp_path, repository):
 
 
 def commands(repository) -> list[list[str]]:
-    text = (repository / "docs/mixtures.md").read_text(encoding="utf-8")
+    text = (repository / "docs/guides/DATASET_MIXING_GUIDE.md").read_text(encoding="utf-8")
     block = re.search(r"^## A worked example$.*?^```bash\n(.*?)^```", text, re.M | re.S)[1]
     return [shlex.split(line) for line in block.splitlines()]
 

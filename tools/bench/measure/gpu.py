@@ -2,7 +2,7 @@
 
 The roofs are measured in the same process as the training, because data sheets are not reached.
 The training is `training.setup` and `training.step` themselves, on made-up tokens.
-`docs/performance.md` defines every figure.
+`docs/reference/performance.md` defines every figure.
 """
 
 from __future__ import annotations

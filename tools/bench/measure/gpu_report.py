@@ -1,4 +1,4 @@
-"""What `gpu.py` found, as values and as a Markdown table for `docs/performance.md`."""
+"""What `gpu.py` found, as values and as a Markdown table for `docs/reference/performance.md`."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def versions() -> dict[str, str]:
 
 
 def markdown(report: Report) -> str:
-    """The tables of `docs/performance.md`, filled."""
+    """The tables of `docs/reference/performance.md`, filled."""
     roofs = report.roofs
     fp8 = "-" if roofs.fp8_tflops is None else f"{roofs.fp8_tflops:,.4g} TFLOP/s"
     lines = [
