@@ -22,9 +22,8 @@ from equilibrium_mcore.checkpoint.manifest import (
     DamagedCheckpointError,
     read_manifest,
 )
-from equilibrium_mcore.files.whole import REMOVED, remove_tree, sync_directory, write_whole
+from equilibrium_mcore.files.whole import PARTIAL, REMOVED, remove_tree, rename_durably, write_whole
 
-_PARTIAL = ".partial"
 _CONTENT = "content"
 
 
@@ -43,7 +42,7 @@ def partial_content(final: Path, line: Lineage) -> Path:
 
 
 def _partial(final: Path, line: Lineage) -> Path:
-    return final.with_name(f"{final.name}.{line.run}{_PARTIAL}")
+    return final.with_name(f"{final.name}.{line.run}{PARTIAL}")
 
 
 def publish(final: Path, line: Lineage, *, keep_last: int) -> str | None:
@@ -55,9 +54,8 @@ def publish(final: Path, line: Lineage, *, keep_last: int) -> str | None:
     renamed = None
     if final.exists() or final.is_symlink():
         renamed = _free_name(final).name
-        os.rename(final, final.with_name(renamed))
-    os.replace(partial_content(final, line), final)
-    sync_directory(final.parent)
+        rename_durably(final, final.with_name(renamed))
+    rename_durably(partial_content(final, line), final)
     write_whole(final.parent / LATEST, final.name + "\n")
     remove_tree(_partial(final, line))
     own = [path for path in list_checkpoints(final.parent.parent) if not _why_left(path, line)]
@@ -82,7 +80,7 @@ def left_alone(run_directory: str | Path, line: Lineage) -> dict[str, str]:
         if (reason := _why_left(path, line))
     }
     if folder.is_dir():
-        for path in sorted(folder.glob(f"*{_PARTIAL}")):
+        for path in sorted(folder.glob(f"*{PARTIAL}")):
             if not writer_is_done(path, line):
                 left[path.name] = "whoever writes it may be alive"
     return left
@@ -113,7 +111,7 @@ def remove_partial(run_directory: str | Path, line: Lineage) -> list[str]:
     removed = []
     for path in list(folder.iterdir()) if folder.is_dir() else ():
         half = path.name.startswith(".step_") and path.name.endswith(REMOVED)
-        if half or path.name.endswith(_PARTIAL) and writer_is_done(path, line):
+        if half or path.name.endswith(PARTIAL) and writer_is_done(path, line):
             remove_tree(path)
             removed.append(path.name)
     return removed

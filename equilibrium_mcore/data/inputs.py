@@ -267,7 +267,7 @@ class RangeCutter:
 
     def _spooled(self, number: int, pieces: list[bytes], after: int, read: int) -> Range:
         path = self.spool()
-        with path.open("wb") as stream:
+        with path.open("wb") as stream:  # not whole: a worker reads it once, then it is removed
             stream.writelines(pieces)
         size = sum(map(len, pieces))
         span = InputSlice(number, self.inputs[number].path, path, 0, size, after == size)

@@ -56,7 +56,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bytes"
-        path.write_bytes(os.urandom(options.mib << 20))
+        path.write_bytes(os.urandom(options.mib << 20))  # not whole: it is to be in memory alone
         for name in ("sha256", "blake2b", "sha512", "crc32"):
             taken = seconds(lambda name=name: digest(path, name), options.repeats)
             print(f"{name:8} {options.mib / 1024 / taken:5.2f} GiB/s, one thread")

@@ -10,9 +10,6 @@ the later lines count.
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from equilibrium_mcore.data.ledger.ledger import Ledger, SamplePlan, check_versi
 from equilibrium_mcore.data.ledger.source import SourceDocuments
 from equilibrium_mcore.data.open_files import OpenFiles
 from equilibrium_mcore.files.archive import move_to_archive
+from equilibrium_mcore.files.json_lines import JsonLinesLog, read_log
 
 LEDGER_FILE = "ledger.jsonl"
 
@@ -62,12 +60,8 @@ class LedgerFile:
     def __init__(self, run_directory: Path, *, goes_on: bool) -> None:
         """A run that starts from scratch moves an older file to the folder's archive."""
         self.path = Path(run_directory) / LEDGER_FILE
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            if goes_on:
-                _drop_cut_line(self.path)
-            else:
-                move_to_archive(self.path.parent, [self.path.name])
+        if self.path.exists() and not goes_on:
+            move_to_archive(self.path.parent, [self.path.name])
 
     def start(self, *, step: int, samples: int, settings: dict, state: dict) -> None:
         """A process begins behind `step` steps and `samples` samples."""
@@ -87,18 +81,8 @@ class LedgerFile:
         self._append({"kind": "checkpoint", "step": step, "samples": samples, "state": short})
 
     def _append(self, record: dict) -> None:
-        line = (json.dumps(record) + "\n").encode()
-        with self.path.open("ab", buffering=0) as stream:
-            if stream.write(line) != len(line):
-                raise OSError(f"{self.path}: only a part of a line was written; is the disk full?")
-            os.fsync(stream.fileno())
-
-
-def _drop_cut_line(path: Path) -> None:
-    """Remove what a killed run left of its last line; it would spoil the next one."""
-    content = path.read_bytes()
-    if content and not content.endswith(b"\n"):
-        os.truncate(path, content.rfind(b"\n") + 1)
+        with JsonLinesLog(self.path) as log:  # seldom: a line for a start, and for a checkpoint
+            log.append(record, durable=True)
 
 
 # ------------------------------------------------------------------------------------ reading
@@ -141,7 +125,7 @@ def read_segments(run_directory: Path) -> list[StepInterval]:
             f"{path} does not exist: name the output_directory of a run with data.order=ledger"
         )
     segments: list[StepInterval] = []
-    for record in _records(path):
+    for record in read_log(path, keys=("kind", "step", "samples", "state")):
         step = record["step"]
         check_version(record["state"])
         if record["kind"] == "start":
@@ -165,19 +149,6 @@ def _cut(segments: list[StepInterval], step: int) -> list[StepInterval]:
         replace(segment, marks=tuple(mark for mark in segment.marks if mark.step <= step))
         for segment in kept
     ]
-
-
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
-        try:
-            yield json.loads(line)
-        except ValueError as error:
-            if number == len(lines):  # cut short: the run was killed, or is writing
-                return
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
 
 
 # ------------------------------------------------------------------------------------ replaying

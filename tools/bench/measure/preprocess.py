@@ -22,6 +22,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from equilibrium_mcore.files.whole import whole_file, write_whole
+
 TEXT_ENDINGS = (
     ".py .pyi .txt .md .rst .h .hpp .c .js .html .po .json .xml .pl .pm .sh .css .yaml .toml .tex"
 ).split()
@@ -104,7 +106,8 @@ def _run(tool: Runs) -> None:
     tool.prefix.parent.mkdir(exist_ok=True)
     script = Path(tool.command[1])
     environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
-    with (tool.prefix.parent / f"{tool.prefix.name}.log").open("wb") as log:
+    path = tool.prefix.with_name(f"{tool.prefix.name}.log")
+    with path.open("wb") as log:  # not whole: a process writes to it
         started = time.perf_counter()
         process = subprocess.Popen(tool.command, stdout=log, stderr=log, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
@@ -179,8 +182,7 @@ def collect_text(path: Path, *, megabytes: float) -> Path:
     random.Random(0).shuffle(files)
     seen: set[bytes] = set()
     written = 0
-    aside = path.with_name(path.name + ".partial")
-    with aside.open("wb") as stream:
+    with whole_file(path, "wb") as stream:
         for found in files:
             try:
                 data = found.read_bytes()
@@ -194,12 +196,11 @@ def collect_text(path: Path, *, megabytes: float) -> Path:
             written += stream.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
             if written >= megabytes * 1e6:
                 break
-    if written < megabytes * 1e6:
-        raise RuntimeError(
-            f"this machine has {written / 1e6:.0f} MB of text in {', '.join(roots)} and "
-            f"{', '.join(TEXT_ROOTS)}, not {megabytes:.0f}: give a file with --input"
-        )
-    os.replace(aside, path)
+        if written < megabytes * 1e6:
+            raise RuntimeError(
+                f"this machine has {written / 1e6:.0f} MB of text in {', '.join(roots)} and "
+                f"{', '.join(TEXT_ROOTS)}, not {megabytes:.0f}: give a file with --input"
+            )
     return path
 
 
@@ -238,8 +239,6 @@ def train_tokenizer(folder: Path, source: Path) -> Path:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|endoftext|>",
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    aside = folder / "tokenizer.json.partial"
-    backend.save(str(aside))
-    os.replace(aside, folder / "tokenizer.json")
+    write_whole(folder / "tokenizer_config.json", json.dumps(config))
+    write_whole(folder / "tokenizer.json", backend.to_str(pretty=True))
     return folder
