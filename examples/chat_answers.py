@@ -11,12 +11,13 @@ on held-out conversations before and after.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import textwrap
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from equilibrium_mcore.data.jsonl import read_objects
 from equilibrium_mcore.files.paths import report_path, user_path
 from equilibrium_mcore.files.whole import write_whole
 from equilibrium_mcore.training.metrics import METRICS_FILE, read_metrics
@@ -34,11 +35,10 @@ def questions(folder: Path, each: int) -> list[Question]:
     """The first conversations of both files, up to their first question."""
     found = []
     for part in ("train", "validation"):
-        with (folder / f"{part}.jsonl").open(encoding="utf-8") as stream:
-            for _, line in zip(range(each), stream, strict=False):
-                messages = json.loads(line)["messages"]
-                end = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
-                found.append(Question(messages[:end], messages[end]["content"], part))
+        for _, row in islice(read_objects(folder / f"{part}.jsonl"), each):
+            messages = row["messages"]
+            end = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
+            found.append(Question(messages[:end], messages[end]["content"], part))
     return found
 
 

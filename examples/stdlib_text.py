@@ -17,7 +17,6 @@ import argparse
 import ast
 import contextlib
 import inspect
-import json
 import os
 import random
 import sys
@@ -27,6 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from equilibrium_mcore.files.json_lines import json_line
 from equilibrium_mcore.files.paths import user_path
 from equilibrium_mcore.files.replace import refuse_existing
 from equilibrium_mcore.files.whole import whole_file
@@ -105,13 +105,12 @@ class JsonlWriter:
         """Append a document; the one that does not fit is the end."""
         if self.full or len(text) < MIN_CHARACTERS:
             return
-        line = json.dumps({"text": text, "source": source}, ensure_ascii=False) + "\n"
-        data = line.encode()
-        self.full = self.bytes + len(data) > self.max_bytes
+        line = json_line({"text": text, "source": source})
+        self.full = self.bytes + len(line) > self.max_bytes
         if not self.full:
-            self._stream.write(data)
+            self._stream.write(line)
             self.documents += 1
-            self.bytes += len(data)
+            self.bytes += len(line)
 
     def finish(self) -> None:
         """Print what was written; SystemExit where nothing was."""

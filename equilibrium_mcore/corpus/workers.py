@@ -19,8 +19,8 @@ from equilibrium_mcore.corpus.encode import (
     EncoderPlan,
     open_encoder,
 )
-from equilibrium_mcore.data.inputs import Range, read_span
-from equilibrium_mcore.data.jsonl import BYTE_ORDER_MARK, parse_lines
+from equilibrium_mcore.data.inputs import BYTE_ORDER_MARK, Range, read_span
+from equilibrium_mcore.data.jsonl import parse_lines
 from equilibrium_mcore.processes.ordered_pool import OrderedPool
 
 IN_FLIGHT_PER_WORKER = 3

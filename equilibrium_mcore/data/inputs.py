@@ -20,6 +20,7 @@ RANGE_BYTES = 4 << 20
 READ_BYTES = 1 << 18  # of a compressed file at a time
 MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd"}
 SUFFIXES = {".gz": "gzip", ".zst": "zstd"}
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # of UTF-8, which some editors put in front of a file
 
 Position = tuple[int, int]  # number of the input, byte of its (decompressed) content
 Window = tuple[int, int]  # bytes [start, end) of an input

@@ -36,6 +36,7 @@ from equilibrium_mcore.corpus.mixtures.documents import (
 from equilibrium_mcore.corpus.mixtures.parts import BadRowError, SourcePart
 from equilibrium_mcore.corpus.mixtures.readers import rows_of
 from equilibrium_mcore.data.tokenizer import load_tokenizer
+from equilibrium_mcore.files.json_lines import json_line
 from equilibrium_mcore.files.whole import whole_file, write_whole
 
 SHARD_CHARACTERS = 16 << 20
@@ -286,10 +287,7 @@ class _Draft:
         """Payload, and per document its bytes and its tokens (1 for a record)."""
         encoder = self.maker.encoder
         if self.spec.kind != "text":
-            lines = [
-                json.dumps(document.record, ensure_ascii=False).encode() + b"\n"
-                for document in self.documents
-            ]
+            lines = [json_line(document.record) for document in self.documents]
             sizes = np.array([len(line) for line in lines], np.int64)
             return b"".join(lines), sizes, np.ones(len(lines), np.int32)
         assert encoder is not None

@@ -22,6 +22,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from equilibrium_mcore.data.jsonl import parse_object
+from equilibrium_mcore.files.json_lines import json_line
 from equilibrium_mcore.files.whole import whole_file, write_whole
 
 TEXT_ENDINGS = (
@@ -193,7 +195,7 @@ def collect_text(path: Path, *, megabytes: float) -> Path:
             if digest in seen or not data:
                 continue
             seen.add(digest)
-            written += stream.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            written += stream.write(json_line(record))
             if written >= megabytes * 1e6:
                 break
         if written < megabytes * 1e6:
@@ -233,7 +235,7 @@ def train_tokenizer(folder: Path, source: Path) -> Path:
     )
     with source.open("rb") as stream:
         lines = stream.readlines(TOKENIZER_TEXT_BYTES)
-    backend.train_from_iterator((json.loads(line)["text"] for line in lines), trainer)
+    backend.train_from_iterator((parse_object(line)["text"] for line in lines), trainer)
     folder.mkdir(parents=True, exist_ok=True)
     config: Mapping[str, str] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
