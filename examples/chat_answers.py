@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from equilibrium_mcore.data.jsonl import read_objects
 from equilibrium_mcore.files.paths import report_path, user_path
+from equilibrium_mcore.files.tables import markdown_table
 from equilibrium_mcore.files.whole import write_whole
 from equilibrium_mcore.training.metrics import METRICS_FILE, read_metrics
 
@@ -66,15 +67,12 @@ def answers(folder: Path, asked: list[Question], max_new_tokens: int) -> list[tu
 
 def table(asked: list[Question], before: list, after: list) -> str:
     """Markdown: a row for each question."""
-    lines = [
-        "| question | documentation | before | after |",
-        "|---|---|---|---|",
-    ]
+    rows = []
     for question, (first, _), (second, _) in zip(asked, before, after, strict=True):
         held_out = " (held out)" if question.part == "validation" else ""
-        cells = [question.messages[-1]["content"] + held_out, question.expected, first, second]
-        lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
-    return "\n".join(lines)
+        asks = question.messages[-1]["content"] + held_out
+        rows.append((asks, question.expected, first, second))
+    return markdown_table(("question", "documentation", "before", "after"), rows)
 
 
 def summary(run: Path, before: list, after: list) -> list[str]:
@@ -107,10 +105,6 @@ def print_answers(asked: list[Question], before: list, after: list) -> None:
                     max_lines=3,
                 )
             )
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
 
 
 def main() -> None:

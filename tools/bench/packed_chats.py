@@ -31,6 +31,7 @@ import numpy as np
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.load import load_run
 from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.files.tables import terminal_table
 from equilibrium_mcore.parallel import accelerator
 
 SEQUENCES = 8  # of a step
@@ -180,8 +181,8 @@ def main() -> int:
         f"{config.model.name}, sequences of {options.sequence_length:,}, examples of "
         f"{float(examples.lengths.mean()):.0f} tokens on average, {options.rounds} rounds"
     )
-    for name, rate in rates.items():
-        print(f"{name:<30}{rate:>10,.0f} tokens/s{rate / rates[WAYS[1]]:>8.2f} x")
+    rows = [(name, f"{r:,.0f}", f"{r / rates[WAYS[1]]:.2f} x") for name, r in rates.items()]
+    print(terminal_table(("", "tokens/s", "speed"), rows, align="lr"))
     return 0
 
 

@@ -19,6 +19,7 @@ from equilibrium_mcore.config.layout import global_batch_tokens, resolve_world_s
 from equilibrium_mcore.config.pattern import CUT, cut_into
 from equilibrium_mcore.config.schema import ParallelismConfig, RunConfig
 from equilibrium_mcore.data.blend import Datasets
+from equilibrium_mcore.files.tables import markdown_table
 from equilibrium_mcore.files.temporary import temporary_folder
 from equilibrium_mcore.models.flops import training_flops_per_token
 from equilibrium_mcore.optim import muon as muon_module
@@ -176,16 +177,12 @@ def measure(config: RunConfig, *, steps: int) -> tuple[Times, UpdateComparison]:
 def report(config: RunConfig, times: Times, race: UpdateComparison) -> str:
     """Markdown: what was measured on this host, in one process."""
     tokens = global_batch_tokens(config)
+    measured = {what: getattr(times, what) for what in ("step", "optimizer", "newton_schulz")}
+    rows = [(what, f"{s * 1e3:.1f}", f"{s / times.step:.1%}") for what, s in measured.items()]
     lines = [
         f"## Measured: {config.model.name}, one rank, {tokens:,} tokens a step",
         "",
-        "| what | ms | of the step |",
-        "|---|---|---|",
-    ]
-    for what in ("step", "optimizer", "newton_schulz"):
-        seconds = getattr(times, what)
-        lines.append(f"| {what} | {seconds * 1e3:.1f} | {seconds / times.step:.1%} |")
-    lines += [
+        markdown_table(("what", "ms", "of the step"), rows, align="lr"),
         "",
         f"One Muon update of its {race.matrices} matrices, relative to megatron-core's loop "
         f"({race.loop * 1e3:.1f} ms): batched {race.batched / race.loop:.2f}, batched and split "

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from equilibrium_mcore.data.jsonl import parse_object
 from equilibrium_mcore.files.json_lines import json_line
+from equilibrium_mcore.files.tables import markdown_table
 from equilibrium_mcore.files.whole import whole_file, write_whole
 
 TEXT_ENDINGS = (
@@ -33,6 +34,15 @@ TEXT_ROOTS = ("/usr/share", "/usr/lib", "/usr/include")
 LARGEST_FILE_BYTES = 2_000_000
 TOKENIZER_TEXT_BYTES = 20_000_000
 VOCABULARY = 32_000
+COLUMNS = (
+    "tool",
+    "runs",
+    "wall s: min, median, max",
+    "MB/s",
+    "CPU s",
+    "peak GiB",
+    "wall, CPU: ratio",
+)
 CLONE = "git clone --depth 1 https://github.com/NVIDIA/Megatron-LM"
 
 
@@ -143,24 +153,26 @@ def _sha256(path: Path) -> str:
 def _table(tools: Sequence[Runs], megabytes: float, digest: str) -> str:
     measured = [tool for tool in tools if tool.seconds]
     ours, our_cpu = map(statistics.median, (measured[0].seconds, measured[0].cpu_seconds))
-    lines = [
-        "| tool | runs | wall s: min, median, max | MB/s | CPU s | peak GiB | wall, CPU: ratio |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for tool in measured:
         middle, cpu = statistics.median(tool.seconds), statistics.median(tool.cpu_seconds)
-        lines.append(
-            f"| {tool.name} | {len(tool.seconds)} | {min(tool.seconds):.2f}, {middle:.2f}, "
-            f"{max(tool.seconds):.2f} | {megabytes / middle:.1f} | "
-            f"{cpu:.2f} | {max(tool.peak_gib):.2f} | {middle / ours:.1f}, {cpu / our_cpu:.1f} |"
+        rows.append(
+            (
+                tool.name,
+                len(tool.seconds),
+                f"{min(tool.seconds):.2f}, {middle:.2f}, {max(tool.seconds):.2f}",
+                f"{megabytes / middle:.1f}",
+                f"{cpu:.2f}",
+                f"{max(tool.peak_gib):.2f}",
+                f"{middle / ours:.1f}, {cpu / our_cpu:.1f}",
+            )
         )
-    lines.append("")
-    lines.append(
+    note = (
         f"{megabytes:.0f} MB of JSONL; .bin and .idx are equal (.bin starts with SHA-256 {digest})"
         if len(measured) > 1
         else f"{megabytes:.0f} MB of JSONL"
     )
-    return "\n".join(lines)
+    return f"{markdown_table(COLUMNS, rows)}\n\n{note}"
 
 
 # ------------------------------------------------------------------------------------ material
