@@ -185,7 +185,10 @@ class _NoRandomStates:
 
 @contextlib.contextmanager
 def _group_of_one() -> Iterator[dist.ProcessGroup]:
-    """A process group of this rank alone, gone afterwards; no other rank takes part."""
+    """A process group of this rank alone, gone afterwards; no other rank takes part.
+
+    Unlike `process_groups.one_rank` it may be called in the midst of a job, whose groups stay.
+    """
     if dist.is_initialized():
         group = dist.new_group([dist.get_rank()], backend="fake", use_local_synchronization=True)
         try:

@@ -26,9 +26,7 @@ from equilibrium_mcore.optim import muon as muon_module
 from equilibrium_mcore.optim.ownership import newton_schulz_operations, spread
 from equilibrium_mcore.optim.param_groups import ParameterRow, parameter_rows
 from equilibrium_mcore.optim.parts import part_shapes
-from equilibrium_mcore.parallel import process_groups
-from equilibrium_mcore.parallel.launch import RankInfo
-from equilibrium_mcore.training.setup import Run, setup
+from equilibrium_mcore.training.setup import Run, run_alone
 from equilibrium_mcore.training.step import train_step
 from tools.bench.measure.gpu import UniformTokens
 
@@ -166,12 +164,8 @@ def measure(config: RunConfig, *, steps: int) -> tuple[Times, UpdateComparison]:
                 "optimizer": config.optimizer.model_copy(update={"schedule": schedule}),
             }
         )
-        try:
-            place = RankInfo.alone()
-            run = setup(alone, place, datasets=Datasets(tokens, None, None))
+        with run_alone(alone, datasets=Datasets(tokens, None, None)) as run:
             return measure_steps(run, steps=steps), compare_with_loop(run)
-        finally:
-            process_groups.destroy()
 
 
 def report(config: RunConfig, times: Times, race: UpdateComparison) -> str:
