@@ -11,13 +11,15 @@ on held-out conversations before and after.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import textwrap
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from equilibrium_mcore.data.jsonl import read_objects
 from equilibrium_mcore.files.paths import report_path, user_path
+from equilibrium_mcore.files.tables import markdown_table
 from equilibrium_mcore.files.whole import write_whole
 from equilibrium_mcore.training.metrics import METRICS_FILE, read_metrics
 
@@ -34,11 +36,10 @@ def questions(folder: Path, each: int) -> list[Question]:
     """The first conversations of both files, up to their first question."""
     found = []
     for part in ("train", "validation"):
-        with (folder / f"{part}.jsonl").open(encoding="utf-8") as stream:
-            for _, line in zip(range(each), stream, strict=False):
-                messages = json.loads(line)["messages"]
-                end = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
-                found.append(Question(messages[:end], messages[end]["content"], part))
+        for _, row in islice(read_objects(folder / f"{part}.jsonl"), each):
+            messages = row["messages"]
+            end = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
+            found.append(Question(messages[:end], messages[end]["content"], part))
     return found
 
 
@@ -66,15 +67,12 @@ def answers(folder: Path, asked: list[Question], max_new_tokens: int) -> list[tu
 
 def table(asked: list[Question], before: list, after: list) -> str:
     """Markdown: a row for each question."""
-    lines = [
-        "| question | documentation | before | after |",
-        "|---|---|---|---|",
-    ]
+    rows = []
     for question, (first, _), (second, _) in zip(asked, before, after, strict=True):
         held_out = " (held out)" if question.part == "validation" else ""
-        cells = [question.messages[-1]["content"] + held_out, question.expected, first, second]
-        lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
-    return "\n".join(lines)
+        asks = question.messages[-1]["content"] + held_out
+        rows.append((asks, question.expected, first, second))
+    return markdown_table(("question", "documentation", "before", "after"), rows)
 
 
 def summary(run: Path, before: list, after: list) -> list[str]:
@@ -107,10 +105,6 @@ def print_answers(asked: list[Question], before: list, after: list) -> None:
                     max_lines=3,
                 )
             )
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
-import json
 import random
 import re
 import sys
@@ -26,6 +25,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from stdlib_text import library_files, module_name
 
+from equilibrium_mcore.files.json_lines import json_line
 from equilibrium_mcore.files.paths import user_path
 from equilibrium_mcore.files.replace import refuse_existing
 from equilibrium_mcore.files.whole import whole_file
@@ -85,10 +85,9 @@ def write_conversations(root: Path, folder: Path) -> dict[str, int]:
     for item in found:
         parts["validation" if _is_held_out(item) else "train"].append(item)
     for part, chosen in parts.items():
-        with whole_file(folder / f"{part}.jsonl", "w") as stream:
+        with whole_file(folder / f"{part}.jsonl", "wb") as stream:
             for item in chosen:
-                row = {"messages": conversation(item, draw)}
-                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+                stream.write(json_line({"messages": conversation(item, draw)}))
     return {part: len(chosen) for part, chosen in parts.items()}
 
 

@@ -15,19 +15,21 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import inspect
-import json
 import os
 import random
-import secrets
 import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
+from equilibrium_mcore.files.json_lines import json_line
 from equilibrium_mcore.files.paths import user_path
 from equilibrium_mcore.files.replace import refuse_existing
+from equilibrium_mcore.files.whole import whole_file
 
 # Not the library itself, or tables of data rather than code.
 SKIPPED_DIRECTORIES = {
@@ -90,39 +92,34 @@ def topics() -> dict[str, str]:
 
 
 class JsonlWriter:
-    """Writes documents to a temporary file until `max_bytes` are reached, then names it."""
+    """Writes documents to the stream of what becomes `path`, until `max_bytes` are reached."""
 
-    def __init__(self, path: Path, max_bytes: float) -> None:
+    def __init__(self, path: Path, stream: BinaryIO, max_bytes: float) -> None:
         self.path = path
         self.max_bytes = max_bytes
         self.documents = self.bytes = 0
         self.full = False
-        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        self._stream = self._temporary.open("wb")
+        self._stream = stream
 
     def add(self, source: str, text: str) -> None:
         """Append a document; the one that does not fit is the end."""
         if self.full or len(text) < MIN_CHARACTERS:
             return
-        line = json.dumps({"text": text, "source": source}, ensure_ascii=False) + "\n"
-        data = line.encode()
-        self.full = self.bytes + len(data) > self.max_bytes
+        line = json_line({"text": text, "source": source})
+        self.full = self.bytes + len(line) > self.max_bytes
         if not self.full:
-            self._stream.write(data)
+            self._stream.write(line)
             self.documents += 1
-            self.bytes += len(data)
+            self.bytes += len(line)
 
     def finish(self) -> None:
-        """Rename into place and print what was written."""
-        self._stream.close()
+        """Print what was written; SystemExit where nothing was."""
         if not self.documents:
-            self._temporary.unlink()
             raise SystemExit(
                 f"{self.path}: no document fits into {self.max_bytes:,.0f} bytes; raise "
                 f"--max-megabytes, or check that {sysconfig.get_paths()['stdlib']} holds the "
                 f"library's sources"
             )
-        os.replace(self._temporary, self.path)
         print(f"{self.path}: {self.documents:,} documents, {self.bytes:,} bytes")
 
 
@@ -175,12 +172,13 @@ def main() -> None:
         )
     except FileExistsError as error:
         sys.exit(f"error: {error}")
-    arguments.output_directory.mkdir(parents=True, exist_ok=True)
-    max_bytes = arguments.max_megabytes * 1e6
-    code, prose = (JsonlWriter(path, max_bytes) for path in outputs)
-    write_sources(Path(sysconfig.get_paths()["stdlib"]), code, prose)
-    code.finish()
-    prose.finish()
+    with contextlib.ExitStack() as stack:
+        streams = [stack.enter_context(whole_file(path, "wb")) for path in outputs]
+        max_bytes = arguments.max_megabytes * 1e6
+        code, prose = map(JsonlWriter, outputs, streams, [max_bytes] * 2)
+        write_sources(Path(sysconfig.get_paths()["stdlib"]), code, prose)
+        code.finish()
+        prose.finish()
 
 
 if __name__ == "__main__":

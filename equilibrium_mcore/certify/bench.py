@@ -24,7 +24,9 @@ from equilibrium_mcore.certify.trace import Trace, read_trace, trace_rank
 from equilibrium_mcore.certify.twin import STEPS, Layout, in_layout, make_twin
 from equilibrium_mcore.certify.verdict import Verdict
 from equilibrium_mcore.certify.witness import compare_with_witness
+from equilibrium_mcore.checkpoint.directory import LATEST
 from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.files.whole import write_whole
 from equilibrium_mcore.parallel.rank_job import RankInfo, TimeLimit
 from equilibrium_mcore.parallel.rank_server import RankServer
 
@@ -170,7 +172,7 @@ class Bench:
         checkpoints = self.folder / name / "checkpoints"
         checkpoints.mkdir(parents=True)
         (checkpoints / checkpoint.name).symlink_to(checkpoint)
-        (checkpoints / "latest").write_text(checkpoint.name)
+        write_whole(checkpoints / LATEST, checkpoint.name)
         return config.model_copy(update={"output_directory": self.folder / name})
 
     def _trace(

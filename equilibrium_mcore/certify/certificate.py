@@ -25,11 +25,10 @@ from equilibrium_mcore.certify.twin import (
 )
 from equilibrium_mcore.certify.verdict import Verdict
 from equilibrium_mcore.certify.witness import CHOICES, NAME
-from equilibrium_mcore.config.schema import ParallelismConfig, RunConfig
+from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.files.whole import write_whole
 from equilibrium_mcore.parallel import process_groups
 from equilibrium_mcore.parallel.host import describe_host
-from equilibrium_mcore.parallel.rank_job import RankInfo
 from equilibrium_mcore.parallel.rank_server import RankServer
 
 TIME_LIMIT_MINUTES = 20.0  # of each phase; on 2 cores one takes seconds
@@ -252,11 +251,8 @@ def certify_device(
     """Certify the kernels of this host's device for `config`, in this process as one rank."""
     started = time.monotonic()
     certificate = Certificate(config.name, _hash(config), tier="kernels")
-    groups = process_groups.join(RankInfo.alone(), ParallelismConfig(), seed=config.training.seed)
-    try:
+    with process_groups.one_rank(seed=config.training.seed) as groups:
         verdicts = certify_kernels(config, groups, progress=progress)
-    finally:
-        process_groups.destroy()
     certificate.layouts[describe_host().device_name] = verdicts
     certificate.seconds = time.monotonic() - started
     return certificate

@@ -61,7 +61,7 @@ class WrittenFile:
 def write_data_file(file: DataFile) -> WrittenFile:
     """Write the file, bring it to the disk, hash it. Raises OSError."""
     transforms, results = _StorageWriterTransforms(), []
-    with file.path.open("wb") as stream:  # in a folder that has no final name yet
+    with file.path.open("wb") as stream:  # not whole: its folder has no final name yet
         for item, content in file.items:
             arguments = (transforms, stream, content, item, file.name)
             results.append(_write_item(*arguments, SerializationFormat.TORCH_SAVE))

@@ -24,14 +24,14 @@ from equilibrium_mcore.checkpoint.manifest import (
     read_manifest,
 )
 from equilibrium_mcore.files.whole import (
+    PARTIAL,
     REMOVED,
     remove_tree,
+    rename_durably,
     set_aside_for_removal,
-    sync_directory,
     write_whole,
 )
 
-_PARTIAL = ".partial"
 _CONTENT = "content"
 
 
@@ -50,7 +50,7 @@ def partial_content(final: Path, line: Lineage) -> Path:
 
 
 def _partial(final: Path, line: Lineage) -> Path:
-    return final.with_name(f"{final.name}.{line.run}{_PARTIAL}")
+    return final.with_name(f"{final.name}.{line.run}{PARTIAL}")
 
 
 def publish(final: Path, line: Lineage) -> str | None:
@@ -62,9 +62,8 @@ def publish(final: Path, line: Lineage) -> str | None:
     renamed = None
     if final.exists() or final.is_symlink():
         renamed = _free_name(final).name
-        os.rename(final, final.with_name(renamed))
-    os.replace(partial_content(final, line), final)
-    sync_directory(final.parent)
+        rename_durably(final, final.with_name(renamed))
+    rename_durably(partial_content(final, line), final)
     write_whole(final.parent / LATEST, final.name + "\n")
     remove_tree(_partial(final, line))
     return renamed
@@ -76,8 +75,7 @@ def go_back(run_directory: str | Path, line: Lineage, to: Path) -> list[str]:
     for path in list_checkpoints(run_directory):
         if step_of(path) > step_of(to) and line.holds(peek_state(path)):
             renamed.append(_free_name(path).name)
-            os.rename(path, path.with_name(renamed[-1]))
-    sync_directory(to.parent)
+            rename_durably(path, path.with_name(renamed[-1]))
     write_whole(to.parent / LATEST, to.name + "\n")
     return renamed
 
@@ -109,7 +107,7 @@ def left_alone(run_directory: str | Path, line: Lineage) -> dict[str, str]:
         if (reason := _why_left(path, line))
     }
     if folder.is_dir():
-        for path in sorted(folder.glob(f"*{_PARTIAL}")):
+        for path in sorted(folder.glob(f"*{PARTIAL}")):
             if not writer_is_done(path, line):
                 left[path.name] = "whoever writes it may be alive"
     return left
@@ -140,7 +138,7 @@ def remove_partial(run_directory: str | Path, line: Lineage) -> list[str]:
     removed = []
     for path in list(folder.iterdir()) if folder.is_dir() else ():
         half = path.name.startswith(".step_") and path.name.endswith(REMOVED)
-        if half or path.name.endswith(_PARTIAL) and writer_is_done(path, line):
+        if half or path.name.endswith(PARTIAL) and writer_is_done(path, line):
             remove_tree(path)
             removed.append(path.name)
     return removed

@@ -69,7 +69,7 @@ class SharedBuffer:
         flat = torch.frombuffer(self._map, dtype=slot.dtype, count=count, offset=slot.offset)
         return flat.view(slot.shape)
 
-    def open(self, size: int) -> None:
+    def map_first(self, size: int) -> None:
         """Map the first `size` bytes, which the other process has made."""
         if size != self.size:
             self._map = mmap.mmap(self.descriptor, size)
@@ -93,7 +93,7 @@ class SharedBuffer:
         self._unpin()
         self._map = None
         os.ftruncate(self.descriptor, size)
-        self.open(size)
+        self.map_first(size)
         if torch.cuda.is_initialized():  # copies from a device are direct into pinned memory
             address = torch.frombuffer(self._map, dtype=torch.uint8).data_ptr()
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, size, 0))

@@ -10,6 +10,7 @@ from equilibrium_mcore.checkpoint import directory
 from equilibrium_mcore.checkpoint.lineage import Lineage
 from equilibrium_mcore.checkpoint.manifest import Damage, DamagedCheckpointError
 from equilibrium_mcore.checkpoint.opened import OpenedCheckpoint, open_checkpoint
+from equilibrium_mcore.files.tables import terminal_table
 
 
 @dataclass(frozen=True)
@@ -72,16 +73,8 @@ def _note(checkpoint: Path, run_directory: Path) -> str:
 
 def as_text(verdicts: list[Verdict]) -> str:
     """A table of the checkpoints, and a line for each damage."""
-    rows = [("checkpoint", "files", "GiB", "seconds", "verdict", ""), *(v.row for v in verdicts)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    right = {1, 2, 3}
-    lines = [
-        "  ".join(
-            text.rjust(width) if place in right else text.ljust(width)
-            for place, (text, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    head = ("checkpoint", "files", "GiB", "seconds", "verdict", "")
+    lines = [terminal_table(head, [v.row for v in verdicts], align="lrrrl")]
     lines += [f"{v.path / d.file}: {d.what}" for v in verdicts for d in v.damages]
     if any(v.opened is not None and v.opened.files is None for v in verdicts):
         lines.append("no hashes: from before there were manifests; names and sizes alone fit")

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _answer(job: Job, buffer: SharedBuffer) -> list[WrittenFile] | Exception:
     try:
-        buffer.open(job.buffer_bytes)
+        buffer.map_first(job.buffer_bytes)
         return [write_data_file(_data_file(file, buffer)) for file in job.files]
     except Exception as error:  # whatever it is, the rank has to hear of it
         return as_sent(error)

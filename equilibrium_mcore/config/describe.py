@@ -19,6 +19,7 @@ from equilibrium_mcore.config.filters import FILTER_CLASSES
 from equilibrium_mcore.config.mixture import MixtureConfig
 from equilibrium_mcore.config.problems import sections_in
 from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.files.tables import markdown_table
 from equilibrium_mcore.files.whole import write_whole
 
 REFERENCE = Path(__file__).resolve().parents[2] / "docs" / "reference"
@@ -47,8 +48,7 @@ def describe(
     """
     seen = set() if seen is None else seen
     title = (f"### `{key}`" if key else "### A run") + (f", type `{choice}`" if choice else "")
-    lines = [title, "", _cell(kind.__doc__ or ""), "", "| key | type | default | meaning |"]
-    lines.append("|---|---|---|---|")
+    rows: list[tuple[str, ...]] = []
     inner: list[str] = []
     for name, field in kind.model_fields.items():
         sections = sections_in(field.annotation)
@@ -64,9 +64,10 @@ def describe(
                 inner.append(describe(section, key=place, choice=own, seen=seen))
         if sections:
             meaning += f" (see `{place}`)"
-        cells = [f"`{name}`", type_text(field), default_text(field), meaning]
-        lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
-    return "\n\n".join(["\n".join(lines), *inner])
+        rows.append((f"`{name}`", type_text(field), default_text(field), meaning))
+    said = " ".join((kind.__doc__ or "").split())
+    table = markdown_table(("key", "type", "default", "meaning"), rows)
+    return "\n\n".join([title, said, table, *inner])
 
 
 def describe_filters() -> str:
@@ -81,11 +82,11 @@ def describe_mixture() -> str:
 
 def describe_words() -> str:
     """Markdown: the keys of an experiment file, and the settings of a run that each gives."""
-    lines = ["| key | settings | meaning |", "|---|---|---|"]
-    for key, word in WORDS.items():
-        settings = ", ".join(f"`{name}`" for name in word.settings)
-        lines.append("| " + " | ".join(map(_cell, (f"`{key}`", settings, word.meaning))) + " |")
-    return "\n".join(lines)
+    rows = [
+        (f"`{key}`", ", ".join(f"`{name}`" for name in word.settings), word.meaning)
+        for key, word in WORDS.items()
+    ]
+    return markdown_table(("key", "settings", "meaning"), rows)
 
 
 def type_text(field: FieldInfo) -> str:
@@ -143,10 +144,6 @@ def _limits(metadata: Any) -> str:
 
 def _first_line(section: type[BaseModel] | None) -> str:
     return (section.__doc__ or "").splitlines()[0] if section is not None else ""
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
 
 
 def up_to_date(document: str, settings: Callable[[], str] = describe) -> str:

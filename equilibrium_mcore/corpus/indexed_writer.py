@@ -32,7 +32,7 @@ from equilibrium_mcore.data.indexed_files import (
     fingerprint_of,
 )
 from equilibrium_mcore.files.replace import refuse_existing
-from equilibrium_mcore.files.whole import sync_directory, sync_stream
+from equilibrium_mcore.files.whole import partial_path, rename_durably, sync_stream
 
 LOCK_PATIENCE_SECONDS = 5.0  # workers of a killed run hold its lock for a moment
 
@@ -71,7 +71,7 @@ def _is_of_dataset(path: Path, prefix: Path) -> bool:
         except ValueError:
             return False
         return isinstance(values, dict) and {"tokenizer_sha256", "documents"} <= values.keys()
-    return _begins_as_index(index) or _begins_as_index(_aside(index))
+    return _begins_as_index(index) or _begins_as_index(partial_path(index))
 
 
 def _begins_as_index(path: Path) -> bool:
@@ -97,8 +97,8 @@ class IndexedWriter:
         self.largest_token = -1
         refuse_existing_dataset(prefix, overwrite=overwrite)
         prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._bin = _open_locked(_aside(dataset_paths(prefix)[0]))
-        self._lengths = _lengths_path(prefix).open("a+b")
+        self._bin = _open_locked(partial_path(dataset_paths(prefix)[0]))
+        self._lengths = _lengths_path(prefix).open("a+b")  # not whole: as the .bin
         self._rewound = False
         self._hasher = BlockHasher()
         self._hashes: BlockHashes | None = None
@@ -117,7 +117,7 @@ class IndexedWriter:
         self._lengths.truncate(state.documents * LENGTH_BYTES)
         self.documents, self.sequences = state.documents, state.sequences
         self.tokens, self.largest_token = state.tokens, state.largest_token
-        self._hasher = rehash(_aside(dataset_paths(self.prefix)[0]), state.blocks, end)
+        self._hasher = rehash(partial_path(dataset_paths(self.prefix)[0]), state.blocks, end)
         self._rewound = True
 
     @property
@@ -170,9 +170,9 @@ class IndexedWriter:
         """Write the index, and everything to disk; `stage` and `publish` come next."""
         if not self._rewound:
             self.rewind()
-        binary, index, description = map(_aside, dataset_paths(self.prefix))
+        binary, index, description = map(partial_path, dataset_paths(self.prefix))
         description.unlink(missing_ok=True)  # of a dead run
-        with index.open("wb") as stream:
+        with index.open("wb") as stream:  # not whole: published with the .bin, by `publish`
             hashed = HashedStream(stream)
             self._write_index(hashed)
             sync_stream(stream)
@@ -187,7 +187,8 @@ class IndexedWriter:
     def stage(self, manifest: Manifest) -> None:
         """Write the manifest, with the hashes, to be published with the rest."""
         values = asdict(replace(manifest, hashes=self._hashes))
-        with _aside(dataset_paths(self.prefix)[2]).open("w", encoding="utf-8") as stream:
+        description = partial_path(dataset_paths(self.prefix)[2])
+        with description.open("w", encoding="utf-8") as stream:  # not whole: as the index
             json.dump(values, stream, indent=2)
             stream.write("\n")
             sync_stream(stream)
@@ -204,7 +205,7 @@ class IndexedWriter:
         self._lengths.close()
         _lengths_path(self.prefix).unlink(missing_ok=True)
         for path in dataset_paths(self.prefix):
-            _aside(path).unlink(missing_ok=True)
+            partial_path(path).unlink(missing_ok=True)
         self._bin.close()
 
     def keep(self) -> None:
@@ -256,37 +257,32 @@ def complete_publication(prefix: Path) -> None:
     What has a temporary name is new, so the old dataset's index goes first.
     """
     binary, index, description = dataset_paths(prefix)
-    if _aside(index).exists():
+    if partial_path(index).exists():
         index.unlink(missing_ok=True)
         _lengths_path(prefix).unlink(missing_ok=True)
-    if _aside(binary).exists():
+    if partial_path(binary).exists():
         description.unlink(missing_ok=True)
     for path in (binary, description, index):
         with contextlib.suppress(FileNotFoundError):
-            os.replace(_aside(path), path)
-    sync_directory(prefix.parent)
+            rename_durably(partial_path(path), path)
 
 
 def publication_cut_short(prefix: Path) -> bool:
     """Whether a kill came between the renames: only then has the .bin its name, not the .idx."""
     binary, index, _ = dataset_paths(prefix)
-    begun = binary.exists() and not _aside(binary).exists()
-    return begun and _aside(index).exists() and not index.exists()
-
-
-def _aside(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
+    begun = binary.exists() and not partial_path(binary).exists()
+    return begun and partial_path(index).exists() and not index.exists()
 
 
 def _lengths_path(prefix: Path) -> Path:
-    return _aside(Path(f"{prefix}.lengths"))
+    return partial_path(Path(f"{prefix}.lengths"))
 
 
 def _open_locked(path: Path) -> IO[bytes]:
     """Open for appending; raises FileExistsError while another process writes it."""
     deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
     while True:
-        stream = path.open("ab")
+        stream = path.open("ab")  # not whole: grows for hours, and a later run resumes it
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -7,7 +7,6 @@ alone, and characters that the vocabulary lacks become bytes. So code, tabs and 
 from __future__ import annotations
 
 import io
-import json
 import os
 import random
 import time
@@ -15,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from equilibrium_mcore.data.jsonl import parse_object, texts_of
+from equilibrium_mcore.data.text_files import lines_of
 from equilibrium_mcore.files.replace import refuse_existing, refuse_sources
 from equilibrium_mcore.files.whole import write_whole
 
@@ -146,20 +147,16 @@ def _sample(inputs: Sequence[Path], key: str, max_bytes: float, seed: int) -> li
     generator = random.Random(seed)
     documents: list[str] = []
     for path in inputs:
-        with path.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                if generator.random() >= keep or not line.strip():
-                    continue
-                try:
-                    text = json.loads(line)[key]
-                    text.encode()
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    raise ValueError(
-                        f"{path}, line {number}: not a JSON object with a string under {key!r} "
-                        f"({type(error).__name__}: {error}); repair the line, or name the field "
-                        f"by --json-key"
-                    ) from None
-                documents.append(text)
+        for number, line in lines_of(path):
+            if generator.random() >= keep or not line.strip():
+                continue
+            try:
+                documents += texts_of(parse_object(line), [key])
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}, line {number}: {error}; repair the line, or name the field by "
+                    f"--json-key"
+                ) from None
     generator.shuffle(documents)
     return documents
 

@@ -6,10 +6,9 @@ Only the names of ranges go to a worker and only token ids come back; texts do n
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -20,9 +19,9 @@ from equilibrium_mcore.corpus.encode import (
     EncoderPlan,
     open_encoder,
 )
-from equilibrium_mcore.corpus.process_pool import deaths_told, leave_with_parent, start_pool
-from equilibrium_mcore.data.inputs import Range, read_span
-from equilibrium_mcore.data.jsonl import BYTE_ORDER_MARK, parse_lines
+from equilibrium_mcore.data.inputs import BYTE_ORDER_MARK, Range, read_span
+from equilibrium_mcore.data.jsonl import parse_lines
+from equilibrium_mcore.processes.ordered_pool import OrderedPool
 
 IN_FLIGHT_PER_WORKER = 3
 BAD_LINES_KEPT = 20  # of a range
@@ -96,24 +95,23 @@ def with_eod(ids: np.ndarray, lengths: np.ndarray, eod: int) -> tuple[np.ndarray
 
 
 class Workers:
-    """Maps ranges to Encoded in order: in this process, or on a bounded queue of workers.
+    """Maps ranges to Encoded in order: in this process, or by `count` workers.
 
-    Make it before anything starts a thread: the workers are then forked. A fork would wait for
-    threads of this process that it does not have, so later they are fresh interpreters.
+    Make it before anything starts a thread, as an `OrderedPool`.
     """
 
     def __init__(self, count: int) -> None:
-        self._in_flight = count * IN_FLIGHT_PER_WORKER
-        self._pool: ProcessPoolExecutor | None = None
+        self._stack = contextlib.ExitStack()
+        self._pool: OrderedPool | None = None
         if count > 1:
-            self._pool = start_pool(count, _start_worker, os.getpid())
+            pool = OrderedPool(count, ahead_per_worker=IN_FLIGHT_PER_WORKER, start=_start_worker)
+            self._pool = self._stack.enter_context(pool)
 
     def __enter__(self) -> Workers:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+    def __exit__(self, *error: object) -> None:
+        self._stack.__exit__(*error)
 
     def in_order(
         self, ranges: Iterator[Range], job: EncodingTask, *, encode: Callable[[], bool]
@@ -122,42 +120,21 @@ class Workers:
 
         Raises ChildProcessError where a worker dies.
         """
+        tasks = (replace(piece, encode=encode()) for piece in ranges)
+        for piece, encoded in self._encoded(tasks, job):
+            yield piece, encoded
+            if piece.spooled is not None:
+                piece.spooled.unlink(missing_ok=True)
+
+    def _encoded(
+        self, tasks: Iterator[Range], job: EncodingTask
+    ) -> Iterator[tuple[Range, Encoded]]:
         if self._pool is None:
             encoder = open_encoder(job.plan)
-            for piece in ranges:
-                yield piece, encode_range(replace(piece, encode=encode()), encoder, job)
-                _done_with(piece)
+            yield from ((piece, encode_range(piece, encoder, job)) for piece in tasks)
             return
-        with deaths_told():
-            yield from self._in_pool(self._pool, ranges, job, encode)
-
-    def _in_pool(
-        self,
-        pool: ProcessPoolExecutor,
-        ranges: Iterator[Range],
-        job: EncodingTask,
-        encode: Callable[[], bool],
-    ) -> Iterator[tuple[Range, Encoded]]:
-        pending: deque = deque()
-        for piece in ranges:
-            pending.append(
-                (piece, pool.submit(_encode_in_worker, replace(piece, encode=encode()), job))
-            )
-            if len(pending) >= self._in_flight:
-                yield from _finished(pending)
-        while pending:
-            yield from _finished(pending)
-
-
-def _finished(pending: deque) -> Iterator[tuple[Range, Encoded]]:
-    piece, future = pending.popleft()
-    yield piece, future.result()
-    _done_with(piece)
-
-
-def _done_with(piece: Range) -> None:
-    if piece.spooled is not None:
-        piece.spooled.unlink(missing_ok=True)
+        for piece, done in self._pool.in_order(_encode_in_worker, tasks, job):
+            yield piece, done.result()
 
 
 # ------------------------------------------------------------------------------------ in a worker
@@ -165,11 +142,10 @@ def _done_with(piece: Range) -> None:
 _opened: dict[EncoderPlan, BatchEncoder] = {}  # of this worker process
 
 
-def _start_worker(parent: int) -> None:
+def _start_worker() -> None:
     # Each process is one core's worth; the libraries would start threads in each.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
-    leave_with_parent(parent)
 
 
 def _encode_in_worker(piece: Range, job: EncodingTask) -> Encoded:

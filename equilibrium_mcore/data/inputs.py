@@ -20,6 +20,7 @@ RANGE_BYTES = 4 << 20
 READ_BYTES = 1 << 18  # of a compressed file at a time
 MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd"}
 SUFFIXES = {".gz": "gzip", ".zst": "zstd"}
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # of UTF-8, which some editors put in front of a file
 
 Position = tuple[int, int]  # number of the input, byte of its (decompressed) content
 Window = tuple[int, int]  # bytes [start, end) of an input
@@ -267,7 +268,7 @@ class RangeCutter:
 
     def _spooled(self, number: int, pieces: list[bytes], after: int, read: int) -> Range:
         path = self.spool()
-        with path.open("wb") as stream:
+        with path.open("wb") as stream:  # not whole: a worker reads it once, then it is removed
             stream.writelines(pieces)
         size = sum(map(len, pieces))
         span = InputSlice(number, self.inputs[number].path, path, 0, size, after == size)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from equilibrium_mcore.data.inputs import SUFFIXES, decompressed_blocks
-from equilibrium_mcore.data.jsonl import BYTE_ORDER_MARK
+from equilibrium_mcore.data.inputs import BYTE_ORDER_MARK, SUFFIXES, decompressed_blocks
 
 BLOCK_BYTES = 1 << 20
 

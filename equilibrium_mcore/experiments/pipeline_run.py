@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from equilibrium_mcore.config.references import CONFIGS
 from equilibrium_mcore.experiments.pipeline import Pipeline, Step
 from equilibrium_mcore.experiments.pipeline_state import State, one_at_a_time, read_by, record_of
 from equilibrium_mcore.files.archive import move_to_archive
+from equilibrium_mcore.training.metrics import METRICS_FILE, read_metrics
 
 ROOT = CONFIGS.parent
 STOPPED = 128 + signal.SIGTERM  # exit status after a signal
@@ -81,11 +81,10 @@ def unfinished_run(folder: Path) -> str | None:
 
     A run that was asked to stop saves and ends with status 0.
     """
-    metrics = folder / "metrics.jsonl"
+    metrics = folder / METRICS_FILE
     if not metrics.is_file():
         return None
-    with metrics.open(encoding="utf-8") as stream:
-        events = [json.loads(line) for line in stream if '"kind": "event"' in line]
+    events = [record for record in read_metrics(metrics) if record["kind"] == "event"]
     last = events[-1] if events else {"event": "start"}
     if last["event"] == "end":
         return None

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from equilibrium_mcore.files.whole import sync_directory
+from equilibrium_mcore.files.whole import rename_durably
 
 ARCHIVE = "archive"
 _UNFINISHED = ".unfinished"
@@ -26,8 +26,7 @@ def move_to_archive(folder: Path, names: Iterable[str]) -> Path | None:
         return None
     place = left[0] if left else _new_place(folder / ARCHIVE)
     for name in there:
-        os.rename(folder / name, place / name)
-    sync_directory(folder)
+        rename_durably(folder / name, place / name)
     return _finish(place)
 
 
@@ -42,6 +41,5 @@ def _new_place(archive: Path) -> Path:
 
 def _finish(place: Path) -> Path:
     final = place.with_name(place.name.removesuffix(_UNFINISHED))
-    os.rename(place, final)
-    sync_directory(place.parent)
+    rename_durably(place, final)
     return final

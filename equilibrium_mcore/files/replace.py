@@ -12,6 +12,8 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from equilibrium_mcore.files.whole import write_whole
+
 MARKER = ".equilibrium_mcore.json"
 
 
@@ -59,7 +61,7 @@ def mark_folder(folder: Path) -> None:
     """Leave the marker, with the names of all that was written, so that this may be replaced."""
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir())
     text = json.dumps({"written_by": "equilibrium_mcore", "files": names}, indent=2)
-    (folder / MARKER).write_text(text + "\n", encoding="utf-8")
+    write_whole(folder / MARKER, text + "\n")
 
 
 def refuse_existing(

@@ -2,6 +2,9 @@
 
 A file is written under a temporary name in the same folder, flushed to the disk, and renamed. The
 temporary name is new and hidden, so that no file of a user's is ever in its way.
+
+What is written over hours, or must appear together with other files, keeps a temporary name of its
+own (`partial_path`), is brought to the disk by `sync_stream` and published by `rename_durably`.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 TEMPORARY = ".tmp"  # what temporary names end in
+PARTIAL = ".partial"  # the same of what a later process may finish
 REMOVED = ".removed"  # what the names of folders being removed end in
 
 
@@ -36,11 +40,10 @@ def whole_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         ) as stream:
             yield stream
             sync_stream(stream)
-        os.replace(temporary, path)
+        rename_durably(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_directory(path.parent)
 
 
 @contextlib.contextmanager
@@ -68,6 +71,23 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
     """Make `path` hold `content`: all of it, or what was there before."""
     with whole_file(path, "wb" if isinstance(content, bytes) else "w") as stream:
         stream.write(content)
+
+
+def partial_path(path: Path) -> Path:
+    """The temporary name, always the same, of a file that a later process may finish."""
+    return path.with_name(path.name + PARTIAL)
+
+
+def rename_durably(source: Path, target: Path) -> None:
+    """Rename a file or folder so that it survives a power cut; a file that is there is replaced.
+
+    What `source` holds must be on the disk before: `sync_stream`, `sync_file`. Raises
+    FileNotFoundError where there is no `source`.
+    """
+    os.replace(source, target)
+    sync_directory(target.parent)
+    if source.parent != target.parent:
+        sync_directory(source.parent)
 
 
 def sync_stream(stream: IO[Any]) -> None:
@@ -102,24 +122,21 @@ def remove_tree(path: str | Path) -> None:
 def set_aside_for_removal(folder: Path) -> Path:
     """Rename a folder, so that its name is free at once; returns what is left to be removed."""
     doomed = _temporary_name(folder, REMOVED)
-    os.replace(folder, doomed)
-    sync_directory(folder.parent)
+    rename_durably(folder, doomed)
     return doomed
 
 
 def _put_in_place(folder: Path, target: Path) -> None:
     """Rename `folder` to `target`; what was there goes once the new one is in its place."""
     if not target.exists():
-        os.replace(folder, target)
-        return sync_directory(target.parent)
+        return rename_durably(folder, target)
     doomed = _temporary_name(target, REMOVED)
     os.replace(target, doomed)
     try:
-        os.replace(folder, target)
+        rename_durably(folder, target)
     except BaseException:
         os.replace(doomed, target)
         raise
-    sync_directory(target.parent)
     shutil.rmtree(doomed)
 
 

@@ -21,7 +21,7 @@ from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.chat.render import Renderer, build_renderer
 from equilibrium_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from equilibrium_mcore.files.replace import mark_folder, writable_folder
-from equilibrium_mcore.files.whole import whole_folder
+from equilibrium_mcore.files.whole import whole_folder, write_whole
 from equilibrium_mcore.hugging_face.chat_files import TEMPLATE_FILE
 from equilibrium_mcore.hugging_face.config_json import AUTO_MAP, config_values
 from equilibrium_mcore.hugging_face.mapping import plan
@@ -225,8 +225,8 @@ def _write_card(folder: Path, config: RunConfig, checkpoint: Path, weights: Weig
         splits_special_tokens=bool(settings.get("split_special_tokens", False)),
         chat=(folder / TEMPLATE_FILE).is_file(),
     )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    write_whole(folder / "README.md", card)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")

@@ -9,6 +9,7 @@ from equilibrium_mcore.checkpoint.directory import step_of
 from equilibrium_mcore.config.chat import ConversationsConfig, JinjaTemplateConfig
 from equilibrium_mcore.config.pattern import LAYER_KINDS, layers_of
 from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.files.tables import markdown_table
 
 KIND_NAMES = {
     "M": "Mamba-2",
@@ -55,12 +56,8 @@ padded on the left. Special tokens written out in a prompt are{not_parsed} read 
 
 One residual layer per letter, `x + layer(RMSNorm(x))`: `{pattern}`
 
-| letter | layer | number |
-| --- | --- | --- |
 {layers}
 
-| | |
-| --- | --- |
 {shapes}
 
 ## Training
@@ -103,7 +100,7 @@ def model_card(
     """
     pattern = layers_of(config.model.layer_pattern)
     layers = [
-        f"| `{letter}` | {KIND_NAMES[letter]} | {pattern.count(letter)} |"
+        (f"`{letter}`", KIND_NAMES[letter], pattern.count(letter))
         for letter in LAYER_KINDS
         if letter in pattern
     ]
@@ -116,8 +113,8 @@ def model_card(
         prompt=CHAT_PROMPT if chat else TEXT_PROMPT,
         not_parsed=" not" if splits_special_tokens else "",
         pattern=pattern,
-        layers="\n".join(layers),
-        shapes="\n".join(f"| {key} | {value} |" for key, value in _shapes(config)),
+        layers=markdown_table(("letter", "layer", "number"), layers),
+        shapes=markdown_table(("", ""), _shapes(config)),
         training="\n".join(f"- {line}" for line in _training(config, checkpoint, state)),
         data=data,
         sources="\n".join(f"- {source}" for source in sources),

@@ -9,6 +9,7 @@ from typing import Any
 
 from equilibrium_mcore.data.chat.render import Renderer
 from equilibrium_mcore.data.tokenizer import SPACE_MARK, SentencePieceTokenizer, Tokenizer
+from equilibrium_mcore.files.whole import write_whole
 from equilibrium_mcore.hugging_face.chat_files import add_chat_template
 
 # Text that shows most ways in which two tokenizers differ.
@@ -41,7 +42,7 @@ def write_tokenizer(
     if settings is None or settings.get("split_special_tokens", False) != splits:
         settings = (settings or _settings(tokenizer)) | {"split_special_tokens": splits}
         text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text)
     if renderer is not None:
         add_chat_template(renderer, folder)
     check_same_ids(tokenizer, folder, [PROBE])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -68,16 +66,13 @@ def megatron_logits(
 
     from equilibrium_mcore.checkpoint.safe_load import allowed_classes_only
     from equilibrium_mcore.models.provider import KEPT_IN_FLOAT32, build_model
-    from equilibrium_mcore.parallel.process_groups import initialize_groups, seed_everything
+    from equilibrium_mcore.parallel.process_groups import one_rank
 
     training = config.training.model_copy(
         update={"precision": "fp32", "recompute": "none", "backend": "torch"}
     )
-    layout = ParallelismConfig()
-    with _world_of_one():
-        groups = initialize_groups(layout)
-        seed_everything(0)  # megatron-core builds no model without its random states
-        model = build_model(config.model, layout, training, groups).eval()
+    with one_rank(seed=0) as groups:
+        model = build_model(config.model, ParallelismConfig(), training, groups).eval()
         wanted = {"model": model.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp})}
         with allowed_classes_only():
             loaded = dist_checkpointing.load(wanted, str(checkpoint))
@@ -91,23 +86,3 @@ def megatron_logits(
                 ids.to(accelerator.device()), positions.to(accelerator.device()), None
             )
     return logits[..., : config.model.vocab_size].float().cpu()
-
-
-@contextlib.contextmanager
-def _world_of_one() -> Iterator[None]:
-    """torch.distributed with this process as the only rank, and no port."""
-    from equilibrium_mcore.parallel import accelerator
-    from equilibrium_mcore.parallel.process_groups import destroy
-
-    if torch.distributed.is_initialized():
-        raise RuntimeError("process groups exist: verify an export in a process of its own")
-    torch.distributed.init_process_group(
-        accelerator.communication_backend(),
-        store=torch.distributed.HashStore(),
-        rank=0,
-        world_size=1,
-    )
-    try:
-        yield
-    finally:
-        destroy()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from equilibrium_mcore.config.schema import ModelConfig
+from equilibrium_mcore.files.whole import write_whole
 from equilibrium_mcore.hugging_face.mapping import ParamMapping
 from equilibrium_mcore.hugging_face.source import TensorSource
 
@@ -163,7 +164,7 @@ def _write_shards(
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
         path = folder / "model.safetensors.index.json"
-        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(index, indent=2) + "\n")
     return count
 
 

@@ -28,6 +28,7 @@ from equilibrium_mcore.config.schema import (
     ModelConfig,
     MoEConfig,
 )
+from equilibrium_mcore.files.tables import markdown_table
 
 KINDS = (
     "mamba",
@@ -227,14 +228,14 @@ def flops_table(models: Sequence[ModelConfig], sequence_length: int) -> str:
     counts = [flops_per_token(model, sequence_length) for model in models]
     kinds = [kind for kind in KINDS if any(kind in count for count in counts)]
     header = ["model", *kinds, "forward", "training (GFLOPs)", "un-halved (GFLOPs)"]
-    rows = [header, ["---", *["---:"] * (len(header) - 1)]]
+    rows = []
     for model, count in zip(models, counts, strict=True):
         training = training_flops_per_token(model, sequence_length)
         full = training_flops_per_token(model, sequence_length, causal=False)
         cells = [_cell(count, kind) for kind in kinds]
         total = f"{sum(count.values()) / 1e6:,.2f}"
         rows.append([model.name, *cells, total, f"{training / 1e9:,.3f}", f"{full / 1e9:,.3f}"])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown_table(header, rows, align="lr")
 
 
 def _cell(count: Mapping[str, int], kind: str) -> str:

@@ -22,6 +22,7 @@ from torch.testing._internal.distributed import fake_pg
 
 from equilibrium_mcore.config.pattern import LAYER_KINDS, layers_of
 from equilibrium_mcore.config.schema import ModelConfig, ParallelismConfig, TrainingConfig
+from equilibrium_mcore.files.tables import terminal_table
 from equilibrium_mcore.models.provider import build_model
 from equilibrium_mcore.models.transformer_config import build_transformer_config
 
@@ -75,11 +76,10 @@ class ParameterCount:
 
     def table(self) -> str:
         """Lines of kind, parameters, share, and parameters that work on one token."""
-        rows = [(kind, count, self.active_by_kind[kind]) for kind, count in self.by_kind.items()]
-        rows.append(("total", self.total, self.active))
-        lines = [f"{'kind':<10} {'parameters':>16} {'share':>7} {'active':>16}"]
-        lines += [f"{k:<10} {n:>16,} {n / self.total:>7.1%} {active:>16,}" for k, n, active in rows]
-        return "\n".join(lines)
+        counts = [(kind, count, self.active_by_kind[kind]) for kind, count in self.by_kind.items()]
+        counts.append(("total", self.total, self.active))
+        rows = [(k, f"{n:,}", f"{n / self.total:.1%}", f"{active:,}") for k, n, active in counts]
+        return terminal_table(("kind", "parameters", "share", "active"), rows, align="lr")
 
 
 def count_parameters(model: ModelConfig) -> ParameterCount:
@@ -185,7 +185,10 @@ class _NoRandomStates:
 
 @contextlib.contextmanager
 def _group_of_one() -> Iterator[dist.ProcessGroup]:
-    """A process group of this rank alone, gone afterwards; no other rank takes part."""
+    """A process group of this rank alone, gone afterwards; no other rank takes part.
+
+    Unlike `process_groups.one_rank` it may be called in the midst of a job, whose groups stay.
+    """
     if dist.is_initialized():
         group = dist.new_group([dist.get_rank()], backend="fake", use_local_synchronization=True)
         try:

@@ -9,6 +9,7 @@ from math import prod
 from typing import Any
 
 from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.files.tables import terminal_table
 from equilibrium_mcore.models.parameters import build_on_meta
 from equilibrium_mcore.optim.frozen import frozen_names
 from equilibrium_mcore.optim.parameters import layout_free_names
@@ -80,7 +81,7 @@ def as_text(rows: list[ParameterRow]) -> str:
     for row in rows:
         name = re.sub(r"\.(layers|local_experts)\.\d+", r".\1.*", row.name)
         groups[name, row.shape, row.treatment].append(row)
-    cells = [("parameter", "number", "shape", "kind", "optimizer", "rate", "decay", "parts", "why")]
+    cells = []
     for (name, shape, t), members in groups.items():
         size = "x".join(map(str, shape))
         if t is None:
@@ -90,12 +91,8 @@ def as_text(rows: list[ParameterRow]) -> str:
         rates = f"{t.learning_rate:g}", f"{t.weight_decay:g}"
         parts = ", ".join(members[0].parts) or "-"
         cells.append((name, str(len(members)), size, t.kind, t.optimizer, *rates, parts, t.why))
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]) - 1)]
-    lines = []
-    for *padded, why in cells:
-        columns = [f"{cell:<{width}}" for cell, width in zip(padded, widths, strict=True)]
-        lines.append("  ".join([*columns, why]))
-    return "\n".join([*lines, "", *_summary(rows)])
+    head = ("parameter", "number", "shape", "kind", "optimizer", "rate", "decay", "parts", "why")
+    return "\n".join([terminal_table(head, cells), "", *_summary(rows)])
 
 
 def _updated_by(row: ParameterRow) -> str:

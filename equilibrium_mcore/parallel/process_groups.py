@@ -6,6 +6,8 @@ The only module that touches `megatron.core.parallel_state`. Everything else is 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
@@ -33,6 +35,21 @@ def join(rank_info: RankInfo, layout: ParallelismConfig, *, seed: int) -> Proces
     groups = initialize_groups(layout)
     seed_everything(seed)
     return groups
+
+
+@contextlib.contextmanager
+def one_rank(*, seed: int) -> Iterator[ProcessGroupCollection]:
+    """This process as a world of one rank: groups and seeds, left at the end. No port, no file.
+
+    A whole run of one rank is `training.setup.run_alone`. Raises RuntimeError where this process
+    is a rank already.
+    """
+    if torch.distributed.is_initialized():
+        raise RuntimeError("process groups exist already: do this in a process of its own")
+    try:
+        yield join(RankInfo.alone(), ParallelismConfig(), seed=seed)
+    finally:
+        destroy()
 
 
 def initialize_groups(layout: ParallelismConfig) -> ProcessGroupCollection:

@@ -26,10 +26,11 @@ def play(job: Job, rank: int, *, host: int) -> int:
     signal.set_wakeup_fd(-1)
     for number in (*ASKERS_SIGNALS, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
+    # Not whole: as `result` and `traceback` it is read once this process has ended, and removed.
     stacks = job.file(rank, "stack").open("w", encoding="utf-8")
     print_stacks_on_signal(stacks)
     try:
-        job.file(rank, "result").write_bytes(_work(job, rank))
+        job.file(rank, "result").write_bytes(_work(job, rank))  # not whole: see above
         code = 0
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
@@ -37,6 +38,7 @@ def play(job: Job, rank: int, *, host: int) -> int:
         # A setting that cannot be is told in its own words; anything else with its traceback.
         refused = isinstance(error, ConfigError)
         text = str(error) if refused else traceback.format_exc()
+        # Not whole: see above.
         job.file(rank, "traceback").write_text(f"{time.time()}\n{text}", encoding="utf-8")
         code = REFUSED if refused else 1
     sys.stdout.flush()

@@ -17,8 +17,9 @@ from equilibrium_mcore.files.temporary import temporary_folder
 from equilibrium_mcore.processes.threads import one_thread
 from equilibrium_mcore.sanity import data_checks, learning_checks, model_checks
 from equilibrium_mcore.sanity.verdict import Check, SanityReport, Verdict, skipped
-from equilibrium_mcore.sanity.workbench import observe, opened, sanity_config, varied
+from equilibrium_mcore.sanity.workbench import observe, sanity_config, varied
 from equilibrium_mcore.training.run_data import build_run_datasets, with_steps
+from equilibrium_mcore.training.setup import run_alone
 
 OBSERVED_STEPS = 4
 NEEDS_DATA = ("batch_statistics", "data_order", "validation_split")
@@ -118,7 +119,7 @@ class _Ladder:
             self.config,
             optimizer={"schedule": {"kind": "constant", "warmup_steps": 0, "decay_steps": 0}},
         )
-        with opened(config, datasets=datasets) as run:
+        with run_alone(config, datasets=datasets) as run:
             for name, check in (
                 (
                     "batch_statistics",

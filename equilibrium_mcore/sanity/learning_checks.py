@@ -13,8 +13,8 @@ from equilibrium_mcore.data.tokenizer import Tokenizer
 from equilibrium_mcore.optim.schedule import learning_rate_factor
 from equilibrium_mcore.parallel.host import describe_host
 from equilibrium_mcore.sanity.verdict import Check, judged
-from equilibrium_mcore.sanity.workbench import any_number_of_samples, opened, varied
-from equilibrium_mcore.training.setup import Run
+from equilibrium_mcore.sanity.workbench import any_number_of_samples, varied
+from equilibrium_mcore.training.setup import Run, run_alone
 from equilibrium_mcore.training.step import train_step
 
 OVERFIT_TOKENS = 3072
@@ -102,7 +102,7 @@ def check_overfit(config: RunConfig, datasets: Datasets, tokenizer: Tokenizer | 
         },
     )
     losses: list[float] = []
-    with opened(fast, datasets=Datasets(few, None, None)) as run:
+    with run_alone(fast, datasets=Datasets(few, None, None)) as run:
         while len(losses) < OVERFIT_STEPS and not (losses and losses[-1] < OVERFIT_LOSS):
             losses.append(train_step(run).loss)
     what = f"{sequences * length:,} tokens"
@@ -172,7 +172,7 @@ def check_precision(config: RunConfig, datasets: Datasets, *, asked: str) -> Che
             },
             optimizer={"schedule": {"kind": "constant", "decay_steps": 0}},
         )
-        with opened(changed, datasets=Datasets(short, None, None)) as run:
+        with run_alone(changed, datasets=Datasets(short, None, None)) as run:
             _start_from(run, weights)
             curves[name] = [train_step(run).loss for _ in range(PRECISION_STEPS)]
     return _judge_curves(curves, precision)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from equilibrium_mcore.files.tables import terminal_table
 from equilibrium_mcore.files.whole import write_whole
 
 
@@ -83,12 +84,17 @@ class SanityReport:
         """The verdict table."""
         width = max(len(check.name) for check in self.checks)
         room = 99 - width - 17
-        lines = [f"{'check':<{width}}  verdict  seconds  finding"]
-        for check in self.checks:
-            finding = textwrap.shorten(check.summary, room, placeholder=" ...")
-            lines.append(
-                f"{check.name:<{width}}  {check.verdict:<7}  {check.seconds:7.1f}  {finding}"
+        rows = [
+            (
+                check.name,
+                check.verdict,
+                f"{check.seconds:.1f}",
+                textwrap.shorten(check.summary, room, placeholder=" ..."),
             )
+            for check in self.checks
+        ]
+        head = ("check", "verdict", "seconds", "finding")
+        lines = [terminal_table(head, rows, align="llrl")]
         seconds = sum(check.seconds for check in self.checks)
         count = {v: sum(check.verdict is v for check in self.checks) for v in Verdict}
         lines.append(

@@ -22,12 +22,10 @@ from equilibrium_mcore.certify.shrink import shrink_model
 from equilibrium_mcore.config.layout import train_samples
 from equilibrium_mcore.config.load import run_from_mapping
 from equilibrium_mcore.config.schema import RunConfig
-from equilibrium_mcore.data.blend import Datasets
 from equilibrium_mcore.models.parameters import count_parameters
 from equilibrium_mcore.optim.parameters import layout_free_names
-from equilibrium_mcore.parallel import accelerator, process_groups
-from equilibrium_mcore.parallel.launch import RankInfo
-from equilibrium_mcore.training.setup import Run, setup
+from equilibrium_mcore.parallel import accelerator
+from equilibrium_mcore.training.setup import Run
 from equilibrium_mcore.training.step import train_step
 
 # Larger models are checked on a twin: the ladder takes minutes on a laptop, whatever the run.
@@ -123,17 +121,6 @@ def _fitting(values: dict[str, Any]) -> dict[str, Any]:
     if not schedule["decay_steps"] and schedule["kind"] == "wsd":
         schedule["kind"] = "constant"
     return values
-
-
-@contextlib.contextmanager
-def opened(config: RunConfig, *, datasets: Datasets | None) -> Iterator[Run]:
-    """The run, set up on this process alone; its process groups are left at the end."""
-    try:
-        run = setup(config, RankInfo.alone(), datasets=datasets)
-        yield run
-        run.stream.close()
-    finally:
-        process_groups.destroy()
 
 
 # ------------------------------------------------------------------------------- what is seen

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from equilibrium_mcore.files.archive import move_to_archive
+from equilibrium_mcore.files.json_lines import JsonLinesLog, json_line, read_log
 from equilibrium_mcore.files.whole import write_whole
 
 METRICS_FILE = "metrics.jsonl"
@@ -121,10 +122,9 @@ def perplexity_of(loss: float) -> float | None:
     return perplexity if math.isfinite(perplexity) else None
 
 
-def record_to_json(record: Record) -> str:
-    """One line of `metrics.jsonl`, without its newline: strict JSON, non-finite numbers null."""
-    values = {"kind": record.kind, **_values(record)}
-    return json.dumps(_finite(values), allow_nan=False)
+def record_values(record: Record) -> dict[str, Any]:
+    """A line of `metrics.jsonl` as plain values; numbers that are not finite are None."""
+    return _finite({"kind": record.kind, **_values(record)})
 
 
 def _values(record: Record) -> dict[str, Any]:
@@ -162,22 +162,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             f"{path} does not exist. Training writes it: "
             "python -m equilibrium_mcore.pretrain RUN.yaml puts it into the run's output_directory"
         )
-    lines = path.read_bytes().split(b"\n")
-    records = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict) or not {"kind", "step"} <= record.keys():
-                raise ValueError("a record needs `kind` and `step`")
-        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-            # Every whole line ends in a newline, so only what follows the last one may be cut.
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number} is no metrics record: {error}") from error
-        records.append(record)
-    return records
+    return list(read_log(path, keys=("kind", "step")))
 
 
 # ------------------------------------------------------------------------------- for the terminal
@@ -242,7 +227,7 @@ def memory_gib() -> float:
 
 
 class JsonlWriter:
-    """Appends records to `metrics.jsonl`, each with one write call, so that no line is mixed up."""
+    """Appends records to `metrics.jsonl`."""
 
     def __init__(self, path: Path, *, resumed_step: int | None = None) -> None:
         """Open `path`: for a run that starts (None), or one that goes on after `resumed_step`.
@@ -252,30 +237,27 @@ class JsonlWriter:
         """
         self.path = path
         self.dropped_records = 0
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             if resumed_step is None:
                 move_to_archive(path.parent, [path.name])
             else:
                 self._drop_after(resumed_step)
-        self._file = path.open("ab", buffering=0)
+        self._log = JsonLinesLog(path)
 
     def _drop_after(self, step: int) -> None:
         records = read_metrics(self.path)
         kept = [record for record in records if record["step"] <= step]
         self.dropped_records = len(records) - len(kept)
         # Rewritten even when nothing is dropped: a line cut short would spoil the next one.
-        write_whole(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        write_whole(self.path, b"".join(json_line(r, ascii_only=True) for r in kept))
 
     def write(self, record: Record) -> None:
         """Append the record; it is in the file, whole, when this returns."""
-        line = (record_to_json(record) + "\n").encode()
-        if self._file.write(line) != len(line):
-            raise OSError(f"{self.path}: only a part of a record was written; is the disk full?")
+        self._log.append(record_values(record))
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self._log.close()
 
 
 class TensorBoardWriter:
@@ -296,7 +278,7 @@ class TensorBoardWriter:
     def write(self, record: Record) -> None:
         """Add the record's numbers, or an event's text, at its step."""
         if isinstance(record, EventRecord):
-            self._writer.add_text("event", record_to_json(record), record.step)
+            self._writer.add_text("event", json.dumps(record_values(record)), record.step)
         for name, value in _numbers(record).items():
             self._writer.add_scalar(name, value, record.step)
         self._writer.flush()

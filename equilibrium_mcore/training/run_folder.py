@@ -25,6 +25,7 @@ from equilibrium_mcore.files.lock_file import (
     refuse_if_held,
 )
 from equilibrium_mcore.files.owner import Owner
+from equilibrium_mcore.files.whole import sync_stream
 
 LOCK_FILE = "run.lock"
 PROBE_BYTES = 1 << 20  # a full disk or quota often has room for an empty file
@@ -121,10 +122,9 @@ def _make_and_probe(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            with probe.open("xb") as stream:
+            with probe.open("xb") as stream:  # not whole: it is removed at once
                 stream.write(bytes(PROBE_BYTES))
-                stream.flush()
-                os.fsync(stream.fileno())
+                sync_stream(stream)
         finally:
             probe.unlink(missing_ok=True)
     except OSError as error:

@@ -178,6 +178,22 @@ def setup(config: RunConfig, rank_info: RankInfo, *, datasets: Datasets | None =
     return run
 
 
+@contextmanager
+def run_alone(config: RunConfig, *, datasets: Datasets | None = None) -> Iterator[Run]:
+    """The run set up on this process as its one rank; its groups and data are left at the end.
+
+    The layout of `config` must be of one rank. `datasets` as for `setup`.
+    """
+    try:
+        run = setup(config, RankInfo.alone(), datasets=datasets)
+        try:
+            yield run
+        finally:
+            run.stream.close()
+    finally:
+        process_groups.destroy()
+
+
 def build_chunks(
     config: RunConfig, groups: ProcessGroupCollection, *, trainable: bool = True
 ) -> tuple[TransformerConfig, list[torch.nn.Module]]:

@@ -31,9 +31,7 @@ import torch  # noqa: E402
 from equilibrium_mcore.optim.muon import Muon  # noqa: E402
 from equilibrium_mcore.optim.newton_schulz import orthogonalise  # noqa: E402
 from equilibrium_mcore.optim.parts import split_rows  # noqa: E402
-from equilibrium_mcore.parallel import process_groups  # noqa: E402
-from equilibrium_mcore.parallel.launch import RankInfo  # noqa: E402
-from equilibrium_mcore.training.setup import setup  # noqa: E402
+from equilibrium_mcore.training.setup import run_alone  # noqa: E402
 from equilibrium_mcore.training.step import train_step, validation_loss  # noqa: E402
 
 
@@ -115,8 +113,7 @@ def final_loss(form: str, seed: int, steps: int) -> float:
                 *FORMS[form],
             ],
         )
-        try:
-            run = setup(config, RankInfo(0, 1, 0, f"file://{folder}/rendezvous"))
+        with run_alone(config) as run:
             if form == "dt_adamw":
                 muon = next(o for o in run.optimizer._optimizers if isinstance(o, Muon))
                 dt_by_adamw(muon, config.optimizer.adamw.learning_rate)
@@ -126,8 +123,6 @@ def final_loss(form: str, seed: int, steps: int) -> float:
                 muon = next(o for o in run.optimizer._optimizers if isinstance(o, Muon))
                 print(json.dumps({"joined over by itself": sizes_if_joined(muon)}), flush=True)
             return validation_loss(run)
-        finally:
-            process_groups.destroy()
 
 
 def main() -> int:

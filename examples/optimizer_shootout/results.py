@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from equilibrium_mcore.checkpoint.directory import latest_checkpoint
 from equilibrium_mcore.checkpoint.safe_load import read_metadata
+from equilibrium_mcore.files.tables import markdown_table
 from equilibrium_mcore.files.whole import write_whole
 from equilibrium_mcore.training.metrics import METRICS_FILE, read_metrics
 
@@ -129,33 +130,27 @@ def markdown(results: list[RunResult], *, steps: int) -> str:
     time = min(r.seconds[-1] for runs in best.values() for r in runs)
     grid = sorted({r.rate for r in results})
     tried = {v: sorted(r.rate for r in results if r.variant == v and r.seed == 1) for v in best}
-    lines = [
-        f"Validation loss in nats per token, {steps} steps. ± is half the range over the seeds.",
-        "",
-        f"| optimizer | rate | seeds | loss at step {steps} | loss after {time:.0f} s | "
-        "s per step | state bytes per parameter |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    head = ["optimizer", "rate", "seeds", f"loss at step {steps}", f"loss after {time:.0f} s"]
+    head += ["s per step", "state bytes per parameter"]
+    rows = []
     for variant, runs in sorted(best.items(), key=lambda item: _mean(item[1], "final_loss")):
         at_time = [r.loss_at(time) for r in runs]
         ends = tried[variant][0], tried[variant][-1]
         edge = " (edge)" if len(grid) > 1 and runs[0].rate in ends else ""
         per_step = np.mean([r.seconds[-1] / steps for r in runs])
-        lines.append(
-            f"| {variant} | {runs[0].rate:g}{edge} | {len(runs)} | "
-            f"{_spread([r.final_loss for r in runs])} | {_spread(at_time)} | {per_step:.3f} | "
-            f"{runs[0].state_bytes_per_parameter:.2f} |"
-        )
-    lines += ["", "Sweep, seed 1, loss at the end:", ""]
-    lines.append("| optimizer | " + " | ".join(f"{rate:g}" for rate in grid) + " |")
-    lines.append("|---|" + "---|" * len(grid))
-    for variant in best:
-        cells = []
-        for rate in grid:
-            found = [r for r in results if (r.variant, r.rate, r.seed) == (variant, rate, 1)]
-            cells.append(f"{found[0].final_loss:.4f}" if found else "-")
-        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        losses = _spread([r.final_loss for r in runs]), _spread(at_time)
+        weighs = f"{runs[0].state_bytes_per_parameter:.2f}"
+        rate = f"{runs[0].rate:g}{edge}"
+        rows.append((variant, rate, len(runs), *losses, f"{per_step:.3f}", weighs))
+    first = {(r.variant, r.rate): f"{r.final_loss:.4f}" for r in results if r.seed == 1}
+    sweep = [(variant, *(first.get((variant, rate), "-") for rate in grid)) for variant in best]
+    parts = [
+        f"Validation loss in nats per token, {steps} steps. ± is half the range over the seeds.",
+        markdown_table(head, rows),
+        "Sweep, seed 1, loss at the end:",
+        markdown_table(("optimizer", *(f"{rate:g}" for rate in grid)), sweep),
+    ]
+    return "\n\n".join(parts)
 
 
 def _mean(runs: list[RunResult], name: str) -> float:

@@ -29,6 +29,7 @@ from results import RunResult, best_rates, median_step_seconds, read_result, wri
 from variants import GRID, MORE_RATES, VARIANTS  # noqa: E402
 
 from equilibrium_mcore.files.paths import user_path  # noqa: E402
+from equilibrium_mcore.files.whole import write_whole  # noqa: E402
 
 RUN_FILE = "configs/runs/quickstart.yaml"
 DATA = Path("runs/quickstart")  # what configs/data/quickstart.yaml names
@@ -70,7 +71,7 @@ def python(*arguments: str, log: Path | None = None) -> None:
         check=False,
     )
     if log:
-        log.write_text(done.stdout)
+        write_whole(log, done.stdout)
     if done.returncode:
         sys.exit(f"failed: python {' '.join(arguments)}\n{(done.stdout or '')[-3000:]}")
 

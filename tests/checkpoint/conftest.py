@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.parallel.launch import RankInfo
+from equilibrium_mcore.parallel.process_groups import one_rank as world_of_one
 from tests.checkpoint.support import MODEL
 from tests.support.runs import tiny_run
 
@@ -61,8 +61,6 @@ def config(data, copied) -> Callable[..., RunConfig]:
 
 @pytest.fixture
 def one_rank() -> Iterator[None]:
-    """torch.distributed with this process as the only rank."""
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
+    """This process as the only rank."""
+    with world_of_one(seed=1):
+        yield

@@ -257,6 +257,7 @@ def test_a_run_that_stopped_before_its_end_is_not_done(here):
     assert "stopped at step 3" in unfinished_run(here)
     with (here / "metrics.jsonl").open("a") as stream:
         stream.write(json.dumps({"kind": "event", "event": "end", "step": 9}) + "\n")
+        stream.write('{"kind": "event", "ev')  # another process begins to write
     assert unfinished_run(here) is None
 
 

@@ -34,7 +34,7 @@ def test_each_time_has_a_number_and_others_stay(tmp_path):
 @pytest.mark.parametrize("moved", [0, 1, 2])
 def test_a_kill_in_between_is_finished_in_one_place(tmp_path, monkeypatch, moved):
     fill(tmp_path, "a")
-    rename, calls = os.rename, []
+    rename, calls = os.replace, []
 
     def killed(source, target):
         calls.append(source)
@@ -42,7 +42,7 @@ def test_a_kill_in_between_is_finished_in_one_place(tmp_path, monkeypatch, moved
             raise KeyboardInterrupt
         rename(source, target)
 
-    monkeypatch.setattr(os, "rename", killed)
+    monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         move_to_archive(tmp_path, NAMES)
     monkeypatch.undo()

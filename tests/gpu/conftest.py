@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -45,18 +44,9 @@ def rehearsal() -> bool:
 
 
 @pytest.fixture(scope="module")
-def groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+def groups() -> Iterator:
     """Process groups of one rank, for modules that are built by hand."""
-    from equilibrium_mcore.config.schema import ParallelismConfig
-    from equilibrium_mcore.parallel import process_groups
+    from equilibrium_mcore.parallel.process_groups import one_rank
 
-    meeting_point = tmp_path_factory.mktemp("rendezvous") / "file"
-    process_groups.initialize_distributed(
-        rank=0,
-        world_size=1,
-        local_rank=0,
-        timeout_minutes=5,
-        init_method=f"file://{Path(meeting_point)}",
-    )
-    yield process_groups.initialize_groups(ParallelismConfig())
-    process_groups.destroy()
+    with one_rank(seed=0) as found:
+        yield found

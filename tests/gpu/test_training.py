@@ -79,23 +79,16 @@ def train(config, *, steps: int, folder: Path, save: bool = False) -> dict[str, 
     """Train, on one rank; the losses, and the weights at the end, on the CPU."""
     from equilibrium_mcore.certify.kernels import weights
     from equilibrium_mcore.data.blend import Datasets
-    from equilibrium_mcore.parallel import process_groups
-    from equilibrium_mcore.parallel.launch import RankInfo
     from equilibrium_mcore.training.callbacks import CheckpointCallback, LogCallback
-    from equilibrium_mcore.training.setup import setup
+    from equilibrium_mcore.training.setup import run_alone
     from equilibrium_mcore.training.step import train_step
 
     folder.mkdir(parents=True, exist_ok=True)
-    place = RankInfo.alone()
-    try:
-        run = setup(config, place, datasets=Datasets(Counting(), None, None))
+    with run_alone(config, datasets=Datasets(Counting(), None, None)) as run:
         losses = [train_step(run).loss for _ in range(steps)]
         if save:
             CheckpointCallback(config, LogCallback(config)).on_end(run, reason="stop")
         kept = {n: p.detach().cpu().clone() for n, p in weights(run.chunks[0]).items()}
-        run.stream.close()
-    finally:
-        process_groups.destroy()
     return {"losses": losses, "weights": kept, "step": run.progress.step}
 
 

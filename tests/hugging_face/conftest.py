@@ -27,7 +27,6 @@ from equilibrium_mcore.config.schema import (
     TrainingConfig,
 )
 from equilibrium_mcore.data.tokenizer import load_tokenizer
-from equilibrium_mcore.hugging_face.verify import _world_of_one
 from equilibrium_mcore.parallel import accelerator
 
 accelerator.install()
@@ -174,15 +173,13 @@ def _save(model_config: ModelConfig, directory: Path, tokenizer: Path) -> Saved:
     from megatron.core import dist_checkpointing
 
     from equilibrium_mcore.models.provider import build_model
-    from equilibrium_mcore.parallel.process_groups import initialize_groups, seed_everything
+    from equilibrium_mcore.parallel.process_groups import one_rank
 
     config = _run_config(model_config, directory, tokenizer)
     text = "def f(x):\n    return x\nHowever, the default is None. "
     ids = load_tokenizer(config.data.tokenizer).encode(text * 2)[:48]
     batch = torch.tensor([ids, ids[::-1]])
-    with _world_of_one():
-        groups = initialize_groups(config.parallelism)
-        seed_everything(7)
+    with one_rank(seed=7) as groups:
         model = build_model(model_config, config.parallelism, config.training, groups).eval()
         _randomize(model)
         positions = torch.arange(batch.shape[1]).expand_as(batch)

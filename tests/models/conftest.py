@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed import FileStore
 
 from equilibrium_mcore.config.schema import (
     AttentionConfig,
@@ -51,23 +50,15 @@ SECTIONS = {
 
 
 @pytest.fixture(scope="module")
-def single_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def single_rank() -> Iterator[Any]:
     """megatron-core's groups over this process alone.
 
     Per module, not per session: tests of other rooms in this process want groups of their own.
     """
-    from equilibrium_mcore.parallel import process_groups
+    from equilibrium_mcore.parallel.process_groups import one_rank
 
-    torch.distributed.init_process_group(
-        accelerator.communication_backend(),
-        store=FileStore(str(tmp_path_factory.mktemp("rank") / "store"), 1),
-        rank=0,
-        world_size=1,
-    )
-    groups = process_groups.initialize_groups(ParallelismConfig())
-    process_groups.seed_everything(0)
-    yield groups
-    process_groups.destroy()
+    with one_rank(seed=0) as groups:
+        yield groups
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,7 @@ def killed(piece, *rest):
         os.kill(os.getpid(), signal.SIGKILL)
     return encode_range(piece, *rest)
 if {at} < 0:
-    workers._start_worker = lambda parent: os.kill(os.getpid(), signal.SIGKILL)
+    workers._start_worker = lambda: os.kill(os.getpid(), signal.SIGKILL)
 workers.encode_range = killed
 """
 

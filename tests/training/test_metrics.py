@@ -9,6 +9,7 @@ import psutil
 import pytest
 import torch
 
+from equilibrium_mcore.files.json_lines import json_line
 from equilibrium_mcore.training.metrics import (
     EventRecord,
     JsonlWriter,
@@ -20,7 +21,7 @@ from equilibrium_mcore.training.metrics import (
     memory_gib,
     perplexity_of,
     read_metrics,
-    record_to_json,
+    record_values,
 )
 from tests.support.runs import tiny_run
 
@@ -83,7 +84,8 @@ def test_each_record_is_in_the_file_before_the_next_one(tmp_path):
 
 def test_numbers_that_are_not_finite_are_null_in_strict_json(tmp_path):
     record = train_record(1, loss=math.nan, gradient_norm=math.inf)
-    values = json.loads(record_to_json(record), parse_constant=pytest.fail)
+    line = json_line(record_values(record))
+    values = json.loads(line, parse_constant=pytest.fail)
     assert values["loss"] is None and values["gradient_norm"] is None
     assert "loss    nan" in format_record(record, total_steps=400)
 
@@ -117,11 +119,11 @@ def test_a_new_start_moves_the_old_file_to_the_archive(tmp_path):
 
 def test_reading_leaves_out_a_cut_last_line_only(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    good = record_to_json(train_record(1)) + "\n"
+    good = json_line(record_values(train_record(1)))
     # Cut inside a two-byte character, as a kill may do it.
-    path.write_bytes(good.encode() + '{"kind": "event", "x": "é'.encode()[:-1])
+    path.write_bytes(good + '{"kind": "event", "x": "é'.encode()[:-1])
     assert steps_of(read_metrics(path), "train") == [1]
-    path.write_text(good + '{"kind": "tr\n' + good)
+    path.write_bytes(good + b'{"kind": "tr\n' + good)
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
         read_metrics(path)
 
@@ -230,7 +232,7 @@ def test_figures_of_an_objective_stand_beside_the_loss(tmp_path):
 
 def test_a_figure_never_hides_a_field():
     with pytest.raises(ValueError, match="gradient_norm"):
-        record_to_json(train_record(1, figures={"gradient_norm": 0.0}))
+        record_values(train_record(1, figures={"gradient_norm": 0.0}))
 
 
 @pytest.mark.parametrize(

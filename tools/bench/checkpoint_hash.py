@@ -21,6 +21,7 @@ from pathlib import Path
 
 from equilibrium_mcore.checkpoint.opened import open_weights
 from equilibrium_mcore.files.paths import user_path
+from equilibrium_mcore.files.tables import terminal_table
 
 
 def seconds(work: Callable[[], object], repeats: int) -> float:
@@ -56,10 +57,12 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bytes"
-        path.write_bytes(os.urandom(options.mib << 20))
+        path.write_bytes(os.urandom(options.mib << 20))  # not whole: it is to be in memory alone
+        rows = []
         for name in ("sha256", "blake2b", "sha512", "crc32"):
             taken = seconds(lambda name=name: digest(path, name), options.repeats)
-            print(f"{name:8} {options.mib / 1024 / taken:5.2f} GiB/s, one thread")
+            rows.append((name, f"{options.mib / 1024 / taken:.2f}"))
+    print(terminal_table(("hash", "GiB/s, one thread"), rows, align="lr"))
     if options.checkpoint is not None:
         opened = open_weights(options.checkpoint)
         taken = seconds(lambda: open_weights(opened.path), options.repeats)

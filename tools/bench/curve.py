@@ -14,13 +14,14 @@ Examples:
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from equilibrium_mcore.training.metrics import METRICS_FILE, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPARED = ("loss", "aux_loss", "gradient_norm", "learning_rate", "tokens")
@@ -111,8 +112,7 @@ def _train(tree: Path, output: Path, settings: list[str]) -> list[dict]:
     _python(
         tree, "-m", "equilibrium_mcore.pretrain", config, f"output_directory={output}", *settings
     )
-    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == "train"]
+    return [record for record in read_metrics(output / METRICS_FILE) if record["kind"] == "train"]
 
 
 def _speed(records: list[dict]) -> float:

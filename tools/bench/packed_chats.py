@@ -17,6 +17,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import sys
 import tempfile
@@ -31,6 +32,7 @@ import numpy as np
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.load import load_run
 from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.files.tables import terminal_table
 from equilibrium_mcore.parallel import accelerator
 
 SEQUENCES = 8  # of a step
@@ -57,12 +59,12 @@ def made_up(config: RunConfig, *, median: float, spread: float) -> Any:
     )
 
 
-def stage_steps(config: RunConfig, examples: Any) -> list[Callable[[], int]]:
+@contextlib.contextmanager
+def stage_steps(config: RunConfig, examples: Any) -> Iterator[list[Callable[[], int]]]:
     """Functions that train a step of the stage and give its tokens: packed, and with window 1."""
     from equilibrium_mcore.data.blend import Datasets
     from equilibrium_mcore.data.chat.dataset import ConversationDataset
-    from equilibrium_mcore.parallel.launch import RankInfo
-    from equilibrium_mcore.training.setup import setup
+    from equilibrium_mcore.training.setup import Run, run_alone
     from equilibrium_mcore.training.step import train_step
 
     def dataset(window: int) -> ConversationDataset:
@@ -76,15 +78,14 @@ def stage_steps(config: RunConfig, examples: Any) -> list[Callable[[], int]]:
             window=window,
         )
 
-    packed, alone = dataset(config.data.window), dataset(1)
-    run = setup(config, RankInfo.alone(), datasets=Datasets(packed, None, None))
-    streams = [run.stream_of(samples, consumed_samples=0) for samples in (packed, alone)]
-
-    def step(stream: Any) -> int:
+    def step(run: Run, stream: Any) -> int:
         run.stream = stream
         return train_step(run).tokens
 
-    return [partial(step, stream) for stream in streams]
+    packed, alone = dataset(config.data.window), dataset(1)
+    with run_alone(config, datasets=Datasets(packed, None, None)) as run:
+        streams = [run.stream_of(samples, consumed_samples=0) for samples in (packed, alone)]
+        yield [partial(step, run, stream) for stream in streams]
 
 
 def plain_steps(config: RunConfig, examples: Any) -> Callable[[], int]:
@@ -174,14 +175,15 @@ def main() -> int:
         accelerator.quiet_libraries()
         accelerator.install()  # before megatron-core is imported
         examples = made_up(config, median=options.median, spread=options.spread)
-        steps = [*stage_steps(config, examples), plain_steps(config, examples)]
-        rates = race(dict(zip(WAYS, steps, strict=True)), options.rounds)
+        with stage_steps(config, examples) as steps:
+            ways = dict(zip(WAYS, [*steps, plain_steps(config, examples)], strict=True))
+            rates = race(ways, options.rounds)
     print(
         f"{config.model.name}, sequences of {options.sequence_length:,}, examples of "
         f"{float(examples.lengths.mean()):.0f} tokens on average, {options.rounds} rounds"
     )
-    for name, rate in rates.items():
-        print(f"{name:<30}{rate:>10,.0f} tokens/s{rate / rates[WAYS[1]]:>8.2f} x")
+    rows = [(name, f"{r:,.0f}", f"{r / rates[WAYS[1]]:.2f} x") for name, r in rates.items()]
+    print(terminal_table(("", "tokens/s", "speed"), rows, align="lr"))
     return 0
 
 

@@ -17,6 +17,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from equilibrium_mcore.files.whole import write_whole
+
 ROOT = Path(__file__).resolve().parents[2]
 TREE = ROOT / "docs" / "tree.md"
 FOLDERS = ("equilibrium_mcore", "tools", "examples", "configs", "slurm", "docs", "tests")
@@ -109,7 +111,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if not check:
-        TREE.write_text(text, encoding="utf-8")
+        write_whole(TREE, text)
     elif not TREE.is_file() or TREE.read_text(encoding="utf-8") != text:
         print("error: docs/tree.md is not up to date: python tools/dev/tree.py", file=sys.stderr)
         return 1

@@ -21,9 +21,9 @@ import numpy as np
 from equilibrium_mcore.config.filters import DecontaminationConfig
 from equilibrium_mcore.corpus.filters.base import DocumentFilter, Dropped
 from equilibrium_mcore.corpus.filters.hash_set import HashSet64
-from equilibrium_mcore.corpus.filters.jsonl import read_texts
 from equilibrium_mcore.corpus.filters.ngram_hashes import hash_ngrams, hash_words, simplified
 from equilibrium_mcore.corpus.filters.optional import require_file
+from equilibrium_mcore.data.jsonl import read_texts
 
 
 class DecontaminationFilter(DocumentFilter):

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from equilibrium_mcore.corpus.filters.jsonl import read_texts
 from equilibrium_mcore.corpus.filters.linear_classifier import (
     LinearClassifier,
     train_linear_classifier,
 )
 from equilibrium_mcore.corpus.filters.model_file import check_output
 from equilibrium_mcore.corpus.filters.ngram_hashes import hash_text
+from equilibrium_mcore.data.jsonl import read_texts
 
 THRESHOLDS = (0.3, 0.5, 0.7)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from equilibrium_mcore.corpus.filters.character_ngrams import train_character_ngrams
-from equilibrium_mcore.corpus.filters.jsonl import read_texts
 from equilibrium_mcore.corpus.filters.model_file import check_output
+from equilibrium_mcore.data.jsonl import read_texts
 
 HELD_OUT_EVERY = 20  # one document of so many is kept for the quantiles
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)

@@ -19,7 +19,7 @@ from equilibrium_mcore.corpus.filters.base import (
     apply_or_sign,
 )
 from equilibrium_mcore.corpus.filters.build import build_filters
-from equilibrium_mcore.corpus.filters.jsonl import read_records
+from equilibrium_mcore.data.jsonl import read_objects
 from equilibrium_mcore.data.tokenizer import Tokenizer
 
 
@@ -122,7 +122,7 @@ def draw_records(
     generator = random.Random(seed)
     drawn: list[tuple[int, dict[str, Any]]] = []
     count = 0
-    for number, record in read_records(path):
+    for number, record in read_objects(path):
         if not isinstance(record.get(text_field), str):
             raise ValueError(
                 f"{path}, line {number}: no text under {text_field!r}; it has "

@@ -6,8 +6,10 @@ import json
 from collections.abc import Callable, Sequence
 
 from equilibrium_mcore.corpus.filters.trial import FilterStage, Trial
+from equilibrium_mcore.files.tables import markdown_table, markdown_text, terminal_table
 
 COLUMNS = ("filter", "reached", "kept", "dropped", "share", "changed", "characters", "ms/document")
+REASON_COLUMNS = ("filter", "reason", "documents", "beginning of the first")
 SAMPLE_NOTE = (
     "Deduplication saw a sample only: in the whole file a document meets more others, so more "
     "are dropped. Use --sample 0."
@@ -16,13 +18,8 @@ SAMPLE_NOTE = (
 
 def as_table(trial: Trial) -> str:
     """Columns aligned with spaces; reasons with examples below."""
-    rows = [COLUMNS, *map(_cells, trial.stages)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-    lines = [_headline(trial), ""]
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
+    table = terminal_table(COLUMNS, map(_cells, trial.stages), align="lr")
+    lines = [_headline(trial), "", table]
     for stage in trial.stages:
         for reason, entry in _by_size(stage):
             lines += ["", f"{stage.type}: {reason}: {entry.documents:,}"]
@@ -32,23 +29,20 @@ def as_table(trial: Trial) -> str:
 
 def as_markdown(trial: Trial) -> str:
     """The same as Markdown."""
-    lines = [_headline(trial), "", f"| {' | '.join(COLUMNS)} |"]
-    lines.append("|---" + "|---:" * (len(COLUMNS) - 1) + "|")
-    lines += [
-        f"| {' | '.join(_escaped(cell) for cell in _cells(stage))} |" for stage in trial.stages
+    rows = [[markdown_text(cell) for cell in _cells(stage)] for stage in trial.stages]
+    lines = [_headline(trial), "", markdown_table(COLUMNS, rows, align="lr")]
+    reasons = [
+        (
+            stage.type,
+            markdown_text(reason),
+            f"{entry.documents:,}",
+            markdown_text(next(iter(entry.examples), "")),
+        )
+        for stage in trial.stages
+        for reason, entry in _by_size(stage)
     ]
-    if any(stage.reasons for stage in trial.stages):
-        lines += [
-            "",
-            "| filter | reason | documents | beginning of the first |",
-            "|---|---|---:|---|",
-        ]
-    for stage in trial.stages:
-        for reason, entry in _by_size(stage):
-            first = entry.examples[0] if entry.examples else ""
-            lines.append(
-                f"| {stage.type} | {_escaped(reason)} | {entry.documents:,} | {_escaped(first)} |"
-            )
+    if reasons:
+        lines += ["", markdown_table(REASON_COLUMNS, reasons, align="llrl")]
     return "\n".join([*lines, *_notes(trial)]) + "\n"
 
 
@@ -124,7 +118,3 @@ def _by_size(stage: FilterStage) -> list:
 def _short(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
     return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

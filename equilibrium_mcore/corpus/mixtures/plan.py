@@ -21,6 +21,7 @@ from equilibrium_mcore.corpus.mixtures.documents import (
 from equilibrium_mcore.corpus.mixtures.parts import BadRowError, SourcePart
 from equilibrium_mcore.corpus.mixtures.readers import is_hub, local_files, parts_of, rows_of
 from equilibrium_mcore.data.tokenizer import Tokenizer, load_tokenizer
+from equilibrium_mcore.files.tables import terminal_table
 
 PROBED_ROWS = 20
 CHARACTERS_PER_TOKEN = 3  # for the disk alone, and low: more tokens need more room
@@ -71,15 +72,8 @@ class MixturePlan:
                 f"{metadata.steps:,} steps of {per_step:,.0f} tokens: "
                 f"{per_step / length:,.1f} sequences of {length:,}"
             )
-        header = ("dataset", "mix_ratio", "share", unit, "to take", "estimate", "epochs", "source")
-        rows = [header, *(_row(source) for source in self.sources)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-        for row in rows:
-            cells = [
-                cell.ljust(width) if i in (0, len(row) - 1) else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ]
-            lines.append("  ".join(cells).rstrip())
+        head = ("dataset", "mix_ratio", "share", unit, "to take", "estimate", "epochs", "source")
+        lines.append(terminal_table(head, map(_row, self.sources), align="lrrrrrrl"))
         lines += [_sampling_line(s.dataset) for s in self.sources if _sampling_line(s.dataset)]
         return "\n".join(lines)
 

@@ -246,7 +246,7 @@ def _write_all(
             datasets=facts,
             versions=versions(),
         )
-        (options.output / ".work" / "publishing").write_text(request)
+        write_whole(options.output / ".work" / "publishing", request)
         (options.output / NAME).unlink(missing_ok=True)
         outputs.publish()
     for name, text in blends.items():

@@ -7,19 +7,17 @@ its rows in order. The parts of a source and the rows of a part are the same in 
 from __future__ import annotations
 
 import glob
-import json
 import re
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from equilibrium_mcore.config.mixture import DatasetConfig
 from equilibrium_mcore.corpus.mixtures.hub import hub_parts, stream_rows
 from equilibrium_mcore.corpus.mixtures.parts import BadRowError, SourcePart
 from equilibrium_mcore.data.inputs import SUFFIXES
+from equilibrium_mcore.data.jsonl import parse_object
 from equilibrium_mcore.data.text_files import line_number, lines_of_compressed, lines_of_range
 
 # Parts are read in a seeded order, so a source of many parts is sampled more evenly.
@@ -129,8 +127,8 @@ def _jsonl_rows(dataset: DatasetConfig, part: SourcePart, skip: int) -> Iterator
             continue
         count += 1
         if count > skip:
-            row = _parse(line)
-            if isinstance(row, str):
+            row = _object_or_error(line)
+            if isinstance(row, ValueError):
                 place = f"{path}, line {line_number(path, offset):,}"
                 yield place, BadRowError(f"{place}: {row}")
             else:
@@ -146,28 +144,15 @@ def _compressed_rows(
             continue
         count += 1
         if count > skip:
-            row, place = _parse(line), f"{part.path}, line {number:,}"
-            yield place, BadRowError(f"{place}: {row}") if isinstance(row, str) else row
+            row, place = _object_or_error(line), f"{part.path}, line {number:,}"
+            yield place, BadRowError(f"{place}: {row}") if isinstance(row, ValueError) else row
 
 
-def _parse(line: bytes) -> dict[str, Any] | str:
-    """The object of a line, or what is wrong with it."""
+def _object_or_error(line: bytes) -> dict[str, Any] | ValueError:
     try:
-        row = orjson.loads(line)
-    except ValueError:
-        return _parse_slowly(line)
-    return row if isinstance(row, dict) else f"not a JSON object but {type(row).__name__}"
-
-
-def _parse_slowly(line: bytes) -> dict[str, Any] | str:
-    """The standard library accepts a little more (NaN), and says better what is wrong."""
-    try:
-        row = json.loads(line)
-    except UnicodeDecodeError as error:
-        return f"not UTF-8 (byte {error.start} of the line)"
-    except (ValueError, RecursionError) as error:
-        return f"not JSON ({error})"
-    return row if isinstance(row, dict) else f"not a JSON object but {type(row).__name__}"
+        return parse_object(line)
+    except ValueError as error:
+        return error
 
 
 # ---------------------------------------------------------------------------- Parquet and Arrow

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from equilibrium_mcore.corpus.mixtures.analyze import MixtureAnalysis, SourceAnalysis
+from equilibrium_mcore.files.tables import csv_table, markdown_table
 
 Columns = list[tuple[str, Callable[[SourceAnalysis], Any], str]]
 """Heading, value, and its format."""
@@ -77,12 +76,9 @@ def markdown(analysis: MixtureAnalysis, *, cost: Sequence[str] = (), pictures=()
 def table(sources: Sequence[SourceAnalysis], columns: Columns) -> str:
     """A Markdown table; columns that nothing fills are left out."""
     filled = [c for c in columns if any(c[1](source) is not None for source in sources)]
-    lines = ["| " + " | ".join(heading for heading, _, _ in filled) + " |"]
-    lines.append("|" + "|".join("---" if form == "s" else "---:" for _, _, form in filled) + "|")
-    for source in sources:
-        cells = [_cell(value(source), form) for _, value, form in filled]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = [[_cell(value(source), form) for _, value, form in filled] for source in sources]
+    sides = "".join("l" if form == "s" else "r" for _, _, form in filled)
+    return markdown_table([heading for heading, _, _ in filled], rows, align=sides)
 
 
 def csv_text(analysis: MixtureAnalysis) -> str:
@@ -91,13 +87,9 @@ def csv_text(analysis: MixtureAnalysis) -> str:
     if analysis.prepared:
         columns += [*KEPT[1:], *LENGTHS[1:]]
         columns += TOKENS[1:-1] if analysis.unit == "tokens" else []
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow([heading.replace(" ", "_").replace(",", "") for heading, _, _ in columns])
-    for source in analysis.sources:
-        values = [value(source) for _, value, _ in columns]
-        writer.writerow(["" if value is None else value for value in values])
-    return stream.getvalue()
+    head = [heading.replace(" ", "_").replace(",", "") for heading, _, _ in columns]
+    rows = ([value(source) for _, value, _ in columns] for source in analysis.sources)
+    return csv_table(head, rows)
 
 
 def json_text(analysis: MixtureAnalysis, *, cost: dict[str, Any] | None = None) -> str:
@@ -107,17 +99,16 @@ def json_text(analysis: MixtureAnalysis, *, cost: dict[str, Any] | None = None) 
 
 
 def _reasons(analysis: MixtureAnalysis) -> str:
-    lines = ["| dataset | reason | documents | of rows |", "|---|---|---:|---:|"]
-    for source in analysis.sources:
-        for reason, count in sorted(source.dropped.items(), key=lambda item: (-item[1], item[0])):
-            share = count / source.rows if source.rows else 0
-            cells = (source.name, reason, f"{count:,}", f"{share:.1%}")
-            lines.append("| " + " | ".join(_cell(cell, "s") for cell in cells) + " |")
-    return "\n".join(lines) if len(lines) > 2 else ""
+    rows = [
+        (source.name, reason, f"{count:,}", f"{count / max(source.rows, 1):.1%}")
+        for source in analysis.sources
+        for reason, count in sorted(source.dropped.items(), key=lambda item: (-item[1], item[0]))
+    ]
+    head = ("dataset", "reason", "documents", "of rows")
+    return markdown_table(head, rows, align="llr") if rows else ""
 
 
 def _cell(value: Any, form: str) -> str:
     if value is None:
         return "-"
-    text = format(value, form) if form != "s" else str(value)
-    return " ".join(text.replace("|", "\\|").split())
+    return format(value, form) if form != "s" else str(value)

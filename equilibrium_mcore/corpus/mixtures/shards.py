@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -37,6 +36,8 @@ from equilibrium_mcore.corpus.mixtures.documents import (
 from equilibrium_mcore.corpus.mixtures.parts import BadRowError, SourcePart
 from equilibrium_mcore.corpus.mixtures.readers import rows_of
 from equilibrium_mcore.data.tokenizer import load_tokenizer
+from equilibrium_mcore.files.json_lines import json_line
+from equilibrium_mcore.files.whole import whole_file, write_whole
 
 SHARD_CHARACTERS = 16 << 20
 SHARD_ROWS = 50_000
@@ -208,7 +209,7 @@ class _Draft:
         self.documents.append(self._changed(document, outcome.text))
 
     def write(self, part: int, number: int, *, last: bool) -> Shard:
-        """Encode, write aside, and rename; the counts come last."""
+        """Encode, and write the files whole; the counts come last."""
         stem = shard_stem(self.spec.folder, part, number)
         payload, sizes, lengths = self._encode()
         fate = np.array(self.columns["fate"], np.uint16)
@@ -226,10 +227,10 @@ class _Draft:
             arrays[f"signatures_{place}"] = np.stack(rows)
         self.facts.last, self.facts.dropped = last, dict(self.dropped)
         self.facts.payload_sha256 = hashlib.sha256(payload).hexdigest()
-        _write(stem.with_suffix(".bin"), lambda file: file.write(payload))
-        _write(stem.with_suffix(".npz"), lambda file: np.savez(file, **arrays))
-        text = json.dumps(asdict(self.facts)).encode()
-        _write(stem.with_suffix(".json"), lambda file: file.write(text))
+        write_whole(stem.with_suffix(".bin"), payload)
+        with whole_file(stem.with_suffix(".npz"), "wb") as stream:
+            np.savez(stream, **arrays)
+        write_whole(stem.with_suffix(".json"), json.dumps(asdict(self.facts)))
         return Shard(self.spec.folder, part, number, self.facts)
 
     def _sampling_value(self, row: Any) -> float:
@@ -286,10 +287,7 @@ class _Draft:
         """Payload, and per document its bytes and its tokens (1 for a record)."""
         encoder = self.maker.encoder
         if self.spec.kind != "text":
-            lines = [
-                json.dumps(document.record, ensure_ascii=False).encode() + b"\n"
-                for document in self.documents
-            ]
+            lines = [json_line(document.record) for document in self.documents]
             sizes = np.array([len(line) for line in lines], np.int64)
             return b"".join(lines), sizes, np.ones(len(lines), np.int32)
         assert encoder is not None
@@ -306,12 +304,3 @@ def document_hash(text: str, seed: int) -> int:
     """64 bits of a document and the seed: what decides validation and weighted sampling."""
     state = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode())
     return int.from_bytes(state.digest(), "little")
-
-
-def _write(path: Path, fill: Callable[[Any], Any]) -> None:
-    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with aside.open("wb") as file:
-        fill(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
@@ -23,6 +22,7 @@ from equilibrium_mcore.corpus.mixtures.merge import (
 )
 from equilibrium_mcore.corpus.mixtures.plan import MixturePlan
 from equilibrium_mcore.data.indexed_files import Manifest
+from equilibrium_mcore.files.whole import partial_path, rename_durably, sync_stream
 
 CONVERSATIONS = "conversations.yaml"
 
@@ -100,7 +100,9 @@ class _LinesWriter:
             for held_out, split in ((False, "train"), (True, "validation"))
         }
         self._files: dict[bool, IO[bytes]] = {
-            held_out: _aside(path).open("wb") for held_out, path in self._final.items()
+            # Not whole: published with the other datasets, by `publish`.
+            held_out: partial_path(path).open("wb")
+            for held_out, path in self._final.items()
         }
 
     def __enter__(self) -> _LinesWriter:
@@ -109,7 +111,7 @@ class _LinesWriter:
     def __exit__(self, *_: object) -> None:
         for held_out, path in self._final.items():
             self._files[held_out].close()
-            _aside(path).unlink(missing_ok=True)
+            partial_path(path).unlink(missing_ok=True)
 
     def add(self, payload: bytes, lengths: np.ndarray, held_out: bool) -> None:
         """Append lines."""
@@ -118,13 +120,12 @@ class _LinesWriter:
     def finish(self) -> None:
         """Everything to disk."""
         for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
+            sync_stream(file)
 
     def publish(self) -> None:
         """Rename into place."""
         for path in self._final.values():
-            os.replace(_aside(path), path)
+            rename_durably(partial_path(path), path)
 
 
 def blend_texts(
@@ -213,7 +214,3 @@ def _manifest(
         skipped_lines=bad,
         inputs=inputs,
     )
-
-
-def _aside(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")

@@ -15,11 +15,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import orjson
-
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.data.chat.segments import ROLE_NAMES, Turn
-from equilibrium_mcore.data.jsonl import parse_line
+from equilibrium_mcore.data.jsonl import parse_object
 from equilibrium_mcore.data.text_files import lines_of
 
 MOST_PROBLEMS = 20
@@ -54,7 +52,7 @@ def read_conversations(path: Path) -> Iterator[Conversation]:
         if not line.strip():
             continue
         try:
-            yield parse_conversation(_row(line), number)
+            yield parse_conversation(parse_object(line, strict=True), number)
         except ValueError as error:
             problems.append(f"{path}, line {number}: {error}")
             if len(problems) == MOST_PROBLEMS:
@@ -74,17 +72,6 @@ def parse_conversation(row: Mapping[str, Any], line: int = 0) -> Conversation:
     if {"chosen", "prompt"} & row.keys():
         hint = "; preferences and prompts are for other stages"
     raise ConversationError("", f"none of the keys {', '.join(_FORMS)}; it has {held}{hint}")
-
-
-def _row(line: bytes) -> Mapping[str, Any]:
-    try:
-        row = orjson.loads(line)
-        if isinstance(row, dict):
-            return row
-    except ValueError:
-        pass
-    parse_line(line, ())  # says what is wrong
-    raise ConversationError("", "not JSON that can be used; write the line with a JSON library")
 
 
 # ------------------------------------------------------------------------------------------ forms

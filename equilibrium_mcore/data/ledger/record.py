@@ -10,9 +10,7 @@ the later lines count. `left_out` are samples that the run passes over, [first, 
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from equilibrium_mcore.data.ledger.source import SourceDocuments
 from equilibrium_mcore.data.left_out import LeftOut, PassingCursor
 from equilibrium_mcore.data.open_files import OpenFiles
 from equilibrium_mcore.files.archive import move_to_archive
+from equilibrium_mcore.files.json_lines import JsonLinesLog, read_log
 
 LEDGER_FILE = "ledger.jsonl"
 
@@ -63,15 +62,17 @@ class LedgerFile:
     def __init__(self, run_directory: Path, *, goes_on: bool) -> None:
         """A run that starts from scratch moves an older file to the folder's archive."""
         self.path = Path(run_directory) / LEDGER_FILE
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            if goes_on:
-                _drop_cut_line(self.path)
-            else:
-                move_to_archive(self.path.parent, [self.path.name])
+        if self.path.exists() and not goes_on:
+            move_to_archive(self.path.parent, [self.path.name])
 
     def start(
-        self, *, step: int, samples: int, settings: dict, state: dict, left_out: list[list[int]]
+        self,
+        *,
+        step: int,
+        samples: int,
+        settings: dict,
+        state: dict,
+        left_out: Sequence[Sequence[int]] = (),
     ) -> None:
         """A process begins behind `step` steps and `samples` samples."""
         self._append(
@@ -81,7 +82,7 @@ class LedgerFile:
                 "samples": samples,
                 "settings": settings,
                 "state": state,
-                "left_out": left_out,
+                "left_out": list(left_out),
             }
         )
 
@@ -91,18 +92,8 @@ class LedgerFile:
         self._append({"kind": "checkpoint", "step": step, "samples": samples, "state": short})
 
     def _append(self, record: dict) -> None:
-        line = (json.dumps(record) + "\n").encode()
-        with self.path.open("ab", buffering=0) as stream:
-            if stream.write(line) != len(line):
-                raise OSError(f"{self.path}: only a part of a line was written; is the disk full?")
-            os.fsync(stream.fileno())
-
-
-def _drop_cut_line(path: Path) -> None:
-    """Remove what a killed run left of its last line; it would spoil the next one."""
-    content = path.read_bytes()
-    if content and not content.endswith(b"\n"):
-        os.truncate(path, content.rfind(b"\n") + 1)
+        with JsonLinesLog(self.path) as log:  # seldom: a line for a start, and for a checkpoint
+            log.append(record, durable=True)
 
 
 # ------------------------------------------------------------------------------------ reading
@@ -146,7 +137,7 @@ def read_segments(run_directory: Path) -> list[StepInterval]:
             f"{path} does not exist: name the output_directory of a run with data.order=ledger"
         )
     segments: list[StepInterval] = []
-    for record in _records(path):
+    for record in read_log(path, keys=("kind", "step", "samples", "state")):
         step = record["step"]
         check_version(record["state"])
         if record["kind"] == "start":
@@ -171,19 +162,6 @@ def _cut(segments: list[StepInterval], step: int) -> list[StepInterval]:
         replace(segment, marks=tuple(mark for mark in segment.marks if mark.step <= step))
         for segment in kept
     ]
-
-
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
-        try:
-            yield json.loads(line)
-        except ValueError as error:
-            if number == len(lines):  # cut short: the run was killed, or is writing
-                return
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
 
 
 # ------------------------------------------------------------------------------------ replaying

@@ -21,6 +21,7 @@ from equilibrium_mcore.data.ledger.record import (
 from equilibrium_mcore.data.ledger.source import DocumentSlice, SourceDocuments
 from equilibrium_mcore.data.ledger.trace import readings
 from equilibrium_mcore.data.tokenizer import Tokenizer, load_tokenizer
+from equilibrium_mcore.files.tables import terminal_table
 
 TEXT_TOKENS = 60  # decoded of a document when its text is shown
 TEXT_CHARACTERS = 100
@@ -262,8 +263,8 @@ def as_text(values: dict[str, Any]) -> str:
 
 
 def _consumption_text(values: dict[str, Any]) -> str:
-    rows = [("source", "weight", "documents", "tokens", "share", "epochs", "documents there")]
-    rows += [
+    head = ("source", "weight", "documents", "tokens", "share", "epochs", "documents there")
+    rows = [
         (
             source["name"],
             "none" if source["weight"] is None else f"{source['weight']:.4f}",
@@ -275,19 +276,11 @@ def _consumption_text(values: dict[str, Any]) -> str:
         )
         for source in values["sources"]
     ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    head = (
+    title = (
         f"{values['run']}: {values['tokens']:,} tokens in {values['sequences']:,} sequences, "
         f"{values['step']:,} steps"
     )
-    return "\n".join([head, *lines])
+    return f"{title}\n{terminal_table(head, rows, align='lr')}"
 
 
 def _readings_text(values: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -66,14 +67,14 @@ def stdlib_files(tmp_path_factory, repository) -> dict[str, Path]:
 
     script = runpy.run_path(str(repository / "examples" / "stdlib_text.py"), run_name="stdlib_text")
     folder = tmp_path_factory.mktemp("stdlib")
-    writers = [
-        script["JsonlWriter"](folder / f"{name}.jsonl", 400_000) for name in ("code", "prose")
-    ]
-    root = Path(json.__file__).parents[1]
-    script["write_sources"](root, *writers)
-    for writer in writers:
-        writer.finish()
-    return {name: folder / f"{name}.jsonl" for name in ("code", "prose")}
+    paths = {name: folder / f"{name}.jsonl" for name in ("code", "prose")}
+    with contextlib.ExitStack() as stack:
+        writers = [
+            script["JsonlWriter"](path, stack.enter_context(path.open("wb")), 400_000)
+            for path in paths.values()
+        ]
+        script["write_sources"](Path(json.__file__).parents[1], *writers)
+    return paths
 
 
 @pytest.fixture(scope="session")

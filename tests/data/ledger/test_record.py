@@ -116,7 +116,7 @@ def test_a_line_cut_short_is_left_out_and_does_not_spoil_the_next(tmp_path, pref
     Life(tmp_path, settings(prefixes), **vars(life.saved)).train(5)
     assert [segment.first.step for segment in read_segments(tmp_path)] == [0, 5]
     path.write_text("broken\n" + path.read_text())
-    with pytest.raises(ValueError, match=r"ledger\.jsonl, line 1: not JSON"):
+    with pytest.raises(ValueError, match=r"ledger\.jsonl, line 1: no record"):
         read_segments(tmp_path)
 
 

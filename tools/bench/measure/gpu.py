@@ -31,10 +31,9 @@ from equilibrium_mcore.files.temporary import temporary_folder
 from equilibrium_mcore.models.flops import training_flops_per_token
 from equilibrium_mcore.models.parameters import count_parameters
 from equilibrium_mcore.optim.muon import Muon
-from equilibrium_mcore.parallel import accelerator, process_groups
+from equilibrium_mcore.parallel import accelerator
 from equilibrium_mcore.parallel.host import describe_host
-from equilibrium_mcore.parallel.launch import RankInfo
-from equilibrium_mcore.training.setup import Run, setup
+from equilibrium_mcore.training.setup import Run, run_alone
 from equilibrium_mcore.training.step import train_step
 from tools.bench.measure.gpu_report import Report, Roofs, TrainingFigures, versions
 
@@ -231,9 +230,7 @@ def _train_once(
     start = time.perf_counter()
     with temporary_folder("equilibrium_bench_") as folder:
         config = config.model_copy(update={"output_directory": folder})
-        place = RankInfo.alone()
-        try:
-            run = setup(config, place, datasets=Datasets(tokens, None, None))
+        with run_alone(config, datasets=Datasets(tokens, None, None)) as run:
             losses, seconds, optimizer, muon = [], [], [], []
             with _optimizer_clock(run) as clock:
                 for step in range(plan.warmup_steps + plan.steps):
@@ -246,9 +243,6 @@ def _train_once(
                         muon.append(clock["muon"])
                         if time.perf_counter() - start > plan.time_limit_seconds:
                             break
-            run.stream.close()
-        finally:
-            process_groups.destroy()
     step_seconds = statistics.median(seconds)
     rate = tokens_per_step / step_seconds
     tflops = rate * training_flops_per_token(config.model, training.sequence_length) / 1e12

@@ -8,7 +8,23 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from equilibrium_mcore.files.tables import markdown_table
+
 PACKAGES = ("megatron-core", "transformer-engine", "mamba-ssm", "causal-conv1d", "triton")
+TRAINING_COLUMNS = (
+    "precision",
+    "model, blocks",
+    "sequence",
+    "micro batch",
+    "sequences/step",
+    "tokens/s",
+    "model TFLOP/s",
+    "of roof",
+    "optimizer",
+    "Muon",
+    "peak memory",
+    "loss",
+)
 
 
 @dataclass(frozen=True)
@@ -80,27 +96,25 @@ def markdown(report: Report) -> str:
         + ", ".join(f"{name} {number}" for name, number in report.versions.items())
         + ".",
         "",
-        "| roof | measured |",
-        "| --- | ---: |",
-        f"| matrix product, bf16 | {roofs.bf16_tflops:,.4g} TFLOP/s |",
-        f"| matrix product, fp8 | {fp8} |",
-        f"| copy, read + written | {roofs.copy_gb_per_second:,.4g} GB/s |",
+        markdown_table(
+            ("roof", "measured"),
+            [
+                ("matrix product, bf16", f"{roofs.bf16_tflops:,.4g} TFLOP/s"),
+                ("matrix product, fp8", fp8),
+                ("copy, read + written", f"{roofs.copy_gb_per_second:,.4g} GB/s"),
+            ],
+            align="lr",
+        ),
     ]
     if not report.training and not report.not_run:
         return "\n".join(lines)
-    lines += [
-        "",
-        "| precision | model, blocks | sequence | micro batch | sequences/step | tokens/s "
-        "| model TFLOP/s | of roof | optimizer | Muon | peak memory | loss |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
-    ]
-    lines += [_row(figures) for figures in report.training]
-    lines += [f"| {part} | not run: {why} |" + " - |" * 10 for part, why in report.not_run.items()]
-    return "\n".join(lines)
+    rows = [_row(figures) for figures in report.training]
+    rows += [[part, f"not run: {why}", *"-" * 10] for part, why in report.not_run.items()]
+    return "\n".join([*lines, "", markdown_table(TRAINING_COLUMNS, rows, align="llrrrrrrrrrl")])
 
 
-def _row(f: TrainingFigures) -> str:
-    cells = [
+def _row(f: TrainingFigures) -> list[str]:
+    return [
         f.precision,
         f"{f.model}, {f.blocks}",
         str(f.sequence_length),
@@ -114,4 +128,3 @@ def _row(f: TrainingFigures) -> str:
         f"{f.peak_memory_gib:.1f} GiB",
         f"{f.first_loss:.3f} to {f.last_loss:.3f}",
     ]
-    return "| " + " | ".join(cells) + " |"

@@ -6,13 +6,14 @@ of many documents linked under a few, whose .bin is sparse (it takes no room and
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import struct
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from equilibrium_mcore.data.indexed_files import (
     dataset_paths,
 )
 from equilibrium_mcore.data.tokenizer import Tokenizer, load_tokenizer
+from equilibrium_mcore.files.whole import sync_file, whole_file, write_whole
 
 SEQUENCE_LENGTH = 2048
 PLANNED_SAMPLES = 20_000
@@ -144,9 +146,9 @@ def _in_a_process(*arguments: Any) -> Opening:
 
 def _forget(path: Path) -> None:
     """Take a file out of the page cache, so that opening it reads the disk."""
+    sync_file(path)  # pages that are not written yet stay in memory
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
@@ -160,7 +162,7 @@ def _made_up_tokenizer(folder: Path) -> TokenizerConfig:
     words = ["".join(generator.choice(list("abcdefghij"), 5)) for _ in range(500)]
     text = folder / "text.jsonl"
     lines = [f'{{"text": "{" ".join(generator.choice(words, 40))}"}}\n' for _ in range(200)]
-    text.write_text("".join(lines))
+    write_whole(text, "".join(lines))
     model = folder / "tokenizer.model"
     train_tokenizer(inputs=[text], output=model, vocab_size=512, threads=1)
     return TokenizerConfig(type="SentencePieceTokenizer", model=model)
@@ -201,7 +203,7 @@ def _large_source(prefix: Path, documents: int, tokenizer: Tokenizer) -> Path:
     binary, index, _ = dataset_paths(prefix)
     generator = np.random.default_rng(SEED)
     tokens = 0
-    with index.open("wb") as stream:
+    with whole_file(index, "wb") as stream:
         stream.write(MAGIC + struct.pack("<QBQQ", VERSION, 8, documents, documents + 1))
         starts = stream.tell() + 4 * documents
         for begin in range(0, documents, INDEX_BLOCK):
@@ -217,18 +219,11 @@ def _large_source(prefix: Path, documents: int, tokenizer: Tokenizer) -> Path:
         for begin in range(0, documents + 1, INDEX_BLOCK):
             end = min(begin + INDEX_BLOCK, documents + 1)
             stream.write(np.arange(begin, end, dtype=np.int64).tobytes())
-    with binary.open("wb") as stream:
+    with whole_file(binary, "wb") as stream:
         stream.truncate(2 * tokens)
     manifest = _manifest(tokenizer, documents, tokens)
-    dataset_paths(prefix)[2].write_text(_json(manifest), encoding="utf-8")
+    write_whole(dataset_paths(prefix)[2], json.dumps(asdict(manifest)))
     return prefix
-
-
-def _json(manifest: Manifest) -> str:
-    import json
-    from dataclasses import asdict
-
-    return json.dumps(asdict(manifest))
 
 
 def _blend(folder: Path, source: Path, count: int, tokenizer: TokenizerConfig) -> DataConfig:

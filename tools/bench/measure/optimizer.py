@@ -19,15 +19,14 @@ from equilibrium_mcore.config.layout import global_batch_tokens, resolve_world_s
 from equilibrium_mcore.config.pattern import CUT, cut_into
 from equilibrium_mcore.config.schema import ParallelismConfig, RunConfig
 from equilibrium_mcore.data.blend import Datasets
+from equilibrium_mcore.files.tables import markdown_table
 from equilibrium_mcore.files.temporary import temporary_folder
 from equilibrium_mcore.models.flops import training_flops_per_token
 from equilibrium_mcore.optim import muon as muon_module
 from equilibrium_mcore.optim.ownership import newton_schulz_operations, spread
 from equilibrium_mcore.optim.param_groups import ParameterRow, parameter_rows
 from equilibrium_mcore.optim.parts import part_shapes
-from equilibrium_mcore.parallel import process_groups
-from equilibrium_mcore.parallel.launch import RankInfo
-from equilibrium_mcore.training.setup import Run, setup
+from equilibrium_mcore.training.setup import Run, run_alone
 from equilibrium_mcore.training.step import train_step
 from tools.bench.measure.gpu import UniformTokens
 
@@ -165,27 +164,19 @@ def measure(config: RunConfig, *, steps: int) -> tuple[Times, UpdateComparison]:
                 "optimizer": config.optimizer.model_copy(update={"schedule": schedule}),
             }
         )
-        try:
-            place = RankInfo.alone()
-            run = setup(alone, place, datasets=Datasets(tokens, None, None))
+        with run_alone(alone, datasets=Datasets(tokens, None, None)) as run:
             return measure_steps(run, steps=steps), compare_with_loop(run)
-        finally:
-            process_groups.destroy()
 
 
 def report(config: RunConfig, times: Times, race: UpdateComparison) -> str:
     """Markdown: what was measured on this host, in one process."""
     tokens = global_batch_tokens(config)
+    measured = {what: getattr(times, what) for what in ("step", "optimizer", "newton_schulz")}
+    rows = [(what, f"{s * 1e3:.1f}", f"{s / times.step:.1%}") for what, s in measured.items()]
     lines = [
         f"## Measured: {config.model.name}, one rank, {tokens:,} tokens a step",
         "",
-        "| what | ms | of the step |",
-        "|---|---|---|",
-    ]
-    for what in ("step", "optimizer", "newton_schulz"):
-        seconds = getattr(times, what)
-        lines.append(f"| {what} | {seconds * 1e3:.1f} | {seconds / times.step:.1%} |")
-    lines += [
+        markdown_table(("what", "ms", "of the step"), rows, align="lr"),
         "",
         f"One Muon update of its {race.matrices} matrices, relative to megatron-core's loop "
         f"({race.loop * 1e3:.1f} ms): batched {race.batched / race.loop:.2f}, batched and split "

@@ -22,6 +22,11 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from equilibrium_mcore.data.jsonl import parse_object
+from equilibrium_mcore.files.json_lines import json_line
+from equilibrium_mcore.files.tables import markdown_table
+from equilibrium_mcore.files.whole import whole_file, write_whole
+
 TEXT_ENDINGS = (
     ".py .pyi .txt .md .rst .h .hpp .c .js .html .po .json .xml .pl .pm .sh .css .yaml .toml .tex"
 ).split()
@@ -29,6 +34,15 @@ TEXT_ROOTS = ("/usr/share", "/usr/lib", "/usr/include")
 LARGEST_FILE_BYTES = 2_000_000
 TOKENIZER_TEXT_BYTES = 20_000_000
 VOCABULARY = 32_000
+COLUMNS = (
+    "tool",
+    "runs",
+    "wall s: min, median, max",
+    "MB/s",
+    "CPU s",
+    "peak GiB",
+    "wall, CPU: ratio",
+)
 CLONE = "git clone --depth 1 https://github.com/NVIDIA/Megatron-LM"
 
 
@@ -104,7 +118,8 @@ def _run(tool: Runs) -> None:
     tool.prefix.parent.mkdir(exist_ok=True)
     script = Path(tool.command[1])
     environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
-    with (tool.prefix.parent / f"{tool.prefix.name}.log").open("wb") as log:
+    path = tool.prefix.with_name(f"{tool.prefix.name}.log")
+    with path.open("wb") as log:  # not whole: a process writes to it
         started = time.perf_counter()
         process = subprocess.Popen(tool.command, stdout=log, stderr=log, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
@@ -138,24 +153,26 @@ def _sha256(path: Path) -> str:
 def _table(tools: Sequence[Runs], megabytes: float, digest: str) -> str:
     measured = [tool for tool in tools if tool.seconds]
     ours, our_cpu = map(statistics.median, (measured[0].seconds, measured[0].cpu_seconds))
-    lines = [
-        "| tool | runs | wall s: min, median, max | MB/s | CPU s | peak GiB | wall, CPU: ratio |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for tool in measured:
         middle, cpu = statistics.median(tool.seconds), statistics.median(tool.cpu_seconds)
-        lines.append(
-            f"| {tool.name} | {len(tool.seconds)} | {min(tool.seconds):.2f}, {middle:.2f}, "
-            f"{max(tool.seconds):.2f} | {megabytes / middle:.1f} | "
-            f"{cpu:.2f} | {max(tool.peak_gib):.2f} | {middle / ours:.1f}, {cpu / our_cpu:.1f} |"
+        rows.append(
+            (
+                tool.name,
+                len(tool.seconds),
+                f"{min(tool.seconds):.2f}, {middle:.2f}, {max(tool.seconds):.2f}",
+                f"{megabytes / middle:.1f}",
+                f"{cpu:.2f}",
+                f"{max(tool.peak_gib):.2f}",
+                f"{middle / ours:.1f}, {cpu / our_cpu:.1f}",
+            )
         )
-    lines.append("")
-    lines.append(
+    note = (
         f"{megabytes:.0f} MB of JSONL; .bin and .idx are equal (.bin starts with SHA-256 {digest})"
         if len(measured) > 1
         else f"{megabytes:.0f} MB of JSONL"
     )
-    return "\n".join(lines)
+    return f"{markdown_table(COLUMNS, rows)}\n\n{note}"
 
 
 # ------------------------------------------------------------------------------------ material
@@ -179,8 +196,7 @@ def collect_text(path: Path, *, megabytes: float) -> Path:
     random.Random(0).shuffle(files)
     seen: set[bytes] = set()
     written = 0
-    aside = path.with_name(path.name + ".partial")
-    with aside.open("wb") as stream:
+    with whole_file(path, "wb") as stream:
         for found in files:
             try:
                 data = found.read_bytes()
@@ -191,15 +207,14 @@ def collect_text(path: Path, *, megabytes: float) -> Path:
             if digest in seen or not data:
                 continue
             seen.add(digest)
-            written += stream.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            written += stream.write(json_line(record))
             if written >= megabytes * 1e6:
                 break
-    if written < megabytes * 1e6:
-        raise RuntimeError(
-            f"this machine has {written / 1e6:.0f} MB of text in {', '.join(roots)} and "
-            f"{', '.join(TEXT_ROOTS)}, not {megabytes:.0f}: give a file with --input"
-        )
-    os.replace(aside, path)
+        if written < megabytes * 1e6:
+            raise RuntimeError(
+                f"this machine has {written / 1e6:.0f} MB of text in {', '.join(roots)} and "
+                f"{', '.join(TEXT_ROOTS)}, not {megabytes:.0f}: give a file with --input"
+            )
     return path
 
 
@@ -232,14 +247,12 @@ def train_tokenizer(folder: Path, source: Path) -> Path:
     )
     with source.open("rb") as stream:
         lines = stream.readlines(TOKENIZER_TEXT_BYTES)
-    backend.train_from_iterator((json.loads(line)["text"] for line in lines), trainer)
+    backend.train_from_iterator((parse_object(line)["text"] for line in lines), trainer)
     folder.mkdir(parents=True, exist_ok=True)
     config: Mapping[str, str] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|endoftext|>",
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    aside = folder / "tokenizer.json.partial"
-    backend.save(str(aside))
-    os.replace(aside, folder / "tokenizer.json")
+    write_whole(folder / "tokenizer_config.json", json.dumps(config))
+    write_whole(folder / "tokenizer.json", backend.to_str(pretty=True))
     return folder

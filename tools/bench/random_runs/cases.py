@@ -104,7 +104,7 @@ def _run(seed: int, number: int, limit_seconds: float, stop: threading.Event) ->
     with tempfile.TemporaryDirectory(prefix="certificates_") as folder:
         output, log = Path(folder) / "certificate.json", Path(folder) / "log"
         command = [sys.executable, "-W", "ignore", TOOL, "--seed", str(seed), "--case", str(number)]
-        with log.open("wb") as stream:
+        with log.open("wb") as stream:  # not whole: a process writes to it, and it is removed
             process = subprocess.Popen(
                 [*command, "--json", str(output)],
                 cwd=REPOSITORY,

@@ -8,6 +8,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
+from equilibrium_mcore.files.tables import markdown_table
 from tools.bench.random_runs.cases import CRASH, HANG, OUTCOMES, TOOL, Result
 
 BAD = (OUTCOMES[1], CRASH, HANG)
@@ -33,7 +34,7 @@ def _outcomes(results: list[Result]) -> str:
     rows = [(outcome, counts[outcome]) for outcome in order]
     layouts = len({result.layout for result in results})
     heading = f"{len(results)} random twins in {layouts} layouts"
-    return f"{heading}\n\n" + _table(("outcome", "cases"), rows)
+    return f"{heading}\n\n" + markdown_table(("outcome", "cases"), rows)
 
 
 def _differences(results: list[Result]) -> str:
@@ -51,7 +52,8 @@ def _differences(results: list[Result]) -> str:
         (what, *(f"{found[o]:.1e}" if o in found else "" for o in optimizers), f"{allowed[what]:g}")
         for what, found in worst.items()
     ]
-    return rows and _table(("worst relative difference", *optimizers, "widest tolerance"), rows)
+    head = ("worst relative difference", *optimizers, "widest tolerance")
+    return rows and markdown_table(head, rows)
 
 
 def _number(value: float) -> float:
@@ -66,21 +68,21 @@ def _failures(results: list[Result], seed: int) -> str:
             r.layout,
             r.optimizer,
             r.threads,
-            r.detail.replace("|", "\\|"),
+            r.detail,
             f"`python {TOOL} --seed {seed} --case {r.number}`",
         )
         for r in results
         if r.outcome != OUTCOMES[0]
     ]
     heads = ("case", "outcome", "layout", "optimizer", "threads", "what", "again")
-    return rows and _table(heads, rows)
+    return rows and markdown_table(heads, rows)
 
 
 def _refusals(results: list[Result]) -> str:
     reasons = Counter(_rule(text) for result in results for text in result.refused)
     proposals = len(results) + reasons.total()
     heading = f"Of {proposals} proposals {reasons.total()} were refused by rules, and drawn again"
-    return f"{heading}\n\n" + _table(("refused", "times"), reasons.most_common())
+    return f"{heading}\n\n" + markdown_table(("refused", "times"), reasons.most_common())
 
 
 def _rule(text: str) -> str:
@@ -96,18 +98,11 @@ def _coverage(results: list[Result]) -> str:
         for key, value in result.drawn.items():
             seen[key][json.dumps(value)] += 1
     rows = [(f"`{key}`" if "." in key else key, _values(counts)) for key, counts in seen.items()]
-    return _table(("setting", "values, and how many cases had them"), rows)
+    return markdown_table(("setting", "values, and how many cases had them"), rows)
 
 
 def _values(counts: Counter) -> str:
     if len(counts) > MANY:
         return f"{len(counts)} different ones"
     text = ", ".join(f"{value} ({times})" for value, times in counts.most_common())
-    return text.replace("|", "\\|")
-
-
-def _table(heads: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
-    heads = [str(head) for head in heads]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
-    return "\n".join(lines)
+    return text

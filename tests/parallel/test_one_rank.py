@@ -1,0 +1,49 @@
+"""A world of one rank: made without a port or a file, and gone afterwards, whatever happens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from equilibrium_mcore.parallel import accelerator
+
+accelerator.install()
+
+from equilibrium_mcore.data.blend import Datasets  # noqa: E402
+from equilibrium_mcore.parallel.process_groups import one_rank  # noqa: E402
+from equilibrium_mcore.training.setup import run_alone  # noqa: E402
+from tests.support.runs import tiny_run  # noqa: E402
+
+
+def test_groups_of_one_rank_and_the_same_seeds_each_time():
+    drawn = []
+    for _ in range(2):
+        with one_rank(seed=5) as groups:
+            sizes = [group.size() for group in (groups.tp, groups.pp, groups.cp, groups.dp_cp)]
+            assert sizes == [1, 1, 1, 1] and torch.distributed.get_world_size() == 1
+            drawn.append(torch.rand(3))
+    assert torch.equal(*drawn) and not torch.distributed.is_initialized()
+
+
+def test_groups_are_left_where_the_work_fails():
+    with pytest.raises(KeyError), one_rank(seed=5):
+        raise KeyError
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_rank_of_a_job_is_no_world_of_its_own():
+    with one_rank(seed=5):
+        with pytest.raises(RuntimeError, match="in a process of its own"), one_rank(seed=5):
+            pass
+        assert torch.distributed.is_initialized()  # the groups that were there stay
+
+
+def test_a_run_of_one_rank_closes_its_data(data, tmp_path):
+    config = tiny_run(data, tmp_path, parallelism={"world_size": 1})
+    closed = []
+    with pytest.raises(KeyError), run_alone(config) as run:
+        assert isinstance(run.datasets, Datasets)
+        close = run.stream.close
+        run.stream.close = lambda: (closed.append(True), close())
+        raise KeyError
+    assert closed and not torch.distributed.is_initialized()
