@@ -6,15 +6,17 @@ import random
 from typing import Any
 
 from equilibrium_mcore.certify.twin import parse_layout
+from equilibrium_mcore.config.layout import DIMENSIONS
 from equilibrium_mcore.config.schema import ParallelismConfig
 
 MAX_RANKS = 4
+NAMES = (*(row.short for row in DIMENSIONS.values() if row.short != "vpp"), "dp")
 
 
 def random_layout(rng: random.Random) -> dict[str, int]:
     """Sizes by short name, on 2 to MAX_RANKS ranks."""
     while True:
-        sizes = {name: rng.choice((1, 1, 2)) for name in ("tp", "cp", "pp", "ep", "etp", "dp")}
+        sizes = {name: rng.choice((1, 1, 2)) for name in NAMES}
         if rng.random() < 0.15:
             sizes[rng.choice(tuple(sizes))] = 4
         if sizes["pp"] > 1:
