@@ -9,7 +9,7 @@ from typing import Any
 from equilibrium_mcore.checkpoint.directory import step_of
 from equilibrium_mcore.config.chat import ConversationsConfig, JinjaTemplateConfig
 from equilibrium_mcore.config.optimizers import OPTIMIZERS, REST, OptimizerConfig
-from equilibrium_mcore.config.pattern import LABELS, LAYER_KINDS, ByKind, layers_of
+from equilibrium_mcore.config.pattern import LABELS, LAYER_KINDS, ByKind, count_kinds, layers_of
 from equilibrium_mcore.config.schema import RunConfig
 
 KIND_NAMES: ByKind[str] = {
@@ -169,11 +169,8 @@ def _shapes(config: RunConfig) -> list[tuple[str, str]]:
         ("hidden width", str(m.hidden_size)),
         ("vocabulary", f"{m.vocab_size:,}, {'tied' if m.tie_embeddings else 'untied'}"),
     ]
-    for kind in LAYER_KINDS.values():
-        section = getattr(m, kind)
-        if section is not None:
-            rows.append((LABELS[kind], SHAPES[kind](section)))
-    return rows
+    kinds = count_kinds(m.layer_pattern)
+    return rows + [(LABELS[kind], SHAPES[kind](getattr(m, kind))) for kind in kinds]
 
 
 def _origin(config: RunConfig) -> str:

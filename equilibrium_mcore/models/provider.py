@@ -8,7 +8,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
 from equilibrium_mcore.config.layout import pipeline_segments
-from equilibrium_mcore.config.pattern import ByKind, cut_into
+from equilibrium_mcore.config.pattern import ByKind, count_kinds, cut_into
 from equilibrium_mcore.config.schema import ModelConfig, ParallelismConfig, TrainingConfig
 from equilibrium_mcore.models.specs import choose_backend, stack_spec
 from equilibrium_mcore.models.transformer_config import build_transformer_config
@@ -45,7 +45,8 @@ def build_model(
     backend = choose_backend(training.backend, on_gpu=on_gpu)
     stages = pipeline_segments(layout)
     stage = groups.pp.rank() + (virtual_stage or 0) * layout.pipeline
-    rope_base = model.attention.rope_base if model.attention else None
+    attends = "attention" in count_kinds(model.layer_pattern)
+    rope_base = model.attention.rope_base if attends else None
     module = HybridModel(
         config=config,
         hybrid_stack_spec=stack_spec(model, backend),

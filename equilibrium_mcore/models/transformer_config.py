@@ -11,7 +11,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from equilibrium_mcore.config.layout import megatron_sizes
-from equilibrium_mcore.config.pattern import ByKind, layers_of
+from equilibrium_mcore.config.pattern import ByKind, count_kinds, layers_of
 from equilibrium_mcore.config.schema import ModelConfig, ParallelismConfig, TrainingConfig
 from equilibrium_mcore.models.specs import TORCH, choose_backend
 
@@ -60,11 +60,14 @@ def _model_values(model: ModelConfig, layout: ParallelismConfig) -> dict:
 
 
 def _layer_values(model: ModelConfig, layout: ParallelismConfig, training: TrainingConfig) -> dict:
-    """What the model's sections say, those without a layer in the pattern included."""
+    """What the sections of the pattern's layers say: one without a layer changes nothing.
+
+    A model has one activation of channel mixers and one kind of attention (`config.model_rules`),
+    so no two rows contradict each other.
+    """
     values: dict = {}
-    for kind, of_kind in LAYER_VALUES.items():
-        if getattr(model, kind) is not None:
-            values |= of_kind(model, layout, training)
+    for kind in count_kinds(model.layer_pattern):
+        values |= LAYER_VALUES[kind](model, layout, training)
     return values
 
 
@@ -145,13 +148,12 @@ def _moe_values(model: ModelConfig, layout: ParallelismConfig, training: Trainin
 
 LAYER_VALUES: ByKind[Callable[[ModelConfig, ParallelismConfig, TrainingConfig], dict]] = {
     "mamba": _mamba_values,
-    "attention": _attention_values,
     "mla": _mla_values,
-    "moe": _moe_values,
+    "attention": _attention_values,
     "mlp": _mlp_values,
+    "moe": _moe_values,
 }
-"""What a section says in megatron-core's names. A model has one activation of channel mixers and
-one number of attention heads: where two sections name it, the later row is taken."""
+"""What a section says in megatron-core's names."""
 
 
 # --------------------------------------------------------------------------- layout and numerics

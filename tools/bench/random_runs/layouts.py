@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
@@ -11,6 +12,8 @@ from equilibrium_mcore.config.schema import ParallelismConfig
 
 MAX_RANKS = 4
 NAMES = (*(row.short for row in DIMENSIONS.values() if row.short != "vpp"), "dp")
+DENSE = (*(row.short for row in DIMENSIONS.values() if row.splits_model), "dp")
+EXPERTS = [row.short for row in DIMENSIONS.values() if row.splits_experts]
 
 
 def random_layout(rng: random.Random) -> dict[str, int]:
@@ -21,8 +24,8 @@ def random_layout(rng: random.Random) -> dict[str, int]:
             sizes[rng.choice(tuple(sizes))] = 4
         if sizes["pp"] > 1:
             sizes["vpp"] = rng.choice((1, 1, 2))
-        dense = sizes["tp"] * sizes["cp"] * sizes["pp"] * sizes["dp"]
-        experts = sizes["ep"] * sizes["etp"] * sizes["pp"]
+        dense = math.prod(sizes[name] for name in DENSE)
+        experts = math.prod(sizes[name] for name in EXPERTS)
         small = dense < MAX_RANKS and rng.random() < 0.5  # rather more ranks than fewer
         if 1 < dense <= MAX_RANKS and dense % experts == 0 and not small:
             break
