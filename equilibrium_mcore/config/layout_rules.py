@@ -106,8 +106,8 @@ def pipeline_fits_pattern(subject: Subject) -> Iterator[str]:
 def experts_divide(subject: Subject) -> Iterator[str]:
     p = subject.config.parallelism
     if not uses(subject, "moe"):
-        for key in ("expert", "expert_tensor"):
-            if getattr(p, key) != 1:
+        for key, row in layout.DIMENSIONS.items():
+            if row.splits_experts and not row.splits_model and getattr(p, key) != 1:
                 yield (
                     f"parallelism.{key}={getattr(p, key)}, but model.layer_pattern has no MoE "
                     f"layer (E), so there is nothing to split: use 1"
