@@ -12,13 +12,13 @@ from equilibrium_mcore.certify.ties import Tie, compare_choices
 from equilibrium_mcore.certify.trace import Trace
 from equilibrium_mcore.certify.verdict import Verdict, worst_verdict
 from equilibrium_mcore.checkpoint.pieces import FullTensor
-from equilibrium_mcore.config.schema import OptimizerConfig
+from equilibrium_mcore.config.optimizers import ByOptimizer, OptimizerConfig
 
 EXACT = 1e-9
 # Of a step's change of weights, by what made it. SOAP gives every direction of its eigenbasis an
 # update of full size, also where a gradient is hardly more than rounding, and its eigenvectors of
 # close eigenvalues turn by rounding over their distance; a fault turns them by far more.
-UPDATE = {"adamw": EXACT, "muon": EXACT, "cosmos": EXACT, "soap": 1e-7}
+UPDATE: ByOptimizer[float] = {"adamw": EXACT, "muon": EXACT, "cosmos": EXACT, "soap": 1e-7}
 STATE = 0.0
 # The second look, in float32: what re-ordering its sums does, with room to spare. It only warns.
 FLOAT32_LOSS = 1e-5

@@ -15,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from equilibrium_mcore.certify.verdict import Verdict
-from equilibrium_mcore.config.pattern import LAYER_KINDS, layers_of
+from equilibrium_mcore.config.pattern import LAYER_KINDS, ByKind, layers_of
 from equilibrium_mcore.config.schema import ModelConfig, ParallelismConfig, RunConfig
 from equilibrium_mcore.models.provider import build_model
 from equilibrium_mcore.parallel import accelerator, process_groups
@@ -29,6 +29,14 @@ FLOOR = {"fp32": 3e-3, "bf16": 1e-2}
 # and 2 backward (up to 12%); a lost gradient or a wrong scale is 1 or more.
 FP8 = 0.5
 SEQUENCES, LENGTH = 2, 256
+KERNELS: ByKind[str] = {
+    "mamba": "mixer",
+    "mla": "self_attention.core_attention",
+    "attention": "self_attention.core_attention",
+    "mlp": "mlp.linear_fc1",
+    "moe": "mlp.experts",
+}
+"""Where in a layer its kernel is: the class there names it in the verdict."""
 
 
 def certify_kernels(
@@ -129,19 +137,8 @@ def _results(
     for name, parameter in weights(module).items():
         gradient = parameter.grad
         values[name] = torch.zeros_like(parameter) if gradient is None else gradient
-    return _Results(module, values, _kernel_of(module))
-
-
-def _kernel_of(module: torch.nn.Module) -> str:
-    """The class of the layer's own mixer, e.g. TEDotProductAttention."""
-    layer = module.decoder.layers[0]
-    for path in ("mixer", "self_attention.core_attention", "mlp.experts", "mlp.linear_fc1"):
-        found = layer
-        for name in path.split("."):
-            found = getattr(found, name, None)
-        if isinstance(found, torch.nn.Module):
-            return type(found).__name__
-    return type(layer).__name__
+    kernel = KERNELS[LAYER_KINDS[model.layer_pattern]]
+    return _Results(module, values, type(module.decoder.layers[0].get_submodule(kernel)).__name__)
 
 
 # ---------------------------------------------------------------------- weights of two backends

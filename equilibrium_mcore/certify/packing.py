@@ -13,8 +13,9 @@ from torch import Tensor
 from equilibrium_mcore.certify.float64 import in_float64
 from equilibrium_mcore.certify.tokens import MadeUpTokens
 from equilibrium_mcore.certify.verdict import Verdict, worst_verdict
+from equilibrium_mcore.config.layout import expert_parallel_size, model_parallel_size
 from equilibrium_mcore.config.load import run_from_mapping
-from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.config.schema import ParallelismConfig, RunConfig
 from equilibrium_mcore.models.packing import packed_documents, rank_tokens
 from equilibrium_mcore.parallel import process_groups
 from equilibrium_mcore.parallel.launch import RankInfo
@@ -38,8 +39,9 @@ def compare_packing(
     values = config.model_dump(mode="json")
     layout = values["parallelism"]
     layout.update(pipeline=1, virtual_pipeline=1)
-    dense = layout["tensor"] * layout["context"]
-    world_size = max(dense, layout["expert"] * layout["expert_tensor"])
+    parallelism = ParallelismConfig(**layout)
+    dense = model_parallel_size(parallelism)
+    world_size = max(dense, expert_parallel_size(parallelism))
     layout["world_size"] = world_size
     values["training"].update(micro_batch_size=1, global_batch_size=world_size // dense)
     alone = run_from_mapping(values)

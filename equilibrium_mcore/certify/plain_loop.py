@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from equilibrium_mcore.config.objectives import ObjectiveConfig
-from equilibrium_mcore.config.schema import AdamWConfig, OptimizerConfig
+from equilibrium_mcore.config.optimizers import AdamWConfig, OptimizerConfig
 
 # What a parameter of the exported class is, by the end of its name; the first row that fits.
 KINDS = (

@@ -12,10 +12,17 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from equilibrium_mcore.certify.shrink import shrink_model, shrink_optimizer
+from equilibrium_mcore.certify.shrink import shrink_model
+from equilibrium_mcore.certify.shrink_optimizer import shrink_optimizer
 from equilibrium_mcore.config import rules
 from equilibrium_mcore.config.errors import ConfigError
-from equilibrium_mcore.config.layout import data_parallel_size, model_parallel_size
+from equilibrium_mcore.config.layout import (
+    DIMENSIONS,
+    data_parallel_size,
+    micro_batch_unit,
+    model_parallel_size,
+    pipeline_segments,
+)
 from equilibrium_mcore.config.load import run_from_mapping
 from equilibrium_mcore.config.schema import ParallelismConfig, RunConfig
 
@@ -25,7 +32,8 @@ SEQUENCES = (
     8  # per global batch, or more: enough for two data ranks and four pipeline micro-batches
 )
 ENGINE_RECOMPUTES = "moe_act"  # only Transformer Engine's grouped experts can
-_DIMENSIONS = ("tensor", "context", "pipeline", "virtual_pipeline", "expert", "expert_tensor")
+# Names in a layout such as `tp=2,cp=2`, by setting; `data` is what is left and has none.
+SHORT = {name: row.short for name, row in DIMENSIONS.items()} | {"sequence": "sp", "data": "dp"}
 
 
 @dataclass(frozen=True)
@@ -43,16 +51,7 @@ def parse_layout(text: str, *, base: ParallelismConfig) -> Layout:
     `dp=N` sets the data-parallel size. Sequence parallelism follows tensor parallelism unless
     `sp=0` is given. Raises ConfigError for an unknown name or a value that is no positive number.
     """
-    short = {
-        "tp": "tensor",
-        "cp": "context",
-        "pp": "pipeline",
-        "vpp": "virtual_pipeline",
-        "ep": "expert",
-        "etp": "expert_tensor",
-        "sp": "sequence",
-        "dp": "data",
-    }
+    short = {short: name for name, short in SHORT.items()}
     values: dict[str, int] = {}
     for item in filter(None, text.split(",")):
         name, _, value = item.partition("=")
@@ -80,15 +79,13 @@ def shrink_layout(config: RunConfig, world_size: int | None = None) -> list[Layo
     When all dimensions together need more, data parallelism is certified in a second layout.
     """
     p = config.parallelism
-    small = {name: min(2, getattr(p, name)) for name in _DIMENSIONS}
+    small = {name: min(2, getattr(p, name)) for name in DIMENSIONS}
     small = {name: size for name, size in small.items() if size > 1}
     data = min(2, data_parallel_size(config, world_size))
     sequence = "sp=1" if p.sequence else "sp=0"
 
     def text(**sizes: int) -> str:
-        short = {"tensor": "tp", "context": "cp", "pipeline": "pp", "virtual_pipeline": "vpp"}
-        short |= {"expert": "ep", "expert_tensor": "etp", "data": "dp"}
-        parts = [f"{short[name]}={size}" for name, size in sizes.items()]
+        parts = [f"{SHORT[name]}={size}" for name, size in sizes.items()]
         return ",".join([*parts, sequence] if sizes.get("tensor", 1) > 1 else parts)
 
     together = parse_layout(text(**small, data=data), base=p)
@@ -101,8 +98,8 @@ def shrink_layout(config: RunConfig, world_size: int | None = None) -> list[Layo
 
 
 def _world_size(values: dict[str, int], data: int) -> int:
-    dense = math.prod(values.get(name, 1) for name in ("tensor", "context", "pipeline"))
-    experts = math.prod(values.get(name, 1) for name in ("expert", "expert_tensor", "pipeline"))
+    dense = math.prod(values.get(n, 1) for n, row in DIMENSIONS.items() if row.splits_model)
+    experts = math.prod(values.get(n, 1) for n, row in DIMENSIONS.items() if row.splits_experts)
     return math.lcm(dense * data, experts)
 
 
@@ -113,7 +110,7 @@ def check_layout(config: RunConfig, layout: Layout) -> None:
     """
     sections = {
         "model": config.model,
-        "parallelism": ParallelismConfig(world_size=layout.world_size, **layout.settings),
+        "parallelism": _parallelism(layout),
     }
     problems = rules.check_sections(sections)
     if problems:
@@ -124,9 +121,9 @@ def make_twin(config: RunConfig, layouts: list[Layout], *, folder: Path) -> RunC
     """The twin of `config` that fits every one of `layouts`, as a one-rank run in `folder`."""
     largest = {
         name: max([int(layout.settings.get(name, 1)) for layout in layouts], default=1)
-        for name in _DIMENSIONS
+        for name in DIMENSIONS
     }
-    stages = math.lcm(*(_stages(layout) for layout in layouts), 1)
+    stages = math.lcm(*(pipeline_segments(_parallelism(layout)) for layout in layouts), 1)
     values = config.model_dump(mode="json")
     values["output_directory"] = str(folder)
     values["model"] = shrink_model(
@@ -162,17 +159,14 @@ def make_twin(config: RunConfig, layouts: list[Layout], *, folder: Path) -> RunC
     return run_from_mapping(values)
 
 
-def _stages(layout: Layout) -> int:
-    settings = layout.settings
-    return int(settings.get("pipeline", 1)) * int(settings.get("virtual_pipeline", 1))
+def _parallelism(layout: Layout) -> ParallelismConfig:
+    return ParallelismConfig(world_size=layout.world_size, **layout.settings)
 
 
 def _at_once(layout: Layout) -> int:
     """Micro-batches that the layout's schedule takes at once, over its data ranks."""
-    p = ParallelismConfig(world_size=layout.world_size, **layout.settings)
-    return (
-        layout.world_size // model_parallel_size(p) * (p.pipeline if p.virtual_pipeline > 1 else 1)
-    )
+    p = _parallelism(layout)
+    return layout.world_size // model_parallel_size(p) * micro_batch_unit(p)
 
 
 def balances_globally(config: RunConfig) -> bool:

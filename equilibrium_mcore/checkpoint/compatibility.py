@@ -8,6 +8,7 @@ from equilibrium_mcore.config.chat import ConversationsConfig
 from equilibrium_mcore.config.data import DataConfig
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.layout import train_samples
+from equilibrium_mcore.config.optimizers import OPTIMIZERS
 from equilibrium_mcore.config.pattern import layers_of
 from equilibrium_mcore.config.schema import RunConfig
 
@@ -154,10 +155,9 @@ def _optimizer_state(config: RunConfig) -> dict[str, Any]:
         "optimizer.overrides": {p: c for p, c in chosen.items() if c != (None, None)},
         "optimizer.schedule_free": "null" if optimizer.schedule_free is None else "used",
     }
-    if "soap" in optimizer.used:
-        bound["optimizer.soap.max_dimension"] = optimizer.soap.max_dimension
-    if "cosmos" in optimizer.used:
-        bound["optimizer.cosmos.rank"] = optimizer.cosmos.rank
+    for name in optimizer.used:
+        for key in OPTIMIZERS[name].state_settings:
+            bound[f"optimizer.{name}.{key}"] = getattr(getattr(optimizer, name), key)
     return bound
 
 

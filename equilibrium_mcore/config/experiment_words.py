@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-MATRICES = ("muon", "soap", "cosmos", "adamw")
+from equilibrium_mcore.config.optimizers import OPTIMIZERS
 
 
 class Word(NamedTuple):
@@ -54,8 +54,9 @@ def _path(value: Any) -> dict[str, Any]:
     return {}
 
 
-def _of_each(name: str, *, of: tuple[str, ...] = MATRICES) -> tuple[str, ...]:
-    return tuple(f"optimizer.{kind}.{name}" for kind in of)
+def _of_each(name: str) -> tuple[str, ...]:
+    """A setting that every optimizer has."""
+    return tuple(f"optimizer.{optimizer}.{name}" for optimizer in OPTIMIZERS)
 
 
 WORDS: dict[str, Word] = {
@@ -97,7 +98,7 @@ WORDS: dict[str, Word] = {
     "training.weight_decay": Word(_of_each("weight_decay"), "decay of every optimizer, decoupled"),
     "training.grad_clip": Word(("optimizer.clip_gradient_norm",), "global norm; 0: never"),
     "training.optimizer": Word(
-        ("optimizer.matrices",), "of the weight matrices: adamw, muon, soap or cosmos"
+        ("optimizer.matrices",), f"of the weight matrices: {', '.join(OPTIMIZERS)}"
     ),
     "training.betas": Word(
         ("optimizer.adamw.beta1", "optimizer.adamw.beta2"), "AdamW's two decays", _betas

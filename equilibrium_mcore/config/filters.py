@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.problems import parse
-from equilibrium_mcore.config.schema import (
+from equilibrium_mcore.config.section import (
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,

@@ -1,11 +1,66 @@
-"""Figures that follow from a layout: sizes of groups, micro-batches, and the world."""
+"""Figures that follow from a layout: sizes of groups, micro-batches, and the world.
+
+A parallelism is a row of `DIMENSIONS`, the only place that knows megatron-core's name for it.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from equilibrium_mcore.config.schema import ParallelismConfig, RunConfig
+
+
+class Dimension(NamedTuple):
+    """A way to lay a run over ranks, by its setting in `parallelism`.
+
+    Attributes:
+        short: its name in a layout such as `tp=2,cp=2`.
+        megatron: its name as an argument of megatron-core's.
+        splits_model: its ranks hold one copy of the dense weights, or of a sequence, together.
+        splits_experts: its ranks hold one copy of the routed experts together.
+    """
+
+    short: str
+    megatron: str
+    splits_model: bool
+    splits_experts: bool
+
+
+DIMENSIONS: dict[str, Dimension] = {
+    "tensor": Dimension("tp", "tensor_model_parallel_size", True, False),
+    "context": Dimension("cp", "context_parallel_size", True, False),
+    "pipeline": Dimension("pp", "pipeline_model_parallel_size", True, True),
+    "virtual_pipeline": Dimension("vpp", "virtual_pipeline_model_parallel_size", False, False),
+    "expert": Dimension("ep", "expert_model_parallel_size", False, True),
+    "expert_tensor": Dimension("etp", "expert_tensor_parallel_size", False, True),
+}
+
+
+def megatron_sizes(parallelism: ParallelismConfig) -> dict[str, int | None]:
+    """The sizes by megatron-core's names, as its groups and its TransformerConfig both take them.
+
+    Without virtual stages their number is None: megatron-core takes 1 for an interleaved schedule.
+    """
+    sizes = {row.megatron: getattr(parallelism, name) for name, row in DIMENSIONS.items()}
+    sizes[DIMENSIONS["virtual_pipeline"].megatron] = virtual_stages(parallelism)
+    return sizes
+
+
+def is_interleaved(parallelism: ParallelismConfig) -> bool:
+    """Whether each pipeline rank has several model chunks, which take turns."""
+    return parallelism.virtual_pipeline > 1
+
+
+def virtual_stages(parallelism: ParallelismConfig) -> int | None:
+    """Model chunks of a pipeline rank; None where it has one, as megatron-core wants it."""
+    return parallelism.virtual_pipeline if is_interleaved(parallelism) else None
+
+
+def micro_batch_unit(parallelism: ParallelismConfig) -> int:
+    """Micro-batches of a step are a multiple of this: the interleaved schedule takes groups."""
+    return parallelism.pipeline if is_interleaved(parallelism) else 1
 
 
 def launched_world_size(environment: Mapping[str, str]) -> int | None:
@@ -23,12 +78,14 @@ def launched_world_size(environment: Mapping[str, str]) -> int | None:
 
 def model_parallel_size(parallelism: ParallelismConfig) -> int:
     """Ranks that hold one copy of the dense weights: tensor * pipeline * context."""
-    return parallelism.tensor * parallelism.pipeline * parallelism.context
+    names = [name for name, row in DIMENSIONS.items() if row.splits_model]
+    return math.prod(getattr(parallelism, name) for name in names)
 
 
 def expert_parallel_size(parallelism: ParallelismConfig) -> int:
     """Ranks that hold one copy of the routed experts: expert * expert_tensor * pipeline."""
-    return parallelism.expert * parallelism.expert_tensor * parallelism.pipeline
+    names = [name for name, row in DIMENSIONS.items() if row.splits_experts]
+    return math.prod(getattr(parallelism, name) for name in names)
 
 
 def smallest_world_size(parallelism: ParallelismConfig) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from equilibrium_mcore.config import layout
+from equilibrium_mcore.config.layer_splits import CONTEXT_PROBLEMS, TENSOR_SPLITS, Quantity
 from equilibrium_mcore.config.layout import divisors
 from equilibrium_mcore.config.model_rules import uses
 from equilibrium_mcore.config.pattern import CUT, balanced_cuts, cut_into, layers_of
@@ -16,38 +17,14 @@ LAYOUT_RULES = RuleTable()
 rule = LAYOUT_RULES.rule
 
 
-class Quantity(NamedTuple):
-    """A number of the model that a parallel dimension splits."""
-
-    key: str
-    value: int
-    why: str
-
-
 def tensor_quantities(subject: Subject) -> list[Quantity]:
     """What tensor parallelism splits, for the layer kinds that the pattern uses."""
     model = subject.config.model
     rows = model.padded_vocab_size
     quantities = [Quantity("the padded vocabulary", rows, "each TP rank holds as many rows")]
-    if uses(subject, "mamba"):
-        heads, groups = model.mamba.num_heads, model.mamba.num_groups
-        quantities.append(Quantity("model.mamba.num_heads", heads, "whole heads on each TP rank"))
-        quantities.append(
-            Quantity("model.mamba.num_groups", groups, "whole groups on each TP rank")
-        )
-    for kind in ("attention", "mla"):
+    for kind, splits in TENSOR_SPLITS.items():
         if uses(subject, kind):
-            heads = getattr(model, kind).num_heads
-            key = f"model.{kind}.num_heads"
-            quantities.append(Quantity(key, heads, "whole heads on each TP rank"))
-    if uses(subject, "mlp"):
-        width = model.mlp.ffn_hidden_size
-        quantities.append(Quantity("model.mlp.ffn_hidden_size", width, "split over TP ranks"))
-    if uses(subject, "moe") and model.moe.shared_ffn_hidden_size:
-        width = model.moe.shared_ffn_hidden_size
-        quantities.append(
-            Quantity("model.moe.shared_ffn_hidden_size", width, "split over TP ranks")
-        )
+            quantities += splits(model)
     return quantities
 
 
@@ -98,9 +75,9 @@ def pipeline_fits_pattern(subject: Subject) -> Iterator[str]:
     p, pattern = subject.config.parallelism, subject.config.model.layer_pattern
     stages = layout.pipeline_segments(p)
     asked = f"parallelism.pipeline={p.pipeline}"
-    if p.virtual_pipeline > 1:
+    if layout.is_interleaved(p):
         asked += f" * virtual_pipeline={p.virtual_pipeline}"
-    if p.virtual_pipeline > 1 and p.pipeline == 1:
+    if layout.is_interleaved(p) and p.pipeline == 1:
         yield (
             f"parallelism.virtual_pipeline={p.virtual_pipeline} with parallelism.pipeline=1: "
             "virtual stages interleave real ones; set pipeline to 2 or more, or "
@@ -129,8 +106,8 @@ def pipeline_fits_pattern(subject: Subject) -> Iterator[str]:
 def experts_divide(subject: Subject) -> Iterator[str]:
     p = subject.config.parallelism
     if not uses(subject, "moe"):
-        for key in ("expert", "expert_tensor"):
-            if getattr(p, key) != 1:
+        for key, row in layout.DIMENSIONS.items():
+            if row.splits_experts and not row.splits_model and getattr(p, key) != 1:
                 yield (
                     f"parallelism.{key}={getattr(p, key)}, but model.layer_pattern has no MoE "
                     f"layer (E), so there is nothing to split: use 1"
@@ -227,48 +204,13 @@ def global_balance_sees_the_batch(subject: Subject) -> Iterator[str]:
 
 
 @rule("model", "parallelism")
-def context_divides_mamba(subject: Subject) -> Iterator[str]:
-    """megatron-core's MambaContextParallel: heads of a TP rank are dealt to the CP ranks."""
-    p = subject.config.parallelism
-    if p.context == 1 or not uses(subject, "mamba"):
+def context_divides_layers(subject: Subject) -> Iterator[str]:
+    model, p = subject.config.model, subject.config.parallelism
+    if p.context == 1:
         return
-    mamba = subject.config.model.mamba
-    if mamba.num_heads % p.tensor or mamba.num_groups % p.tensor:
-        return  # tensor_divides speaks
-    heads, groups = mamba.num_heads // p.tensor, mamba.num_groups // p.tensor
-    legal = [c for c in divisors(heads) if groups % c == 0 or c % groups == 0]
-    if heads % p.context:
-        yield (
-            f"parallelism.context={p.context} does not divide model.mamba.num_heads="
-            f"{mamba.num_heads} / tensor={p.tensor} = {heads} (whole heads on each CP rank): use "
-            f"{choices(legal)}"
-        )
-    if groups % p.context and p.context % groups:
-        yield (
-            f"parallelism.context={p.context} neither divides nor is a multiple of "
-            f"model.mamba.num_groups={mamba.num_groups} / tensor={p.tensor} = {groups} (groups "
-            f"are split, or repeated, over CP ranks): use {choices(legal)}"
-        )
-
-
-@rule("model", "parallelism")
-def context_divides_attention(subject: Subject) -> Iterator[str]:
-    """Attention trades sequence for heads over the CP ranks (all-to-all), as Mamba does.
-
-    Key/value heads that do not divide are repeated, so only query heads have to.
-    """
-    p = subject.config.parallelism
-    for kind in ("attention", "mla"):
-        if p.context == 1 or not uses(subject, kind):
-            continue
-        heads = getattr(subject.config.model, kind).num_heads
-        local = heads // p.tensor
-        if local and local % p.context:
-            yield (
-                f"parallelism.context={p.context} does not divide model.{kind}.num_heads={heads} / "
-                f"tensor={p.tensor} = {local} (whole heads on each CP rank): use "
-                f"{choices(divisors(local))}"
-            )
+    for kind, problems in CONTEXT_PROBLEMS.items():
+        if uses(subject, kind):
+            yield from problems(model, p)
 
 
 @rule("parallelism", "training")
@@ -335,8 +277,8 @@ def batch_divides(subject: Subject) -> Iterator[str]:
         )
         return
     count = layout.micro_batches_per_step(subject.config, subject.world_size)
-    if p.virtual_pipeline > 1 and p.pipeline > 1 and count % p.pipeline:
-        unit = at_once * p.pipeline
+    if count % layout.micro_batch_unit(p):
+        unit = at_once * layout.micro_batch_unit(p)
         batch = training.global_batch_size // unit * unit
         fit = f"{batch} or {batch + unit}" if batch else str(unit)
         yield (

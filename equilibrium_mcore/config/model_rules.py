@@ -5,11 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from equilibrium_mcore.config.layout import divisors
-from equilibrium_mcore.config.pattern import CUT, LAYER_KINDS, count_kinds, layers_of
+from equilibrium_mcore.config.pattern import CUT, LAYER_KINDS, ByKind, count_kinds, layers_of
 from equilibrium_mcore.config.rule_kit import RuleTable, Subject, choices
 
 MODEL_RULES = RuleTable()
 rule = MODEL_RULES.rule
+
+HEAD_GROUPS: ByKind[tuple[str, str] | None] = {
+    "mamba": ("num_groups", "heads of a group share B and C"),
+    "mla": None,
+    "attention": ("num_query_groups", "heads of a group share keys, values"),
+    "mlp": None,
+    "moe": None,
+}
+"""The setting that must divide `num_heads`, and why; None where heads have no groups."""
+
+ROPE_WIDTHS: ByKind[str | None] = {
+    "mamba": None,
+    "mla": "qk_rope_head_dim",
+    "attention": "head_dim",
+    "mlp": None,
+    "moe": None,
+}
+"""The width that RoPE turns where `rope_base` is not null; None for a kind without RoPE."""
 
 
 @rule("model")
@@ -62,33 +80,30 @@ def pattern_has_no_empty_segment(subject: Subject) -> Iterator[str]:
 
 @rule("model")
 def groups_divide_heads(subject: Subject) -> Iterator[str]:
-    model = subject.config.model
-    pairs = [
-        (model.mamba, "mamba", "num_groups", "heads of a group share B and C"),
-        (model.attention, "attention", "num_query_groups", "heads of a group share keys, values"),
-    ]
-    for section, name, key, why in pairs:
-        if section is not None and section.num_heads % getattr(section, key):
+    for kind, groups in HEAD_GROUPS.items():
+        section = getattr(subject.config.model, kind)
+        if groups is None or section is None:
+            continue
+        key, why = groups
+        if section.num_heads % getattr(section, key):
             yield (
-                f"model.{name}.{key}={getattr(section, key)} does not divide "
-                f"model.{name}.num_heads={section.num_heads} ({why}): use "
+                f"model.{kind}.{key}={getattr(section, key)} does not divide "
+                f"model.{kind}.num_heads={section.num_heads} ({why}): use "
                 f"{choices(divisors(section.num_heads))}"
             )
 
 
 @rule("model")
 def rope_widths_are_even(subject: Subject) -> Iterator[str]:
-    model = subject.config.model
-    widths = {}
-    if model.mla is not None:
-        widths["model.mla.qk_rope_head_dim"] = model.mla.qk_rope_head_dim
-    if model.attention is not None and model.attention.rope_base is not None:
-        widths["model.attention.head_dim"] = model.attention.head_dim
-    for key, width in widths.items():
+    for kind, key in ROPE_WIDTHS.items():
+        section = getattr(subject.config.model, kind)
+        if key is None or section is None or section.rope_base is None:
+            continue
+        width = getattr(section, key)
         if width % 2:
             yield (
-                f"{key}={width} is odd, but RoPE turns pairs of channels: use {width - 1 or 2} or "
-                f"{width + 1}"
+                f"model.{kind}.{key}={width} is odd, but RoPE turns pairs of channels: use "
+                f"{width - 1 or 2} or {width + 1}"
             )
 
 

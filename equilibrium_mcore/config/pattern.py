@@ -2,6 +2,9 @@
 
 The letters are megatron-core's (`megatron.core.models.hybrid.hybrid_layer_allocation.Symbols`).
 This module reads them without importing megatron, so that a config can be checked on any machine.
+
+A layer kind is a row in every table that is annotated `ByKind`, each in the module of its concern.
+`tests/test_rows.py` finds these tables and asks that each has every kind.
 """
 
 from __future__ import annotations
@@ -14,6 +17,26 @@ LAYER_KINDS: dict[str, str] = {
     "*": "attention",
     "-": "mlp",
     "E": "moe",
+}
+"""Letter -> name of the kind: of its section in the model's config, of its rows, and of its place
+in megatron-core's stack (`mamba_layer`)."""
+
+type ByKind[T] = dict[str, T]
+"""A table with a row for every layer kind, and no other."""
+
+LABELS: ByKind[str] = {
+    "mamba": "Mamba-2",
+    "mla": "MLA",
+    "attention": "GQA",
+    "mlp": "MLP",
+    "moe": "MoE",
+}
+MIXES_POSITIONS: ByKind[bool] = {  # whether what it adds to a token depends on earlier tokens
+    "mamba": True,
+    "mla": True,
+    "attention": True,
+    "mlp": False,
+    "moe": False,
 }
 CUT = "|"
 
@@ -53,7 +76,8 @@ def balanced_cuts(pattern: str, stages: int) -> str:
     suggestion for error messages and for people; nothing uses it silently.
     """
     layers = layers_of(pattern)
-    starts = [i for i in range(1, len(layers)) if layers[i] not in "E-"]
+    channel_mixers = {letter for letter, kind in LAYER_KINDS.items() if not MIXES_POSITIONS[kind]}
+    starts = [i for i in range(1, len(layers)) if layers[i] not in channel_mixers]
     if len(starts) < stages - 1:
         starts = list(range(1, len(layers)))
     if len(starts) < stages - 1:

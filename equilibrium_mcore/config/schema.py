@@ -1,7 +1,8 @@
 """Every setting of a run, declared once: its name, type, default, range and meaning.
 
-Plain values: this package imports no torch, numpy or megatron. Rules that tie several settings
-together are in `rules.py`; reading YAML and the command line is in `load.py`.
+Plain values: this package imports no torch, numpy or megatron. The sections of data, objectives
+and optimizers are in files of their own. Rules that tie several settings together are in
+`rules.py`; reading YAML and the command line is in `load.py`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from typing import Literal
 from equilibrium_mcore.config.anomalies import AnomaliesConfig
 from equilibrium_mcore.config.data_kinds import DataChoice
 from equilibrium_mcore.config.objectives import NextTokenConfig, ObjectiveConfig
+from equilibrium_mcore.config.optimizers import OptimizerConfig
+from equilibrium_mcore.config.pattern import LABELS, LAYER_KINDS
 from equilibrium_mcore.config.section import (
-    Fraction,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -88,13 +90,15 @@ class MoEConfig(Section):
     expert_bias_update_rate: NonNegativeFloat = setting(0.001, "step of that bias")
 
 
+_LETTERS = ", ".join(f"{letter} {LABELS[kind]}" for letter, kind in LAYER_KINDS.items())
+
+
 class ModelConfig(Section):
     """A model: megatron-core's HybridModel, described by values."""
 
     name: str = setting(doc="what the model is called in logs and in the released model card")
     layer_pattern: str = setting(
-        doc="one letter per layer: M Mamba-2, + MLA, * GQA, - MLP, E MoE; | where a pipeline "
-        "stage may end"
+        doc=f"one letter per layer: {_LETTERS}; | where a pipeline stage may end"
     )
     hidden_size: PositiveInt = setting(doc="width of the residual stream")
     vocab_size: PositiveInt = setting(doc="tokens of the vocabulary")
@@ -146,148 +150,6 @@ class ParallelismConfig(Section):
         "alltoall", "how tokens travel to their experts"
     )
     timeout_minutes: PositiveInt = setting(10, "after this long a stuck collective is an error")
-
-
-class MuonConfig(Section):
-    """Muon for matrices: K. Jordan 2024, arXiv 2502.16982."""
-
-    learning_rate: PositiveFloat = setting(0.02, "peak learning rate")
-    momentum: Fraction = setting(0.95, "decay of the momentum")
-    nesterov: bool = setting(True, "look ahead along the momentum")
-    newton_schulz_steps: PositiveInt = setting(5, "iterations of the orthogonalisation")
-    coefficients: Literal["simple", "quintic", "polar_express", "cans", "aol"] = setting(
-        "quintic", "coefficients of the iteration, by emerging-optimizers' names"
-    )
-    scale: Literal["spectral", "unit_rms_norm", "shape_scaling"] = setting(
-        "spectral", "how the update is scaled by the matrix's shape"
-    )
-    extra_scale: PositiveFloat = setting(1.0, "factor on the update")
-    matmul_precision: Literal["highest", "high", "medium"] = setting(
-        "highest", "precision of float32 products in the iteration; medium may use bfloat16"
-    )
-    weight_decay: NonNegativeFloat = setting(0.1, "decoupled weight decay")
-
-
-class SoapConfig(Section):
-    """SOAP for matrices: Adam in the eigenbasis of Shampoo's preconditioner, arXiv 2409.11321."""
-
-    learning_rate: PositiveFloat = setting(3e-3, "peak learning rate")
-    beta1: Fraction = setting(0.95, "decay of the momentum")
-    beta2: Fraction = setting(0.95, "decay of the second moment in the eigenbasis")
-    preconditioner_beta: Fraction = setting(0.95, "decay of the preconditioners L and R")
-    epsilon: PositiveFloat = setting(1e-8, "added to the root of the second moment")
-    basis_interval_steps: PositiveInt = setting(
-        10, "steps between two refreshes of the eigenbases (one power iteration and a QR)"
-    )
-    max_dimension: PositiveInt = setting(
-        8192, "a side with more rows or columns than this keeps its own basis"
-    )
-    weight_decay: NonNegativeFloat = setting(0.1, "decoupled weight decay")
-
-
-class CosmosConfig(Section):
-    """COSMOS for matrices: SOAP on the leading eigen-subspace, Muon beside it, arXiv 2502.17410."""
-
-    learning_rate: PositiveFloat = setting(3e-3, "peak learning rate")
-    rank: PositiveInt = setting(
-        64, "dimensions of the leading subspace; at most half of a matrix's smaller side"
-    )
-    beta1: Fraction = setting(0.9, "decay of the momentum")
-    beta2: Fraction = setting(0.96, "decay of the subspace and of the second moment in it")
-    epsilon: PositiveFloat = setting(1e-8, "added to the root of the second moment")
-    muon_weight: NonNegativeFloat = setting(
-        0.2, "root mean square of Muon's share beside SOAP's (the paper's gamma)"
-    )
-    update_rms: PositiveFloat = setting(
-        0.2, "root mean square of an update at learning rate 1; 0.2 is AdamW's usual size"
-    )
-    newton_schulz_steps: PositiveInt = setting(5, "iterations of the orthogonalisation")
-    coefficients: Literal["simple", "quintic", "polar_express", "cans", "aol"] = setting(
-        "simple", "coefficients of the iteration, by emerging-optimizers' names"
-    )
-    matmul_precision: Literal["highest", "high", "medium"] = setting(
-        "highest", "precision of float32 products in the iteration; medium may use bfloat16"
-    )
-    weight_decay: NonNegativeFloat = setting(0.1, "decoupled weight decay")
-
-
-class AdamWConfig(Section):
-    """AdamW for everything that is not a matrix between two features."""
-
-    learning_rate: PositiveFloat = setting(3e-4, "peak learning rate")
-    learning_rates: dict[
-        Literal["embedding", "output", "norm", "bias", "conv", "router", "ssm", "matrix"],
-        PositiveFloat,
-    ] = setting({}, "peak learning rate of one kind of parameter, instead of learning_rate")
-    beta1: Fraction = setting(0.9, "decay of the first moment")
-    beta2: Fraction = setting(0.95, "decay of the second moment")
-    epsilon: PositiveFloat = setting(1e-8, "added to the root of the second moment")
-    weight_decay: NonNegativeFloat = setting(
-        0.0, "decoupled weight decay, on embedding, output and router only"
-    )
-
-
-class ScheduleConfig(Section):
-    """Learning-rate schedule, as a factor on every peak learning rate."""
-
-    kind: Literal["cosine", "wsd", "constant"] = setting("cosine", "form after the warmup")
-    warmup_steps: NonNegativeInt = setting(0, "linear rise from 0")
-    decay_steps: NonNegativeInt = setting(0, "wsd: the last steps, in which it falls")
-    decay_form: Literal["linear", "cosine", "sqrt"] = setting(
-        "linear", "wsd: form of the fall; sqrt is 1 - sqrt(x)"
-    )
-    minimum_ratio: Fraction = setting(0.1, "factor at the end")
-
-
-class ScheduleFreeConfig(Section):
-    """Schedule-free training: averaged weights instead of a decaying rate, arXiv 2405.15682."""
-
-    beta: Fraction = setting(
-        0.9, "gradients are taken at beta * average + (1 - beta) * fast weights"
-    )
-    matrix_momentum: Fraction = setting(
-        0.0,
-        "momentum inside the matrix optimizer, instead of its own; 0: averaging is the only one",
-    )
-
-
-class OverrideConfig(Section):
-    """Parameters that are treated otherwise than the table says; what is null stays."""
-
-    pattern: str = setting(
-        doc="parameter names, with * for any text, e.g. *.linear_kv_down_proj.weight; "
-        "tools/show_param_groups.py prints them"
-    )
-    optimizer: Literal["muon", "soap", "cosmos", "adamw"] | None = setting(None, "what updates it")
-    learning_rate: PositiveFloat | None = setting(None, "peak learning rate")
-    weight_decay: NonNegativeFloat | None = setting(None, "decoupled weight decay")
-    split: bool | None = setting(None, "false: a matrix of several maps is treated as one")
-
-
-class OptimizerConfig(Section):
-    """What updates which parameters."""
-
-    matrices: Literal["muon", "soap", "cosmos", "adamw"] = setting(
-        "muon", "optimizer of the weight matrices"
-    )
-    muon: MuonConfig = MuonConfig()
-    soap: SoapConfig = SoapConfig()
-    cosmos: CosmosConfig = CosmosConfig()
-    adamw: AdamWConfig = AdamWConfig()
-    overrides: list[OverrideConfig] = setting(
-        [], "parameters that are treated otherwise; the first pattern that matches decides"
-    )
-    schedule: ScheduleConfig = ScheduleConfig()
-    schedule_free: ScheduleFreeConfig | None = setting(
-        None, "average the weights instead of lowering the rate; {} for its defaults, null for not"
-    )
-    clip_gradient_norm: NonNegativeFloat = setting(1.0, "clip to this global norm; 0 for never")
-
-    @property
-    def used(self) -> set[str]:
-        """Names of the optimizers that update something, as far as the settings tell."""
-        overrides = {o.optimizer for o in self.overrides if o.optimizer is not None}
-        return {"adamw", self.matrices} | overrides
 
 
 class TrainingConfig(Section):

@@ -6,13 +6,26 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 
+from equilibrium_mcore.config.layer_splits import FP8_WIDTHS
 from equilibrium_mcore.config.model_rules import uses
+from equilibrium_mcore.config.optimizers import OPTIMIZERS
+from equilibrium_mcore.config.pattern import ByKind
 from equilibrium_mcore.config.rule_kit import RuleTable, Subject
 
 TRAINING_RULES = RuleTable()
 rule = TRAINING_RULES.rule
 
 FP8_MULTIPLE = 16  # Transformer Engine: inner widths of FP8 products are multiples of 16
+RECOMPUTED: ByKind[tuple[str, ...]] = {
+    "mamba": (),
+    "mla": ("mla_up_proj",),
+    "attention": (),
+    "mlp": ("mlp",),
+    "moe": ("moe", "moe_act"),
+}
+"""Names in `training.recompute_modules` that only this kind has; every mixer has `core_attn`."""
+
+KIND_RECOMPUTING = {module: kind for kind, modules in RECOMPUTED.items() for module in modules}
 FP8_CAPABILITY = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 
 
@@ -55,14 +68,9 @@ def schedule_fits_steps(subject: Subject) -> Iterator[str]:
 def moments_forget(subject: Subject) -> Iterator[str]:
     optimizer = subject.config.optimizer
     decays = {
-        "optimizer.adamw.beta1": optimizer.adamw.beta1,
-        "optimizer.adamw.beta2": optimizer.adamw.beta2,
-        "optimizer.muon.momentum": optimizer.muon.momentum,
-        "optimizer.soap.beta1": optimizer.soap.beta1,
-        "optimizer.soap.beta2": optimizer.soap.beta2,
-        "optimizer.soap.preconditioner_beta": optimizer.soap.preconditioner_beta,
-        "optimizer.cosmos.beta1": optimizer.cosmos.beta1,
-        "optimizer.cosmos.beta2": optimizer.cosmos.beta2,
+        f"optimizer.{name}.{key}": getattr(getattr(optimizer, name), key)
+        for name, row in OPTIMIZERS.items()
+        for key in row.decays
     }
     if optimizer.schedule_free is not None:
         decays["optimizer.schedule_free.beta"] = optimizer.schedule_free.beta
@@ -161,9 +169,8 @@ def recompute_has_its_layers(subject: Subject) -> Iterator[str]:
             "training.recompute_modules=[] with recompute='selective' recomputes nothing: name "
             "at least one, e.g. [core_attn], or set recompute: none"
         )
-    needs = {"moe": "moe", "moe_act": "moe", "mlp": "mlp", "mla_up_proj": "mla"}
     for module in training.recompute_modules:
-        kind = needs.get(module)
+        kind = KIND_RECOMPUTING.get(module)
         if kind and not uses(subject, kind):
             yield (
                 f"training.recompute_modules has {module!r}, but model.layer_pattern="
@@ -266,38 +273,9 @@ def fp8_widths(subject: Subject) -> dict[str, int]:
     """Widths of the weight matrices that one rank multiplies in FP8, by key."""
     model, p = subject.config.model, subject.config.parallelism
     widths = {"model.hidden_size": model.hidden_size}
-    if uses(subject, "mamba"):
-        m = model.mamba
-        inner = m.num_heads * m.head_dim
-        projected = 2 * inner + 2 * m.num_groups * m.state_dim + m.num_heads
-        widths["model.mamba: num_heads * head_dim / tensor"] = inner // p.tensor
-        widths[
-            "model.mamba: (2 * num_heads * head_dim + 2 * num_groups * state_dim + num_heads) "
-            "/ tensor"
-        ] = projected // p.tensor
-    if uses(subject, "attention"):
-        a = model.attention
-        inner = a.num_heads * a.head_dim
-        widths["model.attention: num_heads * head_dim / tensor"] = inner // p.tensor
-    if uses(subject, "mla"):
-        a = model.mla
-        widths["model.mla: kv_lora_rank"] = a.kv_lora_rank
-        widths["model.mla: kv_lora_rank + qk_rope_head_dim"] = a.kv_lora_rank + a.qk_rope_head_dim
-        inner = a.num_heads * a.v_head_dim
-        widths["model.mla: num_heads * v_head_dim / tensor"] = inner // p.tensor
-        if a.q_lora_rank is not None:
-            widths["model.mla: q_lora_rank"] = a.q_lora_rank
-    if uses(subject, "mlp"):
-        widths["model.mlp: ffn_hidden_size / tensor"] = model.mlp.ffn_hidden_size // p.tensor
-    if uses(subject, "moe"):
-        e = model.moe
-        widths["model.moe: expert_ffn_hidden_size / expert_tensor"] = (
-            e.expert_ffn_hidden_size // p.expert_tensor
-        )
-        if e.shared_ffn_hidden_size:
-            widths["model.moe: shared_ffn_hidden_size / tensor"] = (
-                e.shared_ffn_hidden_size // p.tensor
-            )
+    for kind, of_kind in FP8_WIDTHS.items():
+        if uses(subject, kind):
+            widths |= of_kind(model, p)
     return widths
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from equilibrium_mcore.config.pattern import layers_of
+from equilibrium_mcore.config.pattern import ByKind, count_kinds, layers_of
 from equilibrium_mcore.config.schema import ModelConfig
 
 AUTO_MAP = {
@@ -27,15 +28,8 @@ def config_values(model: ModelConfig, *, sequence_length: int) -> dict[str, Any]
         "initializer_range": model.init_std,
         "max_position_embeddings": sequence_length,
     }
-    for letter, section in (
-        ("M", _mamba_values),
-        ("*", _attention_values),
-        ("+", _mla_values),
-        ("-", _mlp_values),
-        ("E", _moe_values),
-    ):
-        if letter in pattern:
-            values |= section(model)
+    for kind in count_kinds(pattern):
+        values |= SECTIONS[kind](model)
     return values
 
 
@@ -108,6 +102,16 @@ def _moe_values(model: ModelConfig) -> dict[str, Any]:
         "routed_scaling_factor": moe.routed_scaling_factor,
         "use_expert_bias": moe.expert_bias,
     }
+
+
+SECTIONS: ByKind[Callable[[ModelConfig], dict[str, Any]]] = {
+    "mamba": _mamba_values,
+    "mla": _mla_values,
+    "attention": _attention_values,
+    "mlp": _mlp_values,
+    "moe": _moe_values,
+}
+"""What a kind adds to config.json."""
 
 
 def _rope(base: float) -> dict[str, Any]:

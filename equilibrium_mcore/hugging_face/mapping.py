@@ -1,16 +1,16 @@
 """Which Megatron tensor becomes which Hugging Face tensor: one table for every layer kind.
 
-A name on the left is a key of a megatron-core distributed checkpoint, whatever layout wrote it. A
-row with `layer` is used once for each layer of that letter, its names counted from the layer.
+A name on the left is a key of a megatron-core distributed checkpoint, whatever layout wrote it. The
+rows of a kind are used once for each of its layers, their names counted from the layer.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from equilibrium_mcore.config.pattern import layers_of
+from equilibrium_mcore.config.pattern import LAYER_KINDS, ByKind, layers_of
 from equilibrium_mcore.config.schema import ModelConfig
 from equilibrium_mcore.hugging_face.transforms import (
     Copy,
@@ -34,7 +34,6 @@ class ParamMapping:
     Attributes:
         megatron, hugging_face: a name, or several where the transform joins or splits.
         transform: see `transforms`.
-        layer: the letter of the layers that have these tensors; empty for the model itself.
         when: whether a model has them at all.
         keep_float32: stays float32 whatever the export's dtype.
     """
@@ -42,7 +41,6 @@ class ParamMapping:
     megatron: str | tuple[str, ...]
     hugging_face: str | tuple[str, ...]
     transform: Transform = Copy()
-    layer: str = ""
     when: Condition = lambda model: True
     keep_float32: bool = False
 
@@ -52,14 +50,14 @@ class ParamMapping:
         if index is not None:
             left = MEGATRON_LAYER.format(index=index)
             right = HUGGING_FACE_LAYER.format(index=index)
-        return ParamMapping(
-            tuple(left + name for name in _names(self.megatron)),
-            tuple(right + name for name in _names(self.hugging_face)),
-            self.transform,
-            self.layer,
-            self.when,
-            self.keep_float32,
+        return replace(
+            self,
+            megatron=tuple(left + name for name in _names(self.megatron)),
+            hugging_face=tuple(right + name for name in _names(self.hugging_face)),
         )
+
+
+Rows = tuple[ParamMapping, ...]
 
 
 def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -134,86 +132,103 @@ _ROUTED, _SHARED = "mlp.experts.experts.", "mlp.shared_experts."
 _HF_SHARED = "mixer.shared_experts."
 
 # fmt: off
-TABLE: tuple[ParamMapping, ...] = (
+MODEL_MAPPING: Rows = (
     ParamMapping("embedding.word_embeddings.weight", "model.embed_tokens.weight", TrimVocabulary()),
     ParamMapping("output_layer.weight", "lm_head.weight", TrimVocabulary(),
                  when=lambda model: not model.tie_embeddings),
     ParamMapping("decoder.final_norm.weight", "model.norm.weight"),
-    # M: Mamba-2
-    ParamMapping("norm.weight", "norm.weight", layer="M"),
-    ParamMapping(_under("mixer.in_proj.weight.", "z", "x", "B", "C", "dt"), "mixer.in_proj.weight",
-                 Join(_in_proj_parts), layer="M"),
-    ParamMapping(_under("mixer.conv1d.weight.", "x", "B", "C"), "mixer.conv1d.weight",
-                 Join(_conv_parts), layer="M"),
-    ParamMapping(_under("mixer.conv1d.bias.", "x", "B", "C"), "mixer.conv1d.bias",
-                 Join(_conv_parts), layer="M"),
-    ParamMapping("mixer.A_log", "mixer.A_log", layer="M", keep_float32=True),
-    ParamMapping("mixer.D", "mixer.D", layer="M", keep_float32=True),
-    ParamMapping("mixer.dt_bias", "mixer.dt_bias", layer="M", keep_float32=True),
-    ParamMapping("mixer.norm.weight", "mixer.norm.weight", layer="M"),
-    ParamMapping("mixer.out_proj.weight", "mixer.out_proj.weight", layer="M"),
-    # +: multi-head latent attention
-    ParamMapping("input_layernorm.weight", "norm.weight", layer="+"),
-    ParamMapping(_MLA + "linear_q_proj.weight", "mixer.q_proj.weight", layer="+",
-                 when=_no_query_latent),
-    ParamMapping(_MLA + "linear_q_down_proj.weight", "mixer.q_a_proj.weight", layer="+",
-                 when=_has_query_latent),
-    ParamMapping(_MLA + "q_layernorm.weight", "mixer.q_a_layernorm.weight", layer="+",
-                 when=_has_query_latent),
-    ParamMapping(_MLA + "linear_q_up_proj.weight", "mixer.q_b_proj.weight", layer="+",
-                 when=_has_query_latent),
-    ParamMapping(_MLA + "linear_kv_down_proj.weight", "mixer.kv_a_proj_with_mqa.weight", layer="+"),
-    ParamMapping(_MLA + "kv_layernorm.weight", "mixer.kv_a_layernorm.weight", layer="+"),
-    ParamMapping(_MLA + "linear_kv_up_proj.weight", "mixer.kv_b_proj.weight", layer="+"),
-    ParamMapping(_MLA + "linear_proj.weight", "mixer.o_proj.weight", layer="+"),
-    # *: grouped-query attention
-    ParamMapping("input_layernorm.weight", "norm.weight", layer="*"),
-    ParamMapping("self_attention.linear_qkv.weight", tuple(name + "weight" for name in _QKV),
-                 SplitQKV(), layer="*"),
-    ParamMapping("self_attention.linear_qkv.bias", tuple(name + "bias" for name in _QKV),
-                 SplitQKV(), layer="*", when=_has_qkv_bias),
-    ParamMapping("self_attention.linear_proj.weight", "mixer.o_proj.weight", layer="*"),
-    # -: MLP
-    ParamMapping("pre_mlp_layernorm.weight", "norm.weight", layer="-"),
-    ParamMapping("mlp." + _FC1, _under("mixer.", *_GATE_UP), SplitGated(), layer="-",
-                 when=_gated_mlp),
-    ParamMapping("mlp." + _FC1, "mixer.up_proj.weight", layer="-", when=_plain_mlp),
-    ParamMapping("mlp." + _FC2, "mixer.down_proj.weight", layer="-"),
-    # E: mixture of experts; both sides stack the experts, [E, out, in], and keep [gate; up] whole
-    ParamMapping("pre_mlp_layernorm.weight", "norm.weight", layer="E"),
-    ParamMapping("mlp.router.weight", "mixer.gate.weight", layer="E"),
-    ParamMapping("mlp.router.expert_bias", "mixer.gate.e_score_correction_bias", layer="E",
-                 when=_has_expert_bias, keep_float32=True),
-    ParamMapping(_ROUTED + _FC1, "mixer.experts.gate_up_proj", layer="E", when=_gated_experts),
-    ParamMapping(_ROUTED + _FC1, "mixer.experts.up_proj", layer="E", when=_plain_experts),
-    ParamMapping(_ROUTED + _FC2, "mixer.experts.down_proj", layer="E"),
-    ParamMapping(_SHARED + _FC1, _under(_HF_SHARED, *_GATE_UP), SplitGated(), layer="E",
-                 when=_shared_gated),
-    ParamMapping(_SHARED + _FC1, _HF_SHARED + "up_proj.weight", layer="E", when=_shared_plain),
-    ParamMapping(_SHARED + _FC2, _HF_SHARED + "down_proj.weight", layer="E",
-                 when=_has_shared_experts),
 )
+"""What lies outside the layers."""
+
+LAYER_MAPPING: ByKind[Rows] = {
+    "mamba": (
+        ParamMapping("norm.weight", "norm.weight"),
+        ParamMapping(_under("mixer.in_proj.weight.", "z", "x", "B", "C", "dt"),
+                     "mixer.in_proj.weight", Join(_in_proj_parts)),
+        ParamMapping(_under("mixer.conv1d.weight.", "x", "B", "C"), "mixer.conv1d.weight",
+                     Join(_conv_parts)),
+        ParamMapping(_under("mixer.conv1d.bias.", "x", "B", "C"), "mixer.conv1d.bias",
+                     Join(_conv_parts)),
+        ParamMapping("mixer.A_log", "mixer.A_log", keep_float32=True),
+        ParamMapping("mixer.D", "mixer.D", keep_float32=True),
+        ParamMapping("mixer.dt_bias", "mixer.dt_bias", keep_float32=True),
+        ParamMapping("mixer.norm.weight", "mixer.norm.weight"),
+        ParamMapping("mixer.out_proj.weight", "mixer.out_proj.weight"),
+    ),
+    "mla": (
+        ParamMapping("input_layernorm.weight", "norm.weight"),
+        ParamMapping(_MLA + "linear_q_proj.weight", "mixer.q_proj.weight", when=_no_query_latent),
+        ParamMapping(_MLA + "linear_q_down_proj.weight", "mixer.q_a_proj.weight",
+                     when=_has_query_latent),
+        ParamMapping(_MLA + "q_layernorm.weight", "mixer.q_a_layernorm.weight",
+                     when=_has_query_latent),
+        ParamMapping(_MLA + "linear_q_up_proj.weight", "mixer.q_b_proj.weight",
+                     when=_has_query_latent),
+        ParamMapping(_MLA + "linear_kv_down_proj.weight", "mixer.kv_a_proj_with_mqa.weight"),
+        ParamMapping(_MLA + "kv_layernorm.weight", "mixer.kv_a_layernorm.weight"),
+        ParamMapping(_MLA + "linear_kv_up_proj.weight", "mixer.kv_b_proj.weight"),
+        ParamMapping(_MLA + "linear_proj.weight", "mixer.o_proj.weight"),
+    ),
+    "attention": (
+        ParamMapping("input_layernorm.weight", "norm.weight"),
+        ParamMapping("self_attention.linear_qkv.weight", tuple(name + "weight" for name in _QKV),
+                     SplitQKV()),
+        ParamMapping("self_attention.linear_qkv.bias", tuple(name + "bias" for name in _QKV),
+                     SplitQKV(), when=_has_qkv_bias),
+        ParamMapping("self_attention.linear_proj.weight", "mixer.o_proj.weight"),
+    ),
+    "mlp": (
+        ParamMapping("pre_mlp_layernorm.weight", "norm.weight"),
+        ParamMapping("mlp." + _FC1, _under("mixer.", *_GATE_UP), SplitGated(), when=_gated_mlp),
+        ParamMapping("mlp." + _FC1, "mixer.up_proj.weight", when=_plain_mlp),
+        ParamMapping("mlp." + _FC2, "mixer.down_proj.weight"),
+    ),
+    # Both sides stack the experts, [E, out, in], and keep [gate; up] whole.
+    "moe": (
+        ParamMapping("pre_mlp_layernorm.weight", "norm.weight"),
+        ParamMapping("mlp.router.weight", "mixer.gate.weight"),
+        ParamMapping("mlp.router.expert_bias", "mixer.gate.e_score_correction_bias",
+                     when=_has_expert_bias, keep_float32=True),
+        ParamMapping(_ROUTED + _FC1, "mixer.experts.gate_up_proj", when=_gated_experts),
+        ParamMapping(_ROUTED + _FC1, "mixer.experts.up_proj", when=_plain_experts),
+        ParamMapping(_ROUTED + _FC2, "mixer.experts.down_proj"),
+        ParamMapping(_SHARED + _FC1, _under(_HF_SHARED, *_GATE_UP), SplitGated(),
+                     when=_shared_gated),
+        ParamMapping(_SHARED + _FC1, _HF_SHARED + "up_proj.weight", when=_shared_plain),
+        ParamMapping(_SHARED + _FC2, _HF_SHARED + "down_proj.weight", when=_has_shared_experts),
+    ),
+}
+"""What a layer has, by its kind; names are counted from the layer."""
 # fmt: on
 
 
-def expand(model: ModelConfig, table: Iterable[ParamMapping] = TABLE) -> list[ParamMapping]:
+def expand(
+    model: ModelConfig,
+    *,
+    of_model: Rows = MODEL_MAPPING,
+    of_layers: ByKind[Rows] = LAYER_MAPPING,
+) -> list[ParamMapping]:
     """The rows that `model` has, with whole names, from the embedding through the layers."""
-    rows = [row for row in table if row.when(model)]
-    expanded = [row.at(None) for row in rows if not row.layer]
+    expanded = [row.at(None) for row in of_model if row.when(model)]
     for index, letter in enumerate(layers_of(model.layer_pattern)):
-        expanded += [row.at(index) for row in rows if row.layer == letter]
+        rows = of_layers[LAYER_KINDS[letter]]
+        expanded += [row.at(index) for row in rows if row.when(model)]
     return expanded
 
 
 def plan(
-    model: ModelConfig, megatron_names: Iterable[str], table: Iterable[ParamMapping] = TABLE
+    model: ModelConfig,
+    megatron_names: Iterable[str],
+    *,
+    of_model: Rows = MODEL_MAPPING,
+    of_layers: ByKind[Rows] = LAYER_MAPPING,
 ) -> list[ParamMapping]:
     """The rows that turn a checkpoint with `megatron_names` into the whole Hugging Face model.
 
     Raises ValueError naming every tensor that no row takes, that a row misses, or that two rows
     take or make.
     """
-    rows = expand(model, table)
+    rows = expand(model, of_model=of_model, of_layers=of_layers)
     taken = Counter(name for row in rows for name in row.megatron)
     made = Counter(name for row in rows for name in row.hugging_face)
     there = set(megatron_names)

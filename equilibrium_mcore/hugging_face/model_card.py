@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from equilibrium_mcore.checkpoint.directory import step_of
 from equilibrium_mcore.config.chat import ConversationsConfig, JinjaTemplateConfig
-from equilibrium_mcore.config.pattern import LAYER_KINDS, layers_of
+from equilibrium_mcore.config.optimizers import OPTIMIZERS, REST, OptimizerConfig
+from equilibrium_mcore.config.pattern import LABELS, LAYER_KINDS, ByKind, count_kinds, layers_of
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.files.tables import markdown_table
 
-KIND_NAMES = {
-    "M": "Mamba-2",
-    "+": "multi-head latent attention (MLA)",
-    "*": "grouped-query attention (GQA)",
-    "-": "MLP",
-    "E": "mixture of experts (MoE)",
+KIND_NAMES: ByKind[str] = {
+    "mamba": "Mamba-2",
+    "mla": "multi-head latent attention (MLA)",
+    "attention": "grouped-query attention (GQA)",
+    "mlp": "MLP",
+    "moe": "mixture of experts (MoE)",
 }
+SHAPES: ByKind[Callable[[Any], str]] = {
+    "mamba": lambda x: (
+        f"{x.num_heads} heads of {x.head_dim}, state {x.state_dim}, {x.num_groups} groups"
+    ),
+    "mla": lambda x: (
+        f"{x.num_heads} heads, query latent {x.q_lora_rank or 'none'}, key/value latent "
+        f"{x.kv_lora_rank}, RoPE base {x.rope_base:g}"
+    ),
+    "attention": lambda x: (
+        f"{x.num_heads} query and {x.num_query_groups} key/value heads of {x.head_dim}, RoPE base "
+        f"{x.rope_base or 'none'}"
+    ),
+    "mlp": lambda x: f"width {x.ffn_hidden_size}, {x.activation}",
+    "moe": lambda x: (
+        f"{x.num_experts} experts of width {x.expert_ffn_hidden_size}, top {x.top_k} by "
+        f"{x.score_function}, shared width {x.shared_ffn_hidden_size}, {x.activation}"
+    ),
+}
+"""A section in words."""
+
 CARD = """\
 ---
 library_name: transformers
@@ -100,8 +122,8 @@ def model_card(
     """
     pattern = layers_of(config.model.layer_pattern)
     layers = [
-        (f"`{letter}`", KIND_NAMES[letter], pattern.count(letter))
-        for letter in LAYER_KINDS
+        (f"`{letter}`", KIND_NAMES[kind], pattern.count(letter))
+        for letter, kind in LAYER_KINDS.items()
         if letter in pattern
     ]
     data, sources = _sources(config)
@@ -144,45 +166,8 @@ def _shapes(config: RunConfig) -> list[tuple[str, str]]:
         ("hidden width", str(m.hidden_size)),
         ("vocabulary", f"{m.vocab_size:,}, {'tied' if m.tie_embeddings else 'untied'}"),
     ]
-    if m.mamba:
-        x = m.mamba
-        rows.append(
-            (
-                "Mamba-2",
-                f"{x.num_heads} heads of {x.head_dim}, state {x.state_dim}, {x.num_groups} groups",
-            )
-        )
-    if m.mla:
-        x = m.mla
-        rows.append(
-            (
-                "MLA",
-                f"{x.num_heads} heads, query latent {x.q_lora_rank or 'none'}, key/value "
-                f"latent {x.kv_lora_rank}, RoPE base {x.rope_base:g}",
-            )
-        )
-    if m.attention:
-        x = m.attention
-        rows.append(
-            (
-                "GQA",
-                f"{x.num_heads} query and {x.num_query_groups} key/value heads of "
-                f"{x.head_dim}, RoPE base {x.rope_base or 'none'}",
-            )
-        )
-    if m.mlp:
-        rows.append(("MLP", f"width {m.mlp.ffn_hidden_size}, {m.mlp.activation}"))
-    if m.moe:
-        x = m.moe
-        rows.append(
-            (
-                "MoE",
-                f"{x.num_experts} experts of width {x.expert_ffn_hidden_size}, top "
-                f"{x.top_k} by {x.score_function}, shared width {x.shared_ffn_hidden_size}, "
-                f"{x.activation}",
-            )
-        )
-    return rows
+    kinds = count_kinds(m.layer_pattern)
+    return rows + [(LABELS[kind], SHAPES[kind](getattr(m, kind))) for kind in kinds]
 
 
 def _origin(config: RunConfig) -> str:
@@ -204,15 +189,20 @@ def _training(config: RunConfig, checkpoint: Path, state: dict[str, Any]) -> lis
     ]
     if {"step", "tokens"} <= state.keys():
         lines.append(f"{state['step']:,} of {t.steps:,} steps, {state['tokens']:,} tokens")
-    matrices = (
-        f"Muon (peak learning rate {o.muon.learning_rate:g}) for matrices and AdamW "
-        f"({o.adamw.learning_rate:g}) for the rest"
-        if o.matrices == "muon"
-        else f"AdamW (peak learning rate {o.adamw.learning_rate:g})"
-    )
     return [
         *lines,
         f"sequences of {t.sequence_length:,} tokens, {t.global_batch_size:,} per step "
         f"({t.global_batch_size * t.sequence_length:,} tokens), precision {t.precision}",
-        f"{matrices}; {o.schedule.kind} schedule with {o.schedule.warmup_steps:,} warmup steps",
+        f"{_updated_by(o)}; {o.schedule.kind} schedule with {o.schedule.warmup_steps:,} warmup "
+        "steps",
     ]
+
+
+def _updated_by(optimizer: OptimizerConfig) -> str:
+    """The optimizers and their rates."""
+    label, rest = OPTIMIZERS[optimizer.matrices].label, OPTIMIZERS[REST].label
+    rate = f"{label} (peak learning rate {getattr(optimizer, optimizer.matrices).learning_rate:g})"
+    if optimizer.matrices == REST:
+        return rate
+    rate_of_rest = getattr(optimizer, REST).learning_rate
+    return f"{rate} for matrices and {rest} ({rate_of_rest:g}) for the rest"

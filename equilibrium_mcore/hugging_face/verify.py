@@ -65,7 +65,7 @@ def megatron_logits(
     from megatron.core import dist_checkpointing
 
     from equilibrium_mcore.checkpoint.safe_load import allowed_classes_only
-    from equilibrium_mcore.models.provider import KEPT_IN_FLOAT32, build_model
+    from equilibrium_mcore.models.provider import build_model, is_kept_in_float32
     from equilibrium_mcore.parallel.process_groups import one_rank
 
     training = config.training.model_copy(
@@ -78,7 +78,7 @@ def megatron_logits(
             loaded = dist_checkpointing.load(wanted, str(checkpoint))
         model.load_state_dict(loaded["model"])
         for name, parameter in model.named_parameters():
-            if not name.endswith(KEPT_IN_FLOAT32):
+            if not is_kept_in_float32(name):
                 parameter.data = parameter.data.to(rounded_to).float()
         positions = torch.arange(ids.shape[1]).expand_as(ids)
         with torch.no_grad():

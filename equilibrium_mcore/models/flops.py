@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from equilibrium_mcore.config.load import load_model
-from equilibrium_mcore.config.pattern import count_kinds
+from equilibrium_mcore.config.pattern import ByKind, count_kinds
 from equilibrium_mcore.config.schema import (
     AttentionConfig,
     MambaConfig,
@@ -29,18 +29,6 @@ from equilibrium_mcore.config.schema import (
     MoEConfig,
 )
 from equilibrium_mcore.files.tables import markdown_table
-
-KINDS = (
-    "mamba",
-    "mla",
-    "attention",
-    "mlp",
-    "moe_routed",
-    "moe_shared",
-    "moe_router",
-    "lm_head",
-)
-"""The kinds of work, in the order of every table."""
 
 TRAINING_FACTOR = 3
 """Backward makes two products (by input, by weight) for each one of forward."""
@@ -67,22 +55,11 @@ def flops_per_token(
                 f"{model.name}: layer_pattern {model.layer_pattern!r} has {kind} layers, "
                 f"but the model has no `{kind}:` section"
             )
-    hidden = model.hidden_size
-    per_layer: dict[str, int] = {}
-    if "mamba" in counts:
-        per_layer["mamba"] = mamba_flops_per_token(model.mamba, hidden)
-    if "mla" in counts:
-        per_layer["mla"] = mla_flops_per_token(model.mla, hidden, sequence_length, causal=causal)
-    if "attention" in counts:
-        per_layer["attention"] = attention_flops_per_token(
-            model.attention, hidden, sequence_length, causal=causal
-        )
-    if "mlp" in counts:
-        per_layer["mlp"] = mlp_flops_per_token(model.mlp, hidden)
-    if "moe" in counts:
-        per_layer |= moe_flops_per_token(model.moe, hidden)
-    total = {kind: counts[kind.split("_")[0]] * flops for kind, flops in per_layer.items()}
-    total["lm_head"] = 2 * hidden * model.padded_vocab_size
+    total: dict[str, int] = {}
+    for kind, number in counts.items():
+        per_layer = LAYER_FLOPS[kind](model, sequence_length, causal)
+        total |= {work: number * flops for work, flops in per_layer.items()}
+    total["lm_head"] = 2 * model.hidden_size * model.padded_vocab_size
     return total
 
 
@@ -219,6 +196,33 @@ def _feed_forward_flops(hidden_size: int, width: int, activation: str) -> int:
     matrices = 3 if activation == "swiglu" else 2
     return 2 * matrices * hidden_size * width
 
+
+WORK: ByKind[tuple[str, ...]] = {
+    "mamba": ("mamba",),
+    "mla": ("mla",),
+    "attention": ("attention",),
+    "mlp": ("mlp",),
+    "moe": ("moe_routed", "moe_shared", "moe_router"),
+}
+"""The kinds of work in a layer; the last kind's are told apart."""
+
+KINDS = (*(work for of_kind in WORK.values() for work in of_kind), "lm_head")
+"""All kinds of work, in the order of every table."""
+
+LAYER_FLOPS: ByKind[Callable[[ModelConfig, int, bool], dict[str, int]]] = {
+    "mamba": lambda model, _, __: {"mamba": mamba_flops_per_token(model.mamba, model.hidden_size)},
+    "mla": lambda model, length, causal: {
+        "mla": mla_flops_per_token(model.mla, model.hidden_size, length, causal=causal)
+    },
+    "attention": lambda model, length, causal: {
+        "attention": attention_flops_per_token(
+            model.attention, model.hidden_size, length, causal=causal
+        )
+    },
+    "mlp": lambda model, _, __: {"mlp": mlp_flops_per_token(model.mlp, model.hidden_size)},
+    "moe": lambda model, _, __: moe_flops_per_token(model.moe, model.hidden_size),
+}
+"""Forward FLOPs per token of one layer by work: of (model, sequence length, causal)."""
 
 # ------------------------------------------------------------------------------ the printed table
 

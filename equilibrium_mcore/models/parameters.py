@@ -20,22 +20,25 @@ from megatron.core.tensor_parallel import random as mcore_random
 # Registers torch's `fake` backend: groups of any size in one process, without communication.
 from torch.testing._internal.distributed import fake_pg
 
-from equilibrium_mcore.config.pattern import LAYER_KINDS, layers_of
+from equilibrium_mcore.config.pattern import LABELS, LAYER_KINDS, ByKind, layers_of
 from equilibrium_mcore.config.schema import ModelConfig, ParallelismConfig, TrainingConfig
 from equilibrium_mcore.files.tables import terminal_table
 from equilibrium_mcore.models.provider import build_model
 from equilibrium_mcore.models.transformer_config import build_transformer_config
 
+COUNTED_APART: ByKind[dict[str, str]] = {
+    "mamba": {},
+    "mla": {},
+    "attention": {},
+    "mlp": {},
+    "moe": {"experts": "moe_routed", "shared_experts": "moe_shared", "router": "moe_router"},
+}
+"""What a mixer's submodules count as; where it has none here, all of it counts as its kind."""
+
 KINDS = (
     "embedding",
     "output",
-    "mamba",
-    "mla",
-    "attention",
-    "mlp",
-    "moe_routed",
-    "moe_shared",
-    "moe_router",
+    *(count for kind, apart in COUNTED_APART.items() for count in apart.values() or (kind,)),
     "norms",
 )
 """What a parameter belongs to, in the order of every table.
@@ -45,7 +48,6 @@ mixer (Mamba's gated norm, MLA's latent norms) count with their mixer.
 """
 
 _STREAM_NORMS = ("norm.weight", "input_layernorm.weight", "pre_mlp_layernorm.weight")
-_MOE_PARTS = {"experts": "moe_routed", "shared_experts": "moe_shared", "router": "moe_router"}
 
 
 @dataclass(frozen=True)
@@ -138,12 +140,15 @@ def kind_of(name: str, layers: str) -> str:
     kind, rest = LAYER_KINDS[layers[int(match[1])]], match[2]
     if rest in _STREAM_NORMS:
         return "norms"
-    if kind != "moe":
+    apart = COUNTED_APART[kind]
+    if not apart:
         return kind
     part = rest.split(".")[1]
-    if part not in _MOE_PARTS:
-        raise ValueError(f"parameter {name!r} of an MoE layer is none of {', '.join(_MOE_PARTS)}")
-    return _MOE_PARTS[part]
+    if part not in apart:
+        raise ValueError(
+            f"parameter {name!r} of an {LABELS[kind]} layer is none of {', '.join(apart)}"
+        )
+    return apart[part]
 
 
 @contextlib.contextmanager

@@ -7,13 +7,21 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
-from equilibrium_mcore.config.pattern import cut_into
+from equilibrium_mcore.config.layout import pipeline_segments
+from equilibrium_mcore.config.pattern import ByKind, count_kinds, cut_into
 from equilibrium_mcore.config.schema import ModelConfig, ParallelismConfig, TrainingConfig
 from equilibrium_mcore.models.specs import choose_backend, stack_spec
 from equilibrium_mcore.models.transformer_config import build_transformer_config
 
-# Parameters that stay float32 whatever the precision: small, and sensitive to rounding.
-KEPT_IN_FLOAT32 = ("A_log", "dt_bias", ".D", "expert_bias")
+KEPT_IN_FLOAT32: ByKind[tuple[str, ...]] = {
+    "mamba": ("A_log", "dt_bias", ".D"),
+    "mla": (),
+    "attention": (),
+    "mlp": (),
+    "moe": ("expert_bias",),
+}
+"""Ends of names of parameters that stay float32 whatever the precision: small, and sensitive to
+rounding."""
 
 
 def build_model(
@@ -30,14 +38,15 @@ def build_model(
 
     Args:
         groups: all of megatron-core's groups for `layout`.
-        virtual_stage: which model chunk, when `layout.virtual_pipeline` is above 1.
+        virtual_stage: which model chunk, where a rank has several.
         transformer_config: one that was built before, so that all chunks share it.
     """
     config = transformer_config or build_transformer_config(model, layout, training, on_gpu=on_gpu)
     backend = choose_backend(training.backend, on_gpu=on_gpu)
-    stages = layout.pipeline * layout.virtual_pipeline
+    stages = pipeline_segments(layout)
     stage = groups.pp.rank() + (virtual_stage or 0) * layout.pipeline
-    rope_base = model.attention.rope_base if model.attention else None
+    attends = "attention" in count_kinds(model.layer_pattern)
+    rope_base = model.attention.rope_base if attends else None
     module = HybridModel(
         config=config,
         hybrid_stack_spec=stack_spec(model, backend),
@@ -56,6 +65,11 @@ def build_model(
     return module
 
 
+def is_kept_in_float32(name: str) -> bool:
+    """Whether a parameter stays float32 whatever the precision, by its name."""
+    return name.endswith(tuple(end for ends in KEPT_IN_FLOAT32.values() for end in ends))
+
+
 def cast_parameters(module: torch.nn.Module, dtype: torch.dtype) -> None:
     """Cast every floating-point parameter to `dtype`, but for those kept in float32.
 
@@ -63,7 +77,7 @@ def cast_parameters(module: torch.nn.Module, dtype: torch.dtype) -> None:
     (RoPE's frequencies) are cast too.
     """
     for name, parameter in module.named_parameters():
-        keep = name.endswith(KEPT_IN_FLOAT32) and dtype != torch.float64
+        keep = is_kept_in_float32(name) and dtype != torch.float64
         target = torch.float32 if keep else dtype
         if parameter.is_floating_point() and parameter.dtype != target:
             parameter.data = parameter.data.to(target)

@@ -1,13 +1,14 @@
 """Layer specs: which module stands at each place of megatron-core's hybrid stack.
 
-One table per backend (`TORCH`, and Transformer Engine's, read only where it is used); one function
-that turns a table into the spec of the stack. Norms stand alone in both, never fused into a linear
+One table per backend (`TORCH`, and Transformer Engine's, read only where it is used), and one row
+per layer kind that makes a layer of such a table. Norms stand alone, never fused into a linear
 layer, so that a checkpoint has the same keys whichever backend wrote it.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -42,6 +43,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
+from equilibrium_mcore.config.pattern import ByKind, count_kinds
 from equilibrium_mcore.config.schema import ModelConfig
 from equilibrium_mcore.models.attention import TorchCoreAttention
 from equilibrium_mcore.models.mamba import TorchMambaMixer
@@ -130,67 +132,57 @@ def choose_backend(name: str, *, on_gpu: bool) -> Backend:
 
 def stack_spec(model: ModelConfig, backend: Backend) -> ModuleSpec:
     """The spec of the whole decoder for megatron-core's HybridModel."""
-    b = backend
-    mamba_params = {}
-    if model.mamba:
-        mamba_params = {"d_conv": model.mamba.conv_width, "chunk_size": model.mamba.chunk_size}
-    mla = MLASelfAttentionSubmodules(
-        linear_q_proj=b.column_linear,
-        linear_q_down_proj=b.duplicated_linear,
-        linear_q_up_proj=b.column_linear,
-        linear_kv_down_proj=b.duplicated_linear,
-        linear_kv_up_proj=b.column_linear,
-        core_attention=b.core_attention,
-        linear_proj=b.row_linear,
-        q_layernorm=b.norm,
-        kv_layernorm=b.norm,
-    )
-    attention = SelfAttentionSubmodules(
-        linear_qkv=b.column_linear, core_attention=b.core_attention, linear_proj=b.row_linear
-    )
-    mlp = MLPSubmodules(linear_fc1=b.column_linear, linear_fc2=b.row_linear)
-    mamba = ModuleSpec(
-        module=b.mamba_mixer,
-        params=mamba_params,
-        submodules=MambaMixerSubmodules(in_proj=b.column_linear, out_proj=b.row_linear),
-    )
-    moe = get_moe_module_spec_for_backend(
-        backend=b.experts,
-        num_experts=model.moe.num_experts if model.moe else 1,
-        moe_grouped_gemm=b.grouped_experts,
-    )
-    moe = partial(moe.func, submodules=replace(moe.keywords["submodules"], router=GlobalRouter))
+    kinds = count_kinds(model.layer_pattern)
+    layers = {f"{kind}_layer": LAYER_SPECS[kind](model, backend) for kind in kinds}
     return ModuleSpec(
         module=EquilibriumStack,
-        params={"norm": b.norm},
-        submodules=HybridStackSubmodules(
-            mamba_layer=ModuleSpec(
-                module=MambaLayer,
-                submodules=MambaLayerSubmodules(
-                    norm=b.norm, mixer=mamba, mamba_bda=get_bias_dropout_add
-                ),
-            ),
-            attention_layer=_attention_layer(SelfAttention, attention, b.norm),
-            mla_layer=_attention_layer(MultiLatentSelfAttention, mla, b.norm),
-            mlp_layer=ModuleSpec(
-                module=MLPLayer,
-                submodules=TransformerLayerSubmodules(
-                    pre_mlp_layernorm=b.norm,
-                    mlp=partial(MLP.as_mlp_submodule, submodules=mlp),
-                    mlp_bda=get_bias_dropout_add,
-                ),
-            ),
-            moe_layer=ModuleSpec(
-                module=MoETransformerLayer,
-                submodules=TransformerLayerSubmodules(
-                    pre_mlp_layernorm=b.norm, mlp=moe, mlp_bda=get_bias_dropout_add
-                ),
-            ),
+        params={"norm": backend.norm},
+        submodules=HybridStackSubmodules(**layers),
+    )
+
+
+# ------------------------------------------------------------------------------- kinds of layers
+
+
+def _mamba_layer(model: ModelConfig, backend: Backend) -> ModuleSpec:
+    mixer = ModuleSpec(
+        module=backend.mamba_mixer,
+        params={"d_conv": model.mamba.conv_width, "chunk_size": model.mamba.chunk_size},
+        submodules=MambaMixerSubmodules(in_proj=backend.column_linear, out_proj=backend.row_linear),
+    )
+    return ModuleSpec(
+        module=MambaLayer,
+        submodules=MambaLayerSubmodules(
+            norm=backend.norm, mixer=mixer, mamba_bda=get_bias_dropout_add
         ),
     )
 
 
-def _attention_layer(attention: type, submodules: Any, norm: type) -> ModuleSpec:
+def _attention_layer(model: ModelConfig, backend: Backend) -> ModuleSpec:
+    submodules = SelfAttentionSubmodules(
+        linear_qkv=backend.column_linear,
+        core_attention=backend.core_attention,
+        linear_proj=backend.row_linear,
+    )
+    return _with_attention(SelfAttention, submodules, backend.norm)
+
+
+def _mla_layer(model: ModelConfig, backend: Backend) -> ModuleSpec:
+    submodules = MLASelfAttentionSubmodules(
+        linear_q_proj=backend.column_linear,
+        linear_q_down_proj=backend.duplicated_linear,
+        linear_q_up_proj=backend.column_linear,
+        linear_kv_down_proj=backend.duplicated_linear,
+        linear_kv_up_proj=backend.column_linear,
+        core_attention=backend.core_attention,
+        linear_proj=backend.row_linear,
+        q_layernorm=backend.norm,
+        kv_layernorm=backend.norm,
+    )
+    return _with_attention(MultiLatentSelfAttention, submodules, backend.norm)
+
+
+def _with_attention(attention: type, submodules: Any, norm: type) -> ModuleSpec:
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -203,6 +195,44 @@ def _attention_layer(attention: type, submodules: Any, norm: type) -> ModuleSpec
             self_attn_bda=get_bias_dropout_add,
         ),
     )
+
+
+def _mlp_layer(model: ModelConfig, backend: Backend) -> ModuleSpec:
+    submodules = MLPSubmodules(linear_fc1=backend.column_linear, linear_fc2=backend.row_linear)
+    mlp = partial(MLP.as_mlp_submodule, submodules=submodules)
+    return _with_channel_mixer(MLPLayer, mlp, backend.norm)
+
+
+def _moe_layer(model: ModelConfig, backend: Backend) -> ModuleSpec:
+    moe = get_moe_module_spec_for_backend(
+        backend=backend.experts,
+        num_experts=model.moe.num_experts,
+        moe_grouped_gemm=backend.grouped_experts,
+    )
+    submodules = replace(moe.keywords["submodules"], router=GlobalRouter)
+    moe = partial(moe.func, submodules=submodules)
+    return _with_channel_mixer(MoETransformerLayer, moe, backend.norm)
+
+
+def _with_channel_mixer(layer: type, mlp: Any, norm: type) -> ModuleSpec:
+    return ModuleSpec(
+        module=layer,
+        submodules=TransformerLayerSubmodules(
+            pre_mlp_layernorm=norm, mlp=mlp, mlp_bda=get_bias_dropout_add
+        ),
+    )
+
+
+LAYER_SPECS: ByKind[Callable[[ModelConfig, Backend], ModuleSpec]] = {
+    "mamba": _mamba_layer,
+    "mla": _mla_layer,
+    "attention": _attention_layer,
+    "mlp": _mlp_layer,
+    "moe": _moe_layer,
+}
+"""The layer of a kind, made of a backend's modules."""
+
+# ---------------------------------------------------------------- where megatron-core is not enough
 
 
 class MultiLatentSelfAttention(MLASelfAttention):

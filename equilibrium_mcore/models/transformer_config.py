@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from megatron.core.activations import squared_relu
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-from equilibrium_mcore.config.pattern import layers_of
+from equilibrium_mcore.config.layout import megatron_sizes
+from equilibrium_mcore.config.pattern import ByKind, count_kinds, layers_of
 from equilibrium_mcore.config.schema import ModelConfig, ParallelismConfig, TrainingConfig
 from equilibrium_mcore.models.specs import TORCH, choose_backend
 
@@ -27,18 +30,18 @@ def build_transformer_config(
     """The config of one rank's part of `model` under `layout` and `training`'s numerics."""
     values = {
         **_model_values(model, layout),
-        **_moe_values(model, layout, training),
-        **_layout_values(layout),
+        **_layer_values(model, layout, training),
+        **megatron_sizes(layout),
+        "sequence_parallel": layout.sequence,
         **_numeric_values(training, on_gpu=on_gpu),
         **_backend_values(training, on_gpu=on_gpu),
     }
-    if model.mla:
-        return MLATransformerConfig(**values, **_mla_values(model))
-    return TransformerConfig(**values)
+    latent = values.get("multi_latent_attention", False)
+    return (MLATransformerConfig if latent else TransformerConfig)(**values)
 
 
 def _model_values(model: ModelConfig, layout: ParallelismConfig) -> dict:
-    values = dict(
+    return dict(
         num_layers=len(layers_of(model.layer_pattern)),
         hidden_size=model.hidden_size,
         is_hybrid_model=True,
@@ -51,35 +54,48 @@ def _model_values(model: ModelConfig, layout: ParallelismConfig) -> dict:
         # Kept by megatron-core for every model; a model without attention has no heads.
         num_attention_heads=layout.tensor,
     )
-    channel_mixer = model.mlp or model.moe
-    if channel_mixer:
-        activation, gated = _ACTIVATIONS[channel_mixer.activation]
-        values.update(activation_func=activation, gated_linear_unit=gated)
-    if model.mlp:
-        values.update(ffn_hidden_size=model.mlp.ffn_hidden_size)
-    if model.mamba:
-        values.update(
-            mamba_num_heads=model.mamba.num_heads,
-            mamba_head_dim=model.mamba.head_dim,
-            mamba_state_dim=model.mamba.state_dim,
-            mamba_num_groups=model.mamba.num_groups,
-        )
-    if model.attention:
-        values.update(
-            num_attention_heads=model.attention.num_heads,
-            num_query_groups=model.attention.num_query_groups,
-            kv_channels=model.attention.head_dim,
-            add_qkv_bias=model.attention.qkv_bias,
-        )
-    if model.mla:
-        values.update(num_attention_heads=model.mla.num_heads)
+
+
+# ------------------------------------------------------------------------------- kinds of layers
+
+
+def _layer_values(model: ModelConfig, layout: ParallelismConfig, training: TrainingConfig) -> dict:
+    """What the sections of the pattern's layers say: one without a layer changes nothing.
+
+    A model has one activation of channel mixers and one kind of attention (`config.model_rules`),
+    so no two rows contradict each other.
+    """
+    values: dict = {}
+    for kind in count_kinds(model.layer_pattern):
+        values |= LAYER_VALUES[kind](model, layout, training)
     return values
 
 
-def _mla_values(model: ModelConfig) -> dict:
+def _mamba_values(model: ModelConfig, layout: ParallelismConfig, training: TrainingConfig) -> dict:
+    return dict(
+        mamba_num_heads=model.mamba.num_heads,
+        mamba_head_dim=model.mamba.head_dim,
+        mamba_state_dim=model.mamba.state_dim,
+        mamba_num_groups=model.mamba.num_groups,
+    )
+
+
+def _attention_values(
+    model: ModelConfig, layout: ParallelismConfig, training: TrainingConfig
+) -> dict:
+    return dict(
+        num_attention_heads=model.attention.num_heads,
+        num_query_groups=model.attention.num_query_groups,
+        kv_channels=model.attention.head_dim,
+        add_qkv_bias=model.attention.qkv_bias,
+    )
+
+
+def _mla_values(model: ModelConfig, layout: ParallelismConfig, training: TrainingConfig) -> dict:
     mla = model.mla
     return dict(
         multi_latent_attention=True,
+        num_attention_heads=mla.num_heads,
         q_lora_rank=mla.q_lora_rank,
         kv_lora_rank=mla.kv_lora_rank,
         qk_head_dim=mla.qk_nope_head_dim,
@@ -95,11 +111,21 @@ def _mla_values(model: ModelConfig) -> dict:
     )
 
 
+def _mlp_values(model: ModelConfig, layout: ParallelismConfig, training: TrainingConfig) -> dict:
+    activation, gated = _ACTIVATIONS[model.mlp.activation]
+    return dict(
+        ffn_hidden_size=model.mlp.ffn_hidden_size,
+        activation_func=activation,
+        gated_linear_unit=gated,
+    )
+
+
 def _moe_values(model: ModelConfig, layout: ParallelismConfig, training: TrainingConfig) -> dict:
     moe = model.moe
-    if moe is None:
-        return {}
+    activation, gated = _ACTIVATIONS[moe.activation]
     return dict(
+        activation_func=activation,
+        gated_linear_unit=gated,
         num_moe_experts=moe.num_experts,
         moe_router_topk=moe.top_k,
         moe_ffn_hidden_size=moe.expert_ffn_hidden_size,
@@ -120,26 +146,25 @@ def _moe_values(model: ModelConfig, layout: ParallelismConfig, training: Trainin
     )
 
 
+LAYER_VALUES: ByKind[Callable[[ModelConfig, ParallelismConfig, TrainingConfig], dict]] = {
+    "mamba": _mamba_values,
+    "mla": _mla_values,
+    "attention": _attention_values,
+    "mlp": _mlp_values,
+    "moe": _moe_values,
+}
+"""What a section says in megatron-core's names."""
+
+
+# --------------------------------------------------------------------------- layout and numerics
+
+
 def _backend_values(training: TrainingConfig, *, on_gpu: bool) -> dict:
     """What megatron-core checks other settings against while the config is built."""
     backend = choose_backend(training.backend, on_gpu=on_gpu)
     return dict(
         transformer_impl="local" if backend is TORCH else "transformer_engine",
         moe_grouped_gemm=backend.grouped_experts,
-    )
-
-
-def _layout_values(layout: ParallelismConfig) -> dict:
-    return dict(
-        tensor_model_parallel_size=layout.tensor,
-        sequence_parallel=layout.sequence,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=(
-            layout.virtual_pipeline if layout.virtual_pipeline > 1 else None
-        ),
-        context_parallel_size=layout.context,
-        expert_model_parallel_size=layout.expert,
-        expert_tensor_parallel_size=layout.expert_tensor,
     )
 
 

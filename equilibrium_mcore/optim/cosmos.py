@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from equilibrium_mcore.config.schema import CosmosConfig
+from equilibrium_mcore.config.optimizers import CosmosConfig
 from equilibrium_mcore.optim.eigenbasis import DAMPING, first_basis, gram
 from equilibrium_mcore.optim.matrix import StatefulMatrixOptimizer, WholeState
 from equilibrium_mcore.optim.newton_schulz import orthogonalise

@@ -68,6 +68,10 @@ class MatrixOptimizer(torch.optim.Optimizer, ABC):
 
     # --------------------------------------------------------------------------------------------
 
+    def set_steps(self, steps: int) -> None:
+        """Count on from so many steps."""
+        self.steps = steps
+
     @torch.no_grad()
     def init_state(self) -> None:
         """Make the state of every parameter, so that it can be saved or loaded."""

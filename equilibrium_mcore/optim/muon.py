@@ -11,7 +11,7 @@ import torch
 from emerging_optimizers.orthogonalized_optimizers.muon import get_muon_scale_factor
 from torch import Tensor
 
-from equilibrium_mcore.config.schema import MuonConfig
+from equilibrium_mcore.config.optimizers import MuonConfig
 from equilibrium_mcore.optim.matrix import MatrixOptimizer, by_part_shape
 from equilibrium_mcore.optim.newton_schulz import orthogonalise
 from equilibrium_mcore.optim.parameters import Parameter

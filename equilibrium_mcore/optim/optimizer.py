@@ -17,15 +17,14 @@ from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from equilibrium_mcore.config.optimizers import REST
 from equilibrium_mcore.config.schema import RunConfig
-from equilibrium_mcore.optim.cosmos import Cosmos
-from equilibrium_mcore.optim.matrix import MatrixOptimizer, rate_groups
-from equilibrium_mcore.optim.muon import Muon
+from equilibrium_mcore.optim.build import BUILDS, build_optimizers
+from equilibrium_mcore.optim.matrix import MatrixOptimizer
 from equilibrium_mcore.optim.ownership import assign_owners, share_updates
 from equilibrium_mcore.optim.parameters import Parameter, describe_parameters
 from equilibrium_mcore.optim.schedule import learning_rate_factor
-from equilibrium_mcore.optim.schedule_free import AdamWithoutMomentum, ScheduleFree
-from equilibrium_mcore.optim.soap import Soap
+from equilibrium_mcore.optim.schedule_free import ScheduleFree
 
 
 @dataclass(frozen=True)
@@ -87,34 +86,11 @@ class HybridOptimizer:
         return parameter.is_owned or not self.config.parallelism.distributed_optimizer
 
     def _build_optimizers(self) -> list[torch.optim.Optimizer]:
-        built: list[torch.optim.Optimizer] = []
-        for name, build in self._kinds().items():
-            chosen = [p for p in self._owned if p.treatment.optimizer == name]
-            if chosen:
-                built.append(build(chosen))
+        built = build_optimizers(self._owned, self.settings)
         for optimizer in built if self.schedule_free is not None else ():
             for group in optimizer.param_groups:  # decay is the average's business: see `step`
                 group["outer_weight_decay"], group["weight_decay"] = group["weight_decay"], 0.0
         return built
-
-    def _kinds(self) -> dict[str, Callable[[list[Parameter]], torch.optim.Optimizer]]:
-        """How each optimizer is built, in the order of their steps: all ranks gather in it."""
-        settings, average = self.settings, self.settings.schedule_free
-        momentum = average.matrix_momentum if average is not None else None
-
-        def adamw(parameters: list[Parameter]) -> torch.optim.Optimizer:
-            if average is not None:
-                return AdamWithoutMomentum(parameters, settings.adamw)
-            betas = settings.adamw.beta1, settings.adamw.beta2
-            groups = rate_groups(parameters)
-            return torch.optim.AdamW(groups, betas=betas, eps=settings.adamw.epsilon)
-
-        return {
-            "muon": lambda chosen: Muon(chosen, settings.muon, momentum=momentum),
-            "soap": lambda chosen: Soap(chosen, settings.soap, beta1=momentum),
-            "cosmos": lambda chosen: Cosmos(chosen, settings.cosmos, beta1=momentum),
-            "adamw": adamw,
-        }
 
     # ------------------------------------------------------------------------------ stepping
 
@@ -127,9 +103,9 @@ class HybridOptimizer:
         factor = learning_rate_factor(
             self.settings.schedule, step=self.steps_done, total_steps=self.config.training.steps
         )
-        adamw = self.settings.adamw.learning_rate
         matrix = getattr(self.settings, self.settings.matrices).learning_rate
-        return {"matrix": matrix * factor, "adamw": adamw * factor}
+        rest = getattr(self.settings, REST).learning_rate
+        return {"matrix": matrix * factor, REST: rest * factor}
 
     @torch.no_grad()
     def step(self, *, refuses: Callable[[float], bool] | None = None) -> StepResult:
@@ -247,16 +223,17 @@ class HybridOptimizer:
             tensors["fast"] = parameter.main
         elif parameter.main is not parameter.model:
             tensors["main"] = parameter.main
+        names = BUILDS[parameter.treatment.optimizer].state
         for optimizer in self._optimizers:
-            for key, value in optimizer.state.get(parameter.main, {}).items():
-                if key != "step":
-                    tensors[key] = value
+            kept = optimizer.state.get(parameter.main, {})
+            tensors |= {key: kept[key] for key in names if key in kept}
         return tensors
 
     def whole_state_of(self, parameter: Parameter) -> dict[str, Tensor]:
         """The tensors of its whole parts, by `state.part`."""
+        names = BUILDS[parameter.treatment.optimizer].whole_state
         return {
-            f"{key}.{part}": value
+            f"{key}.{part}": values[key]
             for optimizer in self._optimizers
             if isinstance(optimizer, MatrixOptimizer) and parameter.main in optimizer.whole_state
             for part, values in zip(
@@ -264,34 +241,20 @@ class HybridOptimizer:
                 optimizer.whole_state[parameter.main],
                 strict=True,
             )
-            for key, value in values.items()
+            for key in names
+            if key in values
         }
 
     def set_steps(self, steps_done: int) -> None:
         """Go on as after so many steps."""
         self.steps_done = steps_done
         for optimizer in self._optimizers:
-            if isinstance(optimizer, torch.optim.AdamW):
-                for values in optimizer.state.values():
-                    values["step"].fill_(steps_done)
-            else:
-                optimizer.steps = steps_done
+            optimizer.set_steps(steps_done)
 
-    @torch.no_grad()
     def init_state(self) -> None:
         """Make all state tensors without changing a weight, so that they can be saved or loaded."""
         for optimizer in self._optimizers:
-            if not isinstance(optimizer, torch.optim.AdamW):
-                optimizer.init_state()
-                continue
-            for group in optimizer.param_groups:
-                for main in group["params"]:
-                    if not optimizer.state[main]:
-                        optimizer.state[main] = {
-                            "step": torch.tensor(float(self.steps_done)),
-                            "exp_avg": torch.zeros_like(main),
-                            "exp_avg_sq": torch.zeros_like(main),
-                        }
+            optimizer.init_state()
 
 
 def _main_weight(model: Tensor, dtype: torch.dtype, *, always_copy: bool) -> Tensor:

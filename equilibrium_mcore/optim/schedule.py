@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from equilibrium_mcore.config.schema import ScheduleConfig
+from equilibrium_mcore.config.optimizers import ScheduleConfig
 
 
 def learning_rate_factor(schedule: ScheduleConfig, *, step: int, total_steps: int) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from equilibrium_mcore.config.schema import AdamWConfig, ScheduleFreeConfig
+from equilibrium_mcore.config.optimizers import AdamWConfig, ScheduleFreeConfig
 from equilibrium_mcore.optim.matrix import rate_groups
 from equilibrium_mcore.optim.parameters import Parameter
 
@@ -68,6 +68,10 @@ class AdamWithoutMomentum(torch.optim.Optimizer):
         self.config = config
         self.steps = 0
         super().__init__(rate_groups(parameters), defaults={"lr": 0.0, "weight_decay": 0.0})
+
+    def set_steps(self, steps: int) -> None:
+        """Count on from so many steps."""
+        self.steps = steps
 
     @torch.no_grad()
     def init_state(self) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from equilibrium_mcore.config.schema import SoapConfig
+from equilibrium_mcore.config.optimizers import SoapConfig
 from equilibrium_mcore.optim.eigenbasis import first_basis, gram, renewed_basis
 from equilibrium_mcore.optim.matrix import StatefulMatrixOptimizer, WholeState
 from equilibrium_mcore.optim.parameters import Parameter

@@ -8,7 +8,13 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from equilibrium_mcore.config.errors import ConfigError
-from equilibrium_mcore.config.schema import ModelConfig, OptimizerConfig, OverrideConfig
+from equilibrium_mcore.config.optimizers import (
+    OPTIMIZERS,
+    REST,
+    OptimizerConfig,
+    OverrideConfig,
+)
+from equilibrium_mcore.config.schema import ModelConfig
 from equilibrium_mcore.optim.parts import Parts
 from equilibrium_mcore.optim.table import rule_for
 
@@ -21,7 +27,7 @@ class Treatment:
     """How a parameter is updated, and why."""
 
     kind: str  # of optim.table
-    optimizer: str  # muon, soap, cosmos or adamw
+    optimizer: str  # a row of config.optimizers
     learning_rate: float  # peak
     weight_decay: float
     parts: Parts | None  # maps that a matrix optimizer treats one by one; None for a single one
@@ -31,7 +37,7 @@ class Treatment:
     @property
     def is_matrix(self) -> bool:
         """Whether an optimizer of whole matrices updates it."""
-        return self.optimizer != "adamw"
+        return OPTIMIZERS[self.optimizer].takes_matrices
 
 
 def treatment_of(
@@ -42,19 +48,19 @@ def treatment_of(
     Raises KeyError where the table has no row, ConfigError where an override gives a matrix
     optimizer something that is no matrix.
     """
-    rule = rule_for(name)
+    rule = rule_for(name, model)
     override = _override_for(name, optimizer.overrides)
-    chosen = optimizer.matrices if rule.kind == "matrix" else "adamw"
+    chosen = optimizer.matrices if rule.kind == "matrix" else REST
     parts = rule.parts(model) if rule.parts else None
     why = rule.why
     if override is not None:
         chosen = override.optimizer or chosen
         parts = None if override.split is False else parts
         why = f"optimizer.overrides: {override.pattern}"
-    if chosen != "adamw" and len(shape) != 2:
+    if OPTIMIZERS[chosen].takes_matrices and len(shape) != 2:
         raise ConfigError(
             f"optimizer.overrides: {override.pattern!r} gives {name} to {chosen}, which "
-            f"updates matrices, but its shape is {tuple(shape)}: use optimizer: adamw, or a "
+            f"updates matrices, but its shape is {tuple(shape)}: use optimizer: {REST}, or a "
             "narrower pattern"
         )
     rate, decay = _rate_and_decay(chosen, rule.kind, optimizer)
@@ -70,7 +76,7 @@ def _override_for(name: str, overrides: Iterable[OverrideConfig]) -> OverrideCon
 
 
 def _rate_and_decay(chosen: str, kind: str, optimizer: OptimizerConfig) -> tuple[float, float]:
-    if chosen != "adamw":
+    if chosen != REST:
         section = getattr(optimizer, chosen)
         return section.learning_rate, section.weight_decay
     adamw = optimizer.adamw

@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from equilibrium_mcore.config.layout import megatron_sizes
 from equilibrium_mcore.config.schema import ParallelismConfig
 from equilibrium_mcore.parallel import accelerator
 from equilibrium_mcore.parallel.rank_job import RankInfo
@@ -60,14 +61,7 @@ def initialize_groups(layout: ParallelismConfig) -> ProcessGroupCollection:
     """
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=(
-            layout.virtual_pipeline if layout.virtual_pipeline > 1 else None
-        ),
-        context_parallel_size=layout.context,
-        expert_model_parallel_size=layout.expert,
-        expert_tensor_parallel_size=layout.expert_tensor,
+        **megatron_sizes(layout),
         distributed_timeout_minutes=layout.timeout_minutes,
         order=RANK_ORDER,
         create_gloo_process_groups=False,

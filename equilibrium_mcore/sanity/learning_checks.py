@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from equilibrium_mcore.config.schema import OptimizerConfig, RunConfig
+from equilibrium_mcore.config.optimizers import OPTIMIZERS, REST, ByOptimizer
+from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.blend import Datasets
 from equilibrium_mcore.data.samples import Samples
 from equilibrium_mcore.data.tokenizer import Tokenizer
@@ -21,8 +22,13 @@ OVERFIT_TOKENS = 3072
 OVERFIT_LENGTH = 128
 OVERFIT_STEPS = 60
 OVERFIT_LOSS = 0.2
-OVERFIT_RATES = {"muon": 2e-2}
-OVERFIT_RATE = 5e-3  # of every other optimizer
+# High rates, no decay, and updates as large as AdamW's at the same rate.
+OVERFIT: ByOptimizer[dict[str, Any]] = {
+    "muon": {"learning_rate": 2e-2, "weight_decay": 0.0, "extra_scale": 0.2, "scale": "spectral"},
+    "soap": {"learning_rate": 5e-3, "weight_decay": 0.0},
+    "cosmos": {"learning_rate": 5e-3, "weight_decay": 0.0},
+    "adamw": {"learning_rate": 5e-3, "weight_decay": 0.0, "learning_rates": {}},
+}
 PRECISION_STEPS = 20
 PRECISION_SEQUENCES = 2
 # CPUs without bfloat16 units need minutes for the products with a large vocabulary, so there ids
@@ -92,7 +98,10 @@ def check_overfit(config: RunConfig, datasets: Datasets, tokenizer: Tokenizer | 
     fast = varied(
         config,
         data=any_number_of_samples(config),
-        optimizer=_fast(config.optimizer),
+        optimizer={
+            "schedule": {"kind": "constant", "warmup_steps": 5, "decay_steps": 0},
+            **OVERFIT,
+        },
         training={
             "sequence_length": length,
             "micro_batch_size": sequences,
@@ -117,21 +126,6 @@ def check_overfit(config: RunConfig, datasets: Datasets, tokenizer: Tokenizer | 
             f"{OVERFIT_LOSS}: something keeps it from learning"
         )
     return judged("overfit", problems, good, details=[f"loss {curve}"], figures={"loss": losses})
-
-
-def _fast(optimizer: OptimizerConfig) -> dict[str, Any]:
-    """High constant rates without decay of weights, for every optimizer that has them."""
-    changes: dict[str, Any] = {
-        "schedule": {"kind": "constant", "warmup_steps": 5, "decay_steps": 0}
-    }
-    for name, section in optimizer.model_dump(mode="json").items():
-        if isinstance(section, dict) and "learning_rate" in section:
-            changes[name] = {"learning_rate": OVERFIT_RATES.get(name, OVERFIT_RATE)}
-            for key, value in (("weight_decay", 0.0), ("learning_rates", {}), ("extra_scale", 0.2)):
-                if key in section:
-                    changes[name][key] = value
-    changes["muon"]["scale"] = "spectral"
-    return changes
 
 
 def check_precision(config: RunConfig, datasets: Datasets, *, asked: str) -> Check:
@@ -227,11 +221,9 @@ def show_schedule(config: RunConfig) -> Check:
     steps = sorted(step for step in marks if 0 <= step < total)
     factors = [learning_rate_factor(schedule, step=step, total_steps=total) for step in steps]
     peaks = {
-        name: section["learning_rate"]
-        for name, section in config.optimizer.model_dump(mode="json").items()
-        if isinstance(section, dict)
-        and "learning_rate" in section
-        and name in ("adamw", config.optimizer.matrices)
+        name: getattr(config.optimizer, name).learning_rate
+        for name in OPTIMIZERS
+        if name in (REST, config.optimizer.matrices)
     }
     lines = [f"{'step':>9}  " + "  ".join(f"{name:>10}" for name in peaks)]
     for step, factor in zip(steps, factors, strict=True):

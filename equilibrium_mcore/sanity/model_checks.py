@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from equilibrium_mcore.config.pattern import LAYER_KINDS, layers_of
+from equilibrium_mcore.config.pattern import LAYER_KINDS, MIXES_POSITIONS, layers_of
 from equilibrium_mcore.config.schema import ModelConfig
 from equilibrium_mcore.parallel import accelerator
 from equilibrium_mcore.sanity.verdict import Check, judged, skipped
@@ -128,7 +128,7 @@ def check_causality(run: Run, seen: Observed) -> Check:
         where = f"layer {index} ({kind})"
         if leak > LEAK_TOLERANCE:
             problems.append(f"{where} sees the future: {leak:.2g} of what it adds comes from there")
-        mixes = letters[index] not in "E-"
+        mixes = MIXES_POSITIONS[kind]
         if forward < 0:
             problems.append(f"{where} sees nothing: it adds zero whatever comes in")
             continue

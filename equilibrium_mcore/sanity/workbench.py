@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from equilibrium_mcore.certify.shrink import shrink_model
-from equilibrium_mcore.config.layout import train_samples
+from equilibrium_mcore.config.layout import DIMENSIONS, train_samples
 from equilibrium_mcore.config.load import run_from_mapping
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.models.parameters import count_parameters
@@ -35,8 +35,8 @@ TWIN_HIDDEN_SIZE = 128
 LONGEST_SEQUENCE = 256
 # Building the order of the data of a long run takes minutes; the checks need its start.
 MOST_SAMPLES = 200_000
-_ONE_RANK = {"tensor": 1, "sequence": False, "pipeline": 1, "virtual_pipeline": 1, "expert": 1}
-_ONE_RANK |= {"expert_tensor": 1, "context": 1, "world_size": 1, "overlap_grad_reduce": False}
+_ONE_RANK = {**dict.fromkeys(DIMENSIONS, 1), "sequence": False}
+_ONE_RANK |= {"world_size": 1, "overlap_grad_reduce": False}
 
 
 def sanity_config(
@@ -48,8 +48,7 @@ def sanity_config(
     values["parallelism"].update(_ONE_RANK)
     size = count_parameters(config.model).total
     if size > LARGEST_MODEL:
-        sizes = ("tensor", "context", "pipeline", "virtual_pipeline", "expert", "expert_tensor")
-        model = shrink_model(config.model, stages=1, largest=dict.fromkeys(sizes, 1))
+        model = shrink_model(config.model, stages=1, largest=dict.fromkeys(DIMENSIONS, 1))
         model.update(hidden_size=TWIN_HIDDEN_SIZE)
         if not made_up_tokens:  # the run's own data goes through the twin
             model.update({k: values["model"][k] for k in ("vocab_size", "vocab_size_multiple")})

@@ -12,6 +12,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config
 
+from equilibrium_mcore.config.layout import virtual_stages
 from equilibrium_mcore.data.stream import Batch
 from equilibrium_mcore.models.packing import document_lengths, packed_documents, rank_tokens
 from equilibrium_mcore.parallel import accelerator
@@ -47,10 +48,7 @@ def run_schedule(
     batch_size, length = _shape_of(batches)
     if run.config.data.packing == "documents":  # all sequences of a micro-batch are one
         length, batch_size = length * batch_size, 1
-    schedule = get_forward_backward_func(
-        pp_size=layout.pipeline,
-        vp_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
-    )
+    schedule = get_forward_backward_func(pp_size=layout.pipeline, vp_size=virtual_stages(layout))
     iterators = [iter(batches) for _ in chunks]
     return schedule(
         forward_step_func=forward_step,

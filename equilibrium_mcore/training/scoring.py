@@ -13,6 +13,7 @@ import torch
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
+from equilibrium_mcore.config.layout import micro_batch_unit
 from equilibrium_mcore.data.stream import Batch
 from equilibrium_mcore.models.logprobs import label_log_probabilities
 from equilibrium_mcore.parallel import accelerator
@@ -97,8 +98,7 @@ def _check(
 
 def _filled_up(run: Run, batches: Sequence[Batch]) -> list[Batch]:
     """The interleaved schedule takes micro-batches in groups of the pipeline's size."""
-    layout = run.config.parallelism
-    missing = -len(batches) % layout.pipeline if layout.virtual_pipeline > 1 else 0
+    missing = -len(batches) % micro_batch_unit(run.config.parallelism)
     return [*batches, *[batches[-1]] * missing]
 
 

@@ -23,6 +23,7 @@ from equilibrium_mcore.config import rules
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.layout import (
     data_parallel_size,
+    is_interleaved,
     micro_batches_per_step,
 )
 from equilibrium_mcore.config.load import save_config
@@ -207,7 +208,7 @@ def build_chunks(
     frozen = frozen_names(config.model, config.training.frozen)
     chunks = []
     for stage in range(layout.virtual_pipeline):
-        virtual_stage = stage if layout.virtual_pipeline > 1 else None
+        virtual_stage = stage if is_interleaved(layout) else None
         process_groups.set_virtual_stage(virtual_stage)
         module = build_model(
             config.model,

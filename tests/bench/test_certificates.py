@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from equilibrium_mcore.config.pattern import CUT, LAYER_KINDS
 from tools.bench.random_runs import cases, table
 from tools.bench.random_runs.draw import draw, drawn_settings
 from tools.bench.random_runs.layouts import MAX_RANKS
@@ -58,7 +59,7 @@ def test_every_value_is_certified_somewhere(drawn):
     for key in SPECIAL:
         assert len(seen[key]) > 1, f"{key}: always {seen[key]}"
     letters = {letter for case in drawn for letter in case.config.model.layer_pattern}
-    assert letters == set("M+*-E|")
+    assert letters == {*LAYER_KINDS, CUT}
 
 
 RARE = ("training.recompute_modules",)

@@ -13,6 +13,7 @@ import pytest
 from equilibrium_mcore.certify.bench import Bench
 from equilibrium_mcore.certify.certificate import each_once
 from equilibrium_mcore.certify.shrink import shrink_pattern
+from equilibrium_mcore.certify.shrink_optimizer import longest_side
 from equilibrium_mcore.certify.twin import (
     check_layout,
     in_layout,
@@ -22,6 +23,7 @@ from equilibrium_mcore.certify.twin import (
 )
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.load import load_run
+from equilibrium_mcore.config.schema import MLPConfig, ModelConfig, MoEConfig
 from tests.certify.faults import EXPECTED, HEALTHY, SEEN_BY_THE_WITNESS
 
 ROOT = Path(__file__).parents[2]
@@ -171,6 +173,18 @@ def test_more_tensor_ranks_than_key_value_heads_share_them(tmp_path):
     wide = ("model=qwen2_1.5b", "parallelism.expert=1", "parallelism.tensor=4")
     assert _twin(tmp_path, "quickstart", "tp=2", *wide)[0].model.attention.num_query_groups == 1
     assert _twin(tmp_path, "quickstart", "tp=4", *wide)[0].model.attention.num_query_groups == 2
+
+
+def test_the_longest_side_is_that_of_any_kind_of_layer():
+    experts = MoEConfig(num_experts=4, top_k=1, expert_ffn_hidden_size=24)
+    shared = experts.model_copy(update={"shared_ffn_hidden_size": 40})
+
+    def side(**sections) -> int:
+        base = dict(name="sides", layer_pattern="E", hidden_size=8, vocab_size=8)
+        return longest_side(ModelConfig(**base, **sections))
+
+    assert (side(), side(moe=experts), side(moe=shared)) == (8, 24, 40)
+    assert side(moe=shared, mlp=MLPConfig(ffn_hidden_size=64)) == 64
 
 
 def test_overrides_are_those_of_the_twins_layers(tmp_path):

@@ -288,26 +288,26 @@ CASES = [
     ),
     ("experts_divide", {**DENSE, "parallelism.expert": 2}, ["expert=2", "no MoE layer"], DENSE),
     (
-        "context_divides_mamba",
+        "context_divides_layers",
         {"parallelism.context": 3, "training.sequence_length": 96},
         ["context=3", "model.mamba.num_heads=16", "1, 2, 4, 8, 16"],
         {"parallelism.context": 2},
     ),
     # 4 groups over 2 TP ranks leave 2, repeated over 4 CP ranks; 3 groups do not fit 2.
     (
-        "context_divides_mamba",
+        "context_divides_layers",
         {"parallelism.context": 2, "model.mamba": {"num_heads": 12, "num_groups": 3}},
         ["context=2", "num_groups=3", "use 1, 3, 6, 12"],
         {"parallelism.context": 4, "parallelism.tensor": 2, **SP},
     ),
     (
-        "context_divides_attention",
+        "context_divides_layers",
         {"parallelism.context": 16},
         ["context=16", "model.mla.num_heads=8", "1, 2, 4, 8"],
         {"parallelism.context": 8},
     ),
     (
-        "context_divides_attention",
+        "context_divides_layers",
         {**GQA, "parallelism": {"context": 8, "tensor": 2, "sequence": True}},
         ["context=8", "num_heads=8 / tensor=2 = 4", "use 1, 2, 4"],
         {**GQA, "parallelism": {"context": 4, "tensor": 2, "sequence": True}},

@@ -7,7 +7,13 @@ import torch
 
 from equilibrium_mcore.config.load import load_model
 from equilibrium_mcore.hugging_face.config_json import config_values
-from equilibrium_mcore.hugging_face.mapping import TABLE, ParamMapping, expand, plan
+from equilibrium_mcore.hugging_face.mapping import (
+    LAYER_MAPPING,
+    MODEL_MAPPING,
+    ParamMapping,
+    expand,
+    plan,
+)
 from equilibrium_mcore.hugging_face.reader import CheckpointReader
 from equilibrium_mcore.hugging_face.weights import expected_shapes
 from tests.hugging_face.conftest import MODELS
@@ -26,12 +32,13 @@ def test_unmapped_missing_and_doubled_tensors_are_named(names):
     without = [name for name in names if name != "decoder.layers.0.mixer.in_proj.weight.dt"]
     with pytest.raises(ValueError, match="missing: decoder.layers.0.mixer.in_proj.weight.dt"):
         plan(model, without)
-    again = ParamMapping("mixer.A_log", "mixer.another", layer="M")
+    again = ParamMapping("mixer.A_log", "mixer.another")
+    doubled = {**LAYER_MAPPING, "mamba": (*LAYER_MAPPING["mamba"], again)}
     with pytest.raises(ValueError, match="mapped twice: decoder.layers.0.mixer.A_log"):
-        plan(model, names, [*TABLE, again])
-    same_target = [ParamMapping("decoder.extra", "model.norm.weight"), *TABLE]
+        plan(model, names, of_layers=doubled)
+    same_target = (ParamMapping("decoder.extra", "model.norm.weight"), *MODEL_MAPPING)
     with pytest.raises(ValueError, match="mapped twice: model.norm.weight"):
-        plan(model, [*names, "decoder.extra"], same_target)
+        plan(model, [*names, "decoder.extra"], of_model=same_target)
 
 
 def test_a_config_of_another_model_is_refused(names):

@@ -30,6 +30,13 @@ PLACES = {  # letter: (where its work is done, of which class)
 }
 
 
+UNUSED = {  # by pattern: sections without a layer, which would change what the layers do
+    "M*-": {"mla": "+", "moe": "E"},
+    "M+E": {"attention": "*", "mlp": "-"},
+    "ME": {"attention": "*", "mla": "+"},
+}
+
+
 def tokens(seed: int = 7) -> torch.Tensor:
     return torch.randint(50, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
 
@@ -42,6 +49,19 @@ def changed(ids: torch.Tensor) -> torch.Tensor:
 
 
 # -------------------------------------------------------------------------- what stands where
+
+
+@pytest.mark.parametrize("pattern", UNUSED)
+def test_a_section_without_a_layer_changes_nothing(small_model, build, logits_of, pattern):
+    """Not the activation of channel mixers, nor RoPE, which are one for all of megatron-core's."""
+    model = small_model(pattern)
+    more = {kind: getattr(small_model(letter), kind) for kind, letter in UNUSED[pattern].items()}
+    for kind in more.keys() & {"mlp", "moe"}:
+        more[kind] = more[kind].model_copy(update={"activation": "gelu"})
+    module, beside = build(model), build(model.model_copy(update=more))
+    beside.load_state_dict(module.state_dict())
+    apart = logits_of(module, tokens()) - logits_of(beside, tokens())
+    assert apart.abs().max() == 0
 
 
 @pytest.mark.parametrize("pattern", ["M", "*", "+", "-", "E", "ME|+E", "M-*-", "+-|+E"])

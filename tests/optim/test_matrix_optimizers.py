@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from equilibrium_mcore.config.schema import (
+from equilibrium_mcore.config.optimizers import (
     AdamWConfig,
     CosmosConfig,
     MuonConfig,

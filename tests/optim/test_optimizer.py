@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from equilibrium_mcore.config.load import load_model
-from equilibrium_mcore.config.schema import MuonConfig, ScheduleConfig
+from equilibrium_mcore.config.optimizers import MuonConfig, ScheduleConfig
+from equilibrium_mcore.config.schema import ModelConfig
 from equilibrium_mcore.optim.ownership import assign_owners, work
 from equilibrium_mcore.optim.parts import Parts, join_rows, split_rows
 from equilibrium_mcore.optim.schedule import learning_rate_factor
@@ -17,11 +18,13 @@ from equilibrium_mcore.parallel.launch import RankInfo
 from tests.optim.support import Group, matrix
 from tests.support.runs import tiny_run
 
+EVERY_KIND = ModelConfig(name="rows", layer_pattern="M+|*-E", hidden_size=8, vocab_size=8)
+
 # ---------------------------------------------------------------------------------- the table
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"),
+    ("name", "kind"),  # of a parameter of the pattern M+*-E
     [
         ("embedding.word_embeddings.weight", "embedding"),
         ("output_layer.weight", "output"),
@@ -33,37 +36,52 @@ from tests.support.runs import tiny_run
         ("decoder.layers.0.mixer.norm.weight", "norm"),
         ("decoder.final_norm.weight", "norm"),
         ("decoder.layers.1.self_attention.kv_layernorm.weight", "norm"),
-        ("decoder.layers.1.self_attention.linear_qkv.bias", "bias"),
-        ("decoder.layers.1.mlp.router.weight", "router"),
+        ("decoder.layers.2.self_attention.linear_qkv.bias", "bias"),
+        ("decoder.layers.3.mlp.linear_fc2.weight", "matrix"),
+        ("decoder.layers.4.mlp.router.weight", "router"),
         ("decoder.layers.0.mixer.in_proj.weight", "matrix"),
-        ("decoder.layers.1.mlp.experts.local_experts.3.linear_fc1.weight", "matrix"),
+        ("decoder.layers.4.mlp.experts.local_experts.3.linear_fc1.weight", "matrix"),
         ("decoder.layers.1.self_attention.linear_q_down_proj.weight", "matrix"),
     ],
 )
 def test_kind_of_parameter(name, kind):
-    assert rule_for(name).kind == kind
+    assert rule_for(name, EVERY_KIND).kind == kind
 
 
 def test_a_parameter_without_a_row_is_named():
-    with pytest.raises(KeyError, match="decoder.layers.0.mixer.mystery"):
-        rule_for("decoder.layers.0.mixer.mystery")
+    with pytest.raises(KeyError, match=r"decoder.layers.0.mixer.mystery.*LAYER_RULES\['mamba'\]"):
+        rule_for("decoder.layers.0.mixer.mystery", EVERY_KIND)
+    with pytest.raises(KeyError, match="mystery.*MODEL_RULES"):
+        rule_for("mystery", EVERY_KIND)
+
+
+def test_a_layer_has_the_rows_of_its_own_kind():
+    """Two kinds may give one name to other maps, so that a name alone says nothing."""
+    with pytest.raises(KeyError, match=r"in_proj.*LAYER_RULES\['mla'\]"):
+        rule_for("decoder.layers.1.mixer.in_proj.weight", EVERY_KIND)
 
 
 def test_parts_fill_their_matrices():
     model = load_model("equilibrium_3b")
 
-    def sizes(name: str, of=model) -> tuple[int, dict[str, int]]:
-        parts = rule_for(name).parts(of)
+    def sizes(letter: str, name: str, of=model) -> tuple[int, dict[str, int]]:
+        layer = of.layer_pattern.replace("|", "").index(letter)
+        parts = rule_for(f"decoder.layers.{layer}.{name}", of).parts(of)
         return parts.blocks, dict(zip(parts.names, parts.sizes, strict=True))
 
     in_proj = {"z": 3072, "x": 3072, "B": 1024, "C": 1024, "dt": 48}
-    assert sizes("x.in_proj.weight") == (1, in_proj)
-    assert sizes("x.shared_experts.linear_fc1.weight") == (1, {"gate": 640, "up": 640})
-    assert sizes("x.experts.local_experts.0.linear_fc1.weight") == (1, {"gate": 320, "up": 320})
-    assert sizes("x.linear_qkv.weight", load_model("llama_1b")) == (8, {"q": 256, "k": 64, "v": 64})
-    assert sizes("x.linear_q_up_proj.weight") == (16, {"nope": 128, "rope": 64})
-    assert sizes("x.linear_kv_up_proj.weight") == (16, {"k": 128, "v": 128})
-    assert sizes("x.linear_kv_down_proj.weight") == (1, {"latent": 512, "rope": 64})
+    assert sizes("M", "mixer.in_proj.weight") == (1, in_proj)
+    fc1 = "linear_fc1.weight"
+    assert sizes("E", f"mlp.shared_experts.{fc1}") == (1, {"gate": 640, "up": 640})
+    assert sizes("E", f"mlp.experts.local_experts.0.{fc1}") == (1, {"gate": 320, "up": 320})
+    llama = load_model("llama_1b")
+    qkv = {"q": 256, "k": 64, "v": 64}
+    assert sizes("*", "self_attention.linear_qkv.weight", llama) == (8, qkv)
+    assert sizes("-", f"mlp.{fc1}", llama) == (1, {"gate": 8192, "up": 8192})
+    of_mla = "self_attention.linear_"
+    assert sizes("+", f"{of_mla}q_up_proj.weight") == (16, {"nope": 128, "rope": 64})
+    assert sizes("+", f"{of_mla}kv_up_proj.weight") == (16, {"k": 128, "v": 128})
+    assert sizes("+", f"{of_mla}kv_down_proj.weight") == (1, {"latent": 512, "rope": 64})
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.load import load_model, load_run
-from equilibrium_mcore.config.schema import OptimizerConfig, OverrideConfig
+from equilibrium_mcore.config.optimizers import OptimizerConfig, OverrideConfig
 from equilibrium_mcore.optim.newton_schulz import coefficient_triples, orthogonalise
 from equilibrium_mcore.optim.ownership import spread
 from equilibrium_mcore.optim.parameters import layout_free_names

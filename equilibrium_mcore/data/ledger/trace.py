@@ -24,7 +24,7 @@ def readings(segments: list[StepInterval], name: str, document: int) -> dict[str
         if name not in names:
             continue
         ledger = ledger_behind(segment, segment.first.step)
-        source = ledger.sources[names.index(name)]
+        source = ledger.cursor.sources[names.index(name)]
         if not source.begin <= document < source.end:
             raise ConfigError(
                 f"--document {name}:{document}: training has the documents {source.begin} to "

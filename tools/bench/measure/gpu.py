@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +24,14 @@ from torch.optim.optimizer import (
 
 from equilibrium_mcore.config import rules
 from equilibrium_mcore.config.load import load_model, run_from_mapping
-from equilibrium_mcore.config.pattern import CUT, count_kinds
-from equilibrium_mcore.config.schema import ModelConfig, RunConfig
+from equilibrium_mcore.config.pattern import CUT, ByKind, count_kinds
+from equilibrium_mcore.config.schema import (
+    MambaConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    RunConfig,
+)
 from equilibrium_mcore.data.blend import Datasets
 from equilibrium_mcore.data.samples import Samples
 from equilibrium_mcore.files.temporary import temporary_folder
@@ -322,22 +329,36 @@ def memory_estimate_gib(model: ModelConfig, *, precision: str, micro_batch_token
 def activation_bytes_per_token(model: ModelConfig) -> int:
     """What forward keeps per token for backward, in bf16 without recomputation; rough."""
     hidden, counts = model.hidden_size, count_kinds(model.layer_pattern)
-    per_layer = dict.fromkeys(("mamba", "mla", "attention", "mlp", "moe"), 8 * hidden)
-    if mamba := model.mamba:
-        inner, states = mamba.num_heads * mamba.head_dim, mamba.num_groups * mamba.state_dim
-        per_layer["mamba"] += 2 * (6 * inner + 2 * states)
-    if mla := model.mla:
-        widths = 2 * (mla.qk_nope_head_dim + mla.qk_rope_head_dim) + 2 * mla.v_head_dim
-        per_layer["mla"] += 2 * 2 * mla.num_heads * widths
-    if gqa := model.attention:
-        per_layer["attention"] += 2 * 4 * gqa.num_heads * gqa.head_dim
-    if mlp := model.mlp:
-        per_layer["mlp"] += 2 * 4 * mlp.ffn_hidden_size
-    if moe := model.moe:
-        routed = moe.top_k * (2 * hidden + 8 * moe.expert_ffn_hidden_size)
-        per_layer["moe"] += 2 * (routed + 6 * moe.shared_ffn_hidden_size) + 16 * moe.num_experts
-    layers = sum(counts.get(kind, 0) * size for kind, size in per_layer.items())
+    layers = sum(
+        number * (8 * hidden + ACTIVATIONS[kind](getattr(model, kind), hidden))
+        for kind, number in counts.items()
+    )
     return layers + 14 * model.padded_vocab_size  # logits, and their float32 copies in the loss
+
+
+def _mamba_activations(mamba: MambaConfig, hidden: int) -> int:
+    inner, states = mamba.num_heads * mamba.head_dim, mamba.num_groups * mamba.state_dim
+    return 2 * (6 * inner + 2 * states)
+
+
+def _mla_activations(mla: MLAConfig, hidden: int) -> int:
+    widths = 2 * (mla.qk_nope_head_dim + mla.qk_rope_head_dim) + 2 * mla.v_head_dim
+    return 2 * 2 * mla.num_heads * widths
+
+
+def _moe_activations(moe: MoEConfig, hidden: int) -> int:
+    routed = moe.top_k * (2 * hidden + 8 * moe.expert_ffn_hidden_size)
+    return 2 * (routed + 6 * moe.shared_ffn_hidden_size) + 16 * moe.num_experts
+
+
+ACTIVATIONS: ByKind[Callable[[Any, int], int]] = {
+    "mamba": _mamba_activations,
+    "mla": _mla_activations,
+    "attention": lambda attention, _: 2 * 4 * attention.num_heads * attention.head_dim,
+    "mlp": lambda mlp, _: 2 * 4 * mlp.ffn_hidden_size,
+    "moe": _moe_activations,
+}
+"""Bytes per token of one layer beside its norm, from the section and the hidden size."""
 
 
 def _free_memory_gib() -> float:

@@ -15,7 +15,11 @@ from dataclasses import dataclass, replace
 import torch
 from megatron.core.optimizer.emerging_optimizers import TensorParallelMuon
 
-from equilibrium_mcore.config.layout import global_batch_tokens, resolve_world_size
+from equilibrium_mcore.config.layout import (
+    global_batch_tokens,
+    pipeline_segments,
+    resolve_world_size,
+)
 from equilibrium_mcore.config.pattern import CUT, cut_into
 from equilibrium_mcore.config.schema import ParallelismConfig, RunConfig
 from equilibrium_mcore.data.blend import Datasets
@@ -98,7 +102,7 @@ def _operations(config: RunConfig, row: ParameterRow) -> float:
 def _stages(config: RunConfig, rows: list[ParameterRow]) -> list[list[ParameterRow]]:
     """Matrices of each pipeline rank."""
     layout = config.parallelism
-    cut = cut_into(config.model.layer_pattern, layout.pipeline * layout.virtual_pipeline)
+    cut = cut_into(config.model.layer_pattern, pipeline_segments(layout))
     stage_of_layer: list[int] = []
     for number, segment in enumerate(cut.split(CUT)):
         stage_of_layer += [number % layout.pipeline] * len(segment)

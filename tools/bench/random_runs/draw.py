@@ -13,8 +13,9 @@ from typing import Any
 from equilibrium_mcore.certify.twin import Layout, in_layout, make_twin, parse_layout
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.load import load_run, run_from_mapping
-from equilibrium_mcore.config.pattern import CUT, LAYER_KINDS, layers_of
+from equilibrium_mcore.config.pattern import CUT, LAYER_KINDS, ByKind, count_kinds
 from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.config.training_rules import KIND_RECOMPUTING
 from tools.bench.random_runs.layouts import own_layout, random_layout
 from tools.bench.random_runs.settings import DRAWN, SPECIAL
 
@@ -32,6 +33,18 @@ OVERRIDES = (
     {"pattern": "*.linear_fc1.weight", "optimizer": "muon", "split": False},
     {"pattern": "*.linear_proj.weight", "optimizer": "cosmos", "weight_decay": 0.05},
 )
+
+OVERRIDDEN: ByKind[tuple[str, ...]] = {
+    "mamba": (".out_proj.", ".in_proj.", "norm."),
+    "mla": (".linear_proj.", "norm."),
+    "attention": (".linear_proj.", "norm."),
+    "mlp": (".linear_fc1.", ".linear_fc2.", "norm."),
+    "moe": (".linear_fc1.", ".linear_fc2.", "norm."),
+}
+"""Of the names in OVERRIDES those that a kind's parameters have."""
+
+COPIES: ByKind[int] = {"mamba": 1, "mla": 1, "attention": 1, "mlp": 1, "moe": 2}
+"""How often a kind stands among the letters that a pattern is drawn from."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +81,7 @@ def propose(rng: random.Random) -> tuple[dict[str, Any], str]:
     """Values of a run, allowed or not, and its layout by name."""
     values = _base().model_dump(mode="json")
     values["optimizer"]["schedule_free"] = {}
-    for section in ("attention", "mla", "mlp"):
+    for section in LAYER_KINDS.values():
         values["model"][section] = values["model"][section] or {}
     for key, choices in DRAWN.items():
         *path, last = key.split(".")
@@ -119,8 +132,11 @@ def _heeds(rng: random.Random) -> bool:
 
 def _pattern(rng: random.Random, layout: dict[str, int]) -> str:
     """1 to 3 layers a stage of every kind, with a cut at every stage's end."""
-    attention = rng.choice("+*")
-    letters = f"M{attention}-EE" if _heeds(rng) else "M+*-E"
+    left_out = rng.choice("*+")  # the two do not mix
+    letters = "".join(LAYER_KINDS)
+    if _heeds(rng):
+        fitting = ((letter, kind) for letter, kind in LAYER_KINDS.items() if letter != left_out)
+        letters = "".join(letter * COPIES[kind] for letter, kind in fitting)
     stages = layout.get("pp", 1) * layout.get("vpp", 1)
     segments = ["".join(rng.choices(letters, k=rng.randint(1, 3))) for _ in range(stages)]
     return (CUT if _heeds(rng) else "").join(segments)
@@ -169,10 +185,10 @@ def _normalizes(moe: dict[str, Any]) -> bool:
 
 def _recomputed(values: dict[str, Any]) -> None:
     """Of the modules to recompute those that the pattern has."""
-    layers = set(layers_of(values["model"]["layer_pattern"]))
-    needs = {"moe": "E", "moe_act": "E", "mlp": "-", "mla_up_proj": "+"}
+    kinds = count_kinds(values["model"]["layer_pattern"])
     training = values["training"]
-    fits = [m for m in training["recompute_modules"] if needs.get(m, "M") in layers | {"M"}]
+    wanted = training["recompute_modules"]
+    fits = [m for m in wanted if KIND_RECOMPUTING.get(m) in (None, *kinds)]
     training["recompute_modules"] = fits or ["core_attn"]
 
 
@@ -180,14 +196,7 @@ def _overrides(rng: random.Random, values: dict[str, Any]) -> list[dict[str, Any
     """None mostly; else one that the pattern's layers have, or now and then any."""
     if rng.random() < 0.7:
         return []
-    names = {
-        "M": (".out_proj.", ".in_proj.", "norm."),
-        "-": (".linear_fc1.", ".linear_fc2.", "norm."),
-        "E": (".linear_fc1.", ".linear_fc2.", "norm."),
-        "+": (".linear_proj.", "norm."),
-        "*": (".linear_proj.", "norm."),
-    }
-    layers = layers_of(values["model"]["layer_pattern"])
-    there = {name for letter in layers for name in names[letter]}
+    kinds = count_kinds(values["model"]["layer_pattern"])
+    there = {name for kind in kinds for name in OVERRIDDEN[kind]}
     fitting = [o for o in OVERRIDES if any(name in o["pattern"] for name in there)]
     return [dict(rng.choice(fitting if _heeds(rng) else OVERRIDES))]

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
 from equilibrium_mcore.certify.twin import parse_layout
+from equilibrium_mcore.config.layout import DIMENSIONS
 from equilibrium_mcore.config.schema import ParallelismConfig
 
 MAX_RANKS = 4
+NAMES = (*(row.short for row in DIMENSIONS.values() if row.short != "vpp"), "dp")
+DENSE = (*(row.short for row in DIMENSIONS.values() if row.splits_model), "dp")
+EXPERTS = [row.short for row in DIMENSIONS.values() if row.splits_experts]
 
 
 def random_layout(rng: random.Random) -> dict[str, int]:
     """Sizes by short name, on 2 to MAX_RANKS ranks."""
     while True:
-        sizes = {name: rng.choice((1, 1, 2)) for name in ("tp", "cp", "pp", "ep", "etp", "dp")}
+        sizes = {name: rng.choice((1, 1, 2)) for name in NAMES}
         if rng.random() < 0.15:
             sizes[rng.choice(tuple(sizes))] = 4
         if sizes["pp"] > 1:
             sizes["vpp"] = rng.choice((1, 1, 2))
-        dense = sizes["tp"] * sizes["cp"] * sizes["pp"] * sizes["dp"]
-        experts = sizes["ep"] * sizes["etp"] * sizes["pp"]
+        dense = math.prod(sizes[name] for name in DENSE)
+        experts = math.prod(sizes[name] for name in EXPERTS)
         small = dense < MAX_RANKS and rng.random() < 0.5  # rather more ranks than fewer
         if 1 < dense <= MAX_RANKS and dense % experts == 0 and not small:
             break

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from equilibrium_mcore.config.optimizers import OPTIMIZERS
 from equilibrium_mcore.config.problems import sections_in
 from equilibrium_mcore.config.schema import RunConfig
 
@@ -67,7 +68,7 @@ DRAWN: dict[str, tuple[Any, ...]] = {
     "data.document_multiple": (8, 16),
     "parallelism.distributed_optimizer": (True, False),
     "parallelism.moe_dispatcher": ("alltoall", "allgather"),
-    "optimizer.matrices": ("muon", "soap", "cosmos", "adamw"),
+    "optimizer.matrices": tuple(OPTIMIZERS),
     "optimizer.muon.learning_rate": (4e-3, 2e-2),
     "optimizer.muon.momentum": (0.0, 0.95),
     "optimizer.muon.nesterov": (True, False),
