@@ -170,6 +170,8 @@ EXEMPT: dict[str, str] = {
     "parallelism.timeout_minutes": _WHEN,
     "training.stop_after_steps": _WHEN,
     "training.epochs": _WHEN,
+    "training.anomalies": "judges whole runs: tests/training/test_anomalies.py",
+    "training.left_out": "which samples: tests/data/test_left_out.py",
     "training.frozen": "a certificate's twin trains everything: tests/optim/test_frozen.py",
     "training.precision": _PRECISION,
     "training.fp8_recipe": _PRECISION,
