@@ -13,6 +13,7 @@ from equilibrium_mcore.parallel import accelerator
 from equilibrium_mcore.parallel.host import describe_host
 from equilibrium_mcore.parallel.launch import launch, rank_info_from_environment
 from equilibrium_mcore.training.run_folder import check_run_folder
+from equilibrium_mcore.training.signals import take_signals_at_once
 
 
 def main(arguments: list[str]) -> int:
@@ -41,4 +42,5 @@ def run_stage(config: RunConfig) -> int:
 
 
 if __name__ == "__main__":
+    take_signals_at_once()
     sys.exit(main(sys.argv[1:]))

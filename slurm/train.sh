@@ -100,6 +100,16 @@ status=0
 srun "${srun_args[@]}" ${more_srun_args[@]+"${more_srun_args[@]}"} \
   "$python" -m equilibrium_mcore.train "$RUN_CONFIG" "$@" \
   "output_directory=$OUTPUT_DIRECTORY" || status=$?
+requeue() {
+  echo "job $SLURM_JOB_ID: $1; back into the queue"
+  scontrol requeue "$SLURM_JOB_ID"
+  sleep 60  # Slurm ends this script; its end of its own would complete the job
+}
+# 128 + SIGTERM: a signal ended the run before its first step, where there is nothing to save.
+if [ "$status" -eq 143 ]; then
+  requeue "stopped by a signal before the first step"
+  exit 0
+fi
 [ "$status" -eq 0 ] || fail "the run failed with status $status; it is not queued again."
 
 # The last attempt's events: a signal among them means that the run saved and stopped because of it.
@@ -111,9 +121,7 @@ stopped_by_signal() {
        END { exit !signalled }' "$OUTPUT_DIRECTORY/metrics.jsonl"
 }
 if stopped_by_signal; then
-  echo "job $SLURM_JOB_ID: stopped by a signal with everything saved; back into the queue"
-  scontrol requeue "$SLURM_JOB_ID"
-  sleep 60  # Slurm ends this script; its end of its own would complete the job
+  requeue "stopped by a signal with everything saved"
 else
   echo "job $SLURM_JOB_ID: done"
 fi

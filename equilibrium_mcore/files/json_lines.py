@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +67,17 @@ class JsonLinesLog:
             os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
 
 
-def read_log(path: Path, *, keys: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
+def read_log(
+    path: Path,
+    *,
+    keys: tuple[str, ...] = (),
+    broken: Callable[[str], object] | None = None,
+) -> Iterator[dict[str, Any]]:
     """The records of a log, in order; each has `keys`.
 
     A last line that was cut short (its process was killed, or is writing) is left out. Raises
-    ValueError that names file and line for anything else that is no such record.
+    ValueError that names file and line for anything else that is no such record; `broken` is
+    called with that text instead, and the line left out.
     """
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
@@ -85,5 +91,9 @@ def read_log(path: Path, *, keys: tuple[str, ...] = ()) -> Iterator[dict[str, An
             # Every whole line ends in a newline, so only what follows the last one may be cut.
             if number == len(lines):
                 return
-            raise ValueError(f"{path}, line {number}: no record of this log: {error}") from None
+            text = f"{path}, line {number}: no record of this log: {error}"
+            if broken is None:
+                raise ValueError(text) from None
+            broken(text)
+            continue
         yield record

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -57,6 +58,10 @@ def launch(layout: ParallelismConfig, run_rank: Callable[[RankInfo], None]) -> i
         with RankServer() as server:
             server.run(world_size, run_rank, forward_signals=True)
     except RankError as failed:
+        if failed.stopped_by:
+            name = signal.Signals(failed.stopped_by).name
+            print(f"stopped by {name} before the first step: nothing to save", file=sys.stderr)
+            return 128 + failed.stopped_by
         print(failed, file=sys.stderr, flush=True)
         return REFUSED if failed.refused else 1
     return 0

@@ -100,6 +100,7 @@ class JobOutcome:
     results: tuple[bytes, ...] = ()
     failure: str | None = None
     refused: bool = False  # the rank that failed first met a setting that cannot be
+    signalled: int = 0  # the signal that ended the rank that failed first, if one did
 
 
 REFUSED = 2  # the exit status of a rank, and of a tool, for what a setting asks and cannot be
@@ -108,12 +109,13 @@ REFUSED = 2  # the exit status of a rank, and of a tool, for what a setting asks
 class RankError(RuntimeError):
     """Ranks failed, were killed or did not end; the message has tracebacks or stacks.
 
-    `refused` says that the first of them met a setting that cannot be.
+    `refused` says that the first of them met a setting that cannot be, `stopped_by` that a signal
+    ended it which this process had handed on: it had nothing to save yet.
     """
 
-    def __init__(self, message: str, *, refused: bool = False) -> None:
+    def __init__(self, message: str, *, refused: bool = False, stopped_by: int = 0) -> None:
         super().__init__(message)
-        self.refused = refused
+        self.refused, self.stopped_by = refused, stopped_by
 
 
 def pack(work: Callable[..., Any], arguments: tuple[object, ...]) -> tuple[bytes, str]:

@@ -35,10 +35,11 @@ def failures(job: Job, failed: Iterable[tuple[int, int]]) -> JobOutcome:
     (_, first, text), *others = stories
     if dict(failed)[first] == REFUSED:
         return JobOutcome(failure=text, refused=True)
+    signalled = max(0, -dict(failed)[first])
     lines = [f"rank {first} failed first:", text]
     lines += [f"rank {rank} then failed: {said.splitlines()[-1][:200]}" for _, rank, said in others]
     lines.append(f"the other ranks were stopped ({len(stories)} failed)")
-    return JobOutcome(failure="\n".join(lines))
+    return JobOutcome(failure="\n".join(lines), signalled=signalled)
 
 
 def stacks(job: Job, running: Mapping[int, int]) -> str:

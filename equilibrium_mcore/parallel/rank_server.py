@@ -41,6 +41,7 @@ class RankServer:
         """`preload` names modules that the helper imports before it forks ranks."""
         self.folder = Path(tempfile.mkdtemp(prefix=prefix))
         self._preload, self._jobs = tuple(preload), 0
+        self._handed_on: set[int] = set()  # signals, to the ranks of the present job
         fresh = not fork_is_safe()
         context = multiprocessing.get_context("spawn" if fresh else "fork")
         self._connection, theirs = context.Pipe()
@@ -117,12 +118,18 @@ class RankServer:
             self.close()
             raise
         if outcome.failure is not None:
-            raise RankError(outcome.failure, refused=outcome.refused)
+            stopped_by = outcome.signalled if outcome.signalled in self._handed_on else 0
+            raise RankError(outcome.failure, refused=outcome.refused, stopped_by=stopped_by)
         return [pickle.loads(result) for result in outcome.results]
 
     @contextlib.contextmanager
     def _forwarding(self) -> Iterator[None]:
+        self._handed_on.clear()
+
         def forward(number: int, frame: object) -> None:
+            self._handed_on.add(number)
+            if number == signal.SIGINT:  # a second one ends this process, and the ranks with it
+                signal.signal(number, signal.SIG_DFL)
             self._connection.send(number)
 
         def pause(number: int, frame: object) -> None:  # Ctrl-Z, which ranks do not see

@@ -21,6 +21,7 @@ from equilibrium_mcore.data.entropy import ngram_baseline, validation_pairs
 from equilibrium_mcore.data.ledger.record import LedgerFile, settings_of
 from equilibrium_mcore.models.flops import training_flops_per_token
 from equilibrium_mcore.parallel import accelerator
+from equilibrium_mcore.processes.console import say
 from equilibrium_mcore.training.anomalies import Anomaly
 from equilibrium_mcore.training.loop import Callback
 from equilibrium_mcore.training.metrics import (
@@ -107,7 +108,7 @@ class LogCallback(Callback):
                 wandb_project=config.logging.wandb_project,
                 run_name=config.logging.wandb_run_name or config.name,
                 run_config=config.model_dump(mode="json"),
-                console=lambda line: print(line, flush=True),
+                console=say,
             )
         self._since = (time.perf_counter(), run.progress.step, run.progress.samples)
 

@@ -245,7 +245,11 @@ class JsonlWriter:
         self._log = JsonLinesLog(path)
 
     def _drop_after(self, step: int) -> None:
-        records = read_metrics(self.path)
+        broken: list[str] = []
+        records = list(read_log(self.path, keys=("kind", "step"), broken=broken.append))
+        if broken:  # whatever wrote it, a line that cannot be read is kept, and stops nothing
+            kept_in = move_to_archive(self.path.parent, [self.path.name])
+            logger.warning("%s; left out, and the file kept in %s", broken[0], kept_in)
         kept = [record for record in records if record["step"] <= step]
         self.dropped_records = len(records) - len(kept)
         # Rewritten even when nothing is dropped: a line cut short would spoil the next one.

@@ -26,6 +26,7 @@ from equilibrium_mcore.files.lock_file import (
 )
 from equilibrium_mcore.files.owner import Owner
 from equilibrium_mcore.files.whole import sync_stream
+from equilibrium_mcore.processes.console import say
 
 LOCK_FILE = "run.lock"
 PROBE_BYTES = 1 << 20  # a full disk or quota often has room for an empty file
@@ -80,7 +81,7 @@ def owned_run_folder(config: RunConfig, *, is_first_rank: bool) -> Iterator[RunL
         raise _held(config.output_directory, error) from None
     try:
         if before is not None:
-            print(f"{config.output_directory}: taken over from {before}", flush=True)
+            say(f"{config.output_directory}: taken over from {before}")
         _archive(config)
         yield RunLock(config, lock)
     finally:
@@ -200,4 +201,4 @@ def _archive(config: RunConfig) -> None:
         return
     place = move_to_archive(config.output_directory, _used_names(config.output_directory))
     if place is not None:
-        print(f"starting from scratch: what an earlier run left is in {place}", flush=True)
+        say(f"starting from scratch: what an earlier run left is in {place}")

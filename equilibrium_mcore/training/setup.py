@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +38,7 @@ from equilibrium_mcore.optim.optimizer import HybridOptimizer
 from equilibrium_mcore.parallel import accelerator, process_groups
 from equilibrium_mcore.parallel.host import describe_host
 from equilibrium_mcore.parallel.launch import RankInfo
+from equilibrium_mcore.processes.console import say
 from equilibrium_mcore.training.anomalies import Watch
 from equilibrium_mcore.training.objective import Objective, build_objective
 from equilibrium_mcore.training.run_data import build_run_datasets, left_out_of, with_steps
@@ -145,15 +145,15 @@ def setup(config: RunConfig, rank_info: RankInfo, *, datasets: Datasets | None =
     problems = rules.check(config, world_size=rank_info.world_size, host=describe_host())
     if problems:
         raise ConfigError(problems, source=f"run {config.name}")
-    say = partial(print, flush=True) if rank_info.rank == 0 else lambda text: None
-    config = with_steps(config, say=say)
+    tell = say if rank_info.rank == 0 else lambda text: None
+    config = with_steps(config, say=tell)
     groups = process_groups.join(rank_info, config.parallelism, seed=config.training.seed)
     choice = choose(config)
     if choice.checkpoint is not None:  # before data of another run is read
         saved = choice.checkpoint
         check_resumable(saved.config, config, checkpoint=str(saved.path))
     if datasets is None:
-        datasets = build_run_datasets(config, choice.progress, say=say)
+        datasets = build_run_datasets(config, choice.progress, say=tell)
     transformer, chunks = build_chunks(config, groups)
     optimizer = HybridOptimizer(chunks, groups, config)
     transformer.grad_scale_func = optimizer.scale_loss

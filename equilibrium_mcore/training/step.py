@@ -14,6 +14,7 @@ from equilibrium_mcore.config.pattern import count_kinds
 from equilibrium_mcore.data.stream import Batch
 from equilibrium_mcore.optim.optimizer import StepResult
 from equilibrium_mcore.parallel import accelerator
+from equilibrium_mcore.processes.hangs import progress
 from equilibrium_mcore.training.anomalies import Anomaly
 from equilibrium_mcore.training.schedule import evaluating, rank_batch, run_schedule
 from equilibrium_mcore.training.setup import Run
@@ -43,6 +44,7 @@ def train_step(run: Run, *, stop_requested: bool = False) -> StepOutcome:
 
     `stop_requested` is this rank's wish to stop; every rank learns whether any rank has it.
     """
+    progress()
     biases = _expert_biases(run)
     outputs = gradients_of(run, run.stream.next_batches(run.micro_batches))
     rates = run.optimizer.learning_rates()

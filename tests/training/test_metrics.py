@@ -287,3 +287,19 @@ def test_a_run_logs_perplexity_where_its_loss_has_one(ranks, data, tmp_path, has
     for record in records:
         expected = pytest.approx(math.exp(record["loss"])) if has_perplexity else None
         assert record["perplexity"] == expected
+
+
+def test_a_broken_line_does_not_block_a_resume_and_is_kept(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(tmp_path, **console_of([])) as writer:
+        for step in (1, 2, 3):
+            writer.write(train_record(step))
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], "\x00\x00 not a record", *lines[1:]]) + "\n")
+    with pytest.raises(ValueError, match="line 2: no record"):
+        read_metrics(path)
+    with MetricsWriter(tmp_path, resumed_step=2, **console_of([])) as writer:
+        writer.write(train_record(3))
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
+    (kept,) = (tmp_path / "archive").glob("*/metrics.jsonl")
+    assert "not a record" in kept.read_text()
