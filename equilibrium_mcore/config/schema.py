@@ -178,6 +178,9 @@ class TrainingConfig(Section):
     anomalies: AnomaliesConfig | None = setting(
         None, "what is done about spikes and values that are not finite; null: see the docs"
     )
+    compare_replicas: bool = setting(
+        True, "at every step, whether ranks that should hold the same weights do"
+    )
     left_out: list[tuple[NonNegativeInt, PositiveInt]] = setting(
         [],
         "samples that are passed over, [first, count] by their position in the data, as a "

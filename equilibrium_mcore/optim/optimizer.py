@@ -23,6 +23,7 @@ from equilibrium_mcore.optim.build import BUILDS, build_optimizers
 from equilibrium_mcore.optim.matrix import MatrixOptimizer
 from equilibrium_mcore.optim.ownership import assign_owners, share_updates
 from equilibrium_mcore.optim.parameters import Parameter, describe_parameters
+from equilibrium_mcore.optim.replicas import check_replicas
 from equilibrium_mcore.optim.schedule import learning_rate_factor
 from equilibrium_mcore.optim.schedule_free import ScheduleFree
 
@@ -114,6 +115,8 @@ class HybridOptimizer:
         `refuses` is asked with the gradient norm before anything is updated; where it says yes,
         nothing is. Without it a norm that is not finite raises FloatingPointError.
         """
+        if self.config.training.compare_replicas:
+            check_replicas(self.parameters, step=self.steps_done + 1)
         norm = self.gradient_norm()
         if self.scaler is not None:
             norm = norm / self.scaler.scale.item()
