@@ -12,17 +12,22 @@ from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.parallel import accelerator
 from equilibrium_mcore.parallel.host import describe_host
 from equilibrium_mcore.parallel.launch import launch, rank_info_from_environment
+from equilibrium_mcore.parallel.rank_job import REFUSED
 from equilibrium_mcore.training.run_folder import check_run_folder
 from equilibrium_mcore.training.signals import take_signals_at_once
 
 
-def main(arguments: list[str]) -> int:
-    """Check the config, then run its stage in every rank; the exit status."""
+def main(arguments: list[str], *, program: str | None = None) -> int:
+    """Check the config, then run its stage in every rank; the exit status.
+
+    0 trained to its end, or stopped by a signal with all saved, which Slurm's scripts rely on; 2
+    for settings that cannot be; 1 where a rank failed. `program` is what `--help` calls this.
+    """
     try:
-        return run_stage(load_run_config(arguments, host=describe_host()))
+        return run_stage(load_run_config(arguments, host=describe_host(), program=program))
     except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
+        print(f"error: {error}", file=sys.stderr)
+        return REFUSED
 
 
 def run_stage(config: RunConfig) -> int:

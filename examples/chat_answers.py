@@ -11,12 +11,12 @@ on held-out conversations before and after.
 from __future__ import annotations
 
 import argparse
-import sys
 import textwrap
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from equilibrium_mcore.cli.command import run_command
 from equilibrium_mcore.data.jsonl import read_objects
 from equilibrium_mcore.files.paths import report_path, user_path
 from equilibrium_mcore.files.tables import markdown_table
@@ -107,11 +107,8 @@ def print_answers(asked: list[Question], before: list, after: list) -> None:
             )
 
 
-def main() -> None:
-    """Parse the command line, ask both, print and write the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Both models, the questions, and the table."""
     add = parser.add_argument
     add("--before", type=user_path, required=True, help="an exported folder with a chat template")
     add("--after", type=user_path, required=True, help="another one")
@@ -120,11 +117,14 @@ def main() -> None:
     add("--output", type=report_path, required=True, help="the table as Markdown")
     add("--each", type=int, default=4, help="questions of each of the two files; default 4")
     add("--max-new-tokens", type=int, default=60)
-    options: Any = parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> None:
+    """Ask both, print and write the table."""
     for folder in (options.before, options.after):
         if not (folder / "chat_template.jinja").is_file():
-            sys.exit(
-                f"error: {folder} holds no chat_template.jinja: export it with "
+            raise FileNotFoundError(
+                f"{folder} holds no chat_template.jinja: export it with "
                 "tools/convert_checkpoint.py --chat-template chatml"
             )
     asked = questions(options.data, options.each)
@@ -139,4 +139,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run_command(__doc__, add_arguments, run))

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from equilibrium_mcore.cli.command import run_command
 from equilibrium_mcore.files.paths import user_path
 from equilibrium_mcore.training.metrics import METRICS_FILE, human, read_metrics
 
@@ -172,11 +173,8 @@ def _number(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.3f}"
 
 
-def main() -> int:
-    """Answer one question about a run."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The question, and the run."""
     parser.add_argument("question", choices=("attempts", "stopped", "finished", "wait", "summary"))
     parser.add_argument("run", type=user_path, help="the run's output directory")
     parser.add_argument("--step", type=int, help="wait: until this step")
@@ -185,7 +183,10 @@ def main() -> int:
     parser.add_argument("--output", type=user_path, help="summary: the folder of all results")
     parser.add_argument("--margin", type=float, default=0.3, help="summary: nats below unigram")
     parser.add_argument("--seconds", type=float, help="summary: how long all of it took")
-    options = parser.parse_args()
+
+
+def answer(options: argparse.Namespace) -> int:
+    """Answer one question about a run."""
     run = options.run
     if options.question == "attempts":
         print(attempts(run))
@@ -210,4 +211,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(run_command(__doc__, add_arguments, answer))

@@ -25,6 +25,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from stdlib_text import library_files, module_name
 
+from equilibrium_mcore.cli.command import run_command
 from equilibrium_mcore.files.json_lines import json_line
 from equilibrium_mcore.files.paths import user_path
 from equilibrium_mcore.files.replace import refuse_existing
@@ -127,29 +128,26 @@ def is_conversations(path: Path) -> bool:
         return stream.readline().startswith(b'{"messages": ')
 
 
-def main() -> None:
-    """Parse the command line and write both files."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where the files go."""
     parser.add_argument("--output-directory", type=user_path, required=True)
     parser.add_argument("--overwrite", action="store_true", help="replace what it wrote before")
-    arguments = parser.parse_args()
-    folder = arguments.output_directory
-    try:
-        refuse_existing(
-            [folder / "train.jsonl", folder / "validation.jsonl"],
-            overwrite=arguments.overwrite,
-            is_ours=is_conversations,
-            what="conversations of this script",
-            option="--output-directory",
-        )
-    except FileExistsError as error:
-        sys.exit(f"error: {error}")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write both files."""
+    folder = options.output_directory
+    refuse_existing(
+        [folder / "train.jsonl", folder / "validation.jsonl"],
+        overwrite=options.overwrite,
+        is_ours=is_conversations,
+        what="conversations of this script",
+        option="--output-directory",
+    )
     folder.mkdir(parents=True, exist_ok=True)
     for part, count in write_conversations(Path(sysconfig.get_paths()["stdlib"]), folder).items():
         print(f"{folder / part}.jsonl: {count:,} conversations")
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run_command(__doc__, add_arguments, run))

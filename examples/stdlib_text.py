@@ -19,13 +19,13 @@ import contextlib
 import inspect
 import os
 import random
-import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from equilibrium_mcore.cli.command import run_command
 from equilibrium_mcore.files.json_lines import json_line
 from equilibrium_mcore.files.paths import user_path
 from equilibrium_mcore.files.replace import refuse_existing
@@ -113,9 +113,9 @@ class JsonlWriter:
             self.bytes += len(line)
 
     def finish(self) -> None:
-        """Print what was written; SystemExit where nothing was."""
+        """Print what was written. Raises ValueError where nothing was."""
         if not self.documents:
-            raise SystemExit(
+            raise ValueError(
                 f"{self.path}: no document fits into {self.max_bytes:,.0f} bytes; raise "
                 f"--max-megabytes, or check that {sysconfig.get_paths()['stdlib']} holds the "
                 f"library's sources"
@@ -150,31 +150,28 @@ def is_text(path: Path) -> bool:
         return stream.readline().startswith(b'{"text": ')
 
 
-def main() -> None:
-    """Parse the command line and write both sources."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where the files go, and how large they become."""
     parser.add_argument("--output-directory", type=user_path, required=True)
     parser.add_argument(
         "--max-megabytes", type=float, default=float("inf"), help="limit for each file (10^6 bytes)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what it wrote before")
-    arguments = parser.parse_args()
-    outputs = [arguments.output_directory / name for name in ("code.jsonl", "prose.jsonl")]
-    try:
-        refuse_existing(
-            outputs,
-            overwrite=arguments.overwrite,
-            is_ours=is_text,
-            what="text of this script",
-            option="--output-directory",
-        )
-    except FileExistsError as error:
-        sys.exit(f"error: {error}")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write both sources."""
+    outputs = [options.output_directory / name for name in ("code.jsonl", "prose.jsonl")]
+    refuse_existing(
+        outputs,
+        overwrite=options.overwrite,
+        is_ours=is_text,
+        what="text of this script",
+        option="--output-directory",
+    )
     with contextlib.ExitStack() as stack:
         streams = [stack.enter_context(whole_file(path, "wb")) for path in outputs]
-        max_bytes = arguments.max_megabytes * 1e6
+        max_bytes = options.max_megabytes * 1e6
         code, prose = map(JsonlWriter, outputs, streams, [max_bytes] * 2)
         write_sources(Path(sysconfig.get_paths()["stdlib"]), code, prose)
         code.finish()
@@ -182,4 +179,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run_command(__doc__, add_arguments, run))

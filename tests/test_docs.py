@@ -185,7 +185,7 @@ def test_commands_name_files_that_exist():
 def help_text(script: str) -> str:
     """What `script --help` prints. Python runs in this process, where torch is imported once."""
     if script in MAINS:
-        return usage()
+        return usage(f"python {script}")
     path = str(ROOT / script)
     if script.startswith("-m "):
         command = [sys.executable, *script.split(), "--help"]

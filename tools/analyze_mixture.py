@@ -1,46 +1,6 @@
-"""Report on a mixture: shares, lengths, tokens, duplicates, what was dropped; time and cost.
+"""Report on a mixture: shares, lengths, tokens, duplicates, what was dropped; time and cost."""
 
-Of a prepared folder all of it; of a mixture that is not prepared, what its file says.
-
-Examples:
-    python tools/analyze_mixture.py data/mine
-    python tools/analyze_mixture.py data/mine --output reports/mine
-    python tools/analyze_mixture.py equilibrium/pretrain --model equilibrium_3b \\
-        --gpus 64 --peak-tflops 989 --mfu 0.4 --price 2.5
-With --output: report.md, report.json, datasets.csv, and PNGs of shares, drops and lengths.
-"""
-
-from __future__ import annotations
-
-import argparse
-import sys
-
-from equilibrium_mcore.corpus.mixtures.cost_report import report
-from equilibrium_mcore.files.paths import user_path
-
-
-def main() -> int:
-    """Parse the command line, print the report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("subject", metavar="FOLDER|MIXTURE", help="what was prepared, or a mixture")
-    add("overrides", nargs="*", metavar="key=value", help="settings of a mixture")
-    add("--output", type=user_path, metavar="DIR", help="write the report's files here too")
-    add("--model", help="estimate training of this model: a file, or a name in configs/models")
-    add("--gpus", type=int, default=8, help="devices (default 8)")
-    add("--peak-tflops", type=float, help="dense peak of one, e.g. 989 for an H100 SXM in bf16")
-    add("--mfu", type=float, default=0.4, help="assumed share of the peak (default 0.4)")
-    add("--price", type=float, help="of one GPU hour, in any currency")
-    options = vars(parser.parse_intermixed_args())
-    try:
-        print(report(options.pop("subject"), options.pop("overrides"), **options), end="")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
+from equilibrium_mcore.cli.command import run_tool
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_tool("analyze"))

@@ -1,58 +1,6 @@
-"""Show what a run has read: documents, tokens and epochs per source, and the text behind a step.
+"""Show what a run has read: documents, tokens and epochs per source, and the text behind a step."""
 
-Of a run with `data.order: ledger`, from the `ledger.jsonl` in its output directory. Figures are
-those of the last checkpoint, or with --step those behind that step.
-
-Examples:
-    python tools/data_ledger.py runs/mine
-    python tools/data_ledger.py runs/mine --step 4213 --show     # the text behind a loss spike
-    python tools/data_ledger.py runs/mine --compare runs/other   # where two runs part, and why
-    python tools/data_ledger.py runs/mine --document code:4711   # the steps that read a document
-"""
-
-from __future__ import annotations
-
-import argparse
-import json
-import sys
-
-from equilibrium_mcore.data.ledger.report import as_text, report
-from equilibrium_mcore.files.paths import user_path
-
-
-def main() -> int:
-    """Parse the command line, read the ledger, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("run", type=user_path, help="the run's output_directory")
-    add("--step", type=int, metavar="N", help="name the documents of step N; the first is 1")
-    add("--compare", type=user_path, metavar="OTHER", help="another run's output_directory")
-    add("--document", metavar="SOURCE:N", help="the steps that read document N of a source")
-    add("--position", type=int, metavar="P", help="name the documents of samples from position P")
-    add("--count", type=int, default=1, help="with --position: how many samples; default 1")
-    add("--show", action="store_true", help="with --step: the beginning of each document's text")
-    add("--json", action="store_true", help="print JSON instead of text")
-    options = parser.parse_args()
-    if options.show and options.step is None and options.position is None:
-        parser.error("--show needs --step N or --position P: whose text is shown")
-    try:
-        values = report(
-            options.run,
-            step=options.step,
-            compare=options.compare,
-            document=options.document,
-            position=options.position,
-            count=options.count,
-            show=options.show,
-        )
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(values, indent=2, ensure_ascii=False) if options.json else as_text(values))
-    return 0
-
+from equilibrium_mcore.cli.command import run_tool
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_tool("ledger"))

@@ -1,55 +1,6 @@
-"""Talk with a model in the terminal: a checkpoint, a run, or an exported folder.
+"""Talk with a model in the terminal: a checkpoint, a run, or an exported folder."""
 
-Without --prompt lines are read from standard input, one after the other: texts to continue, or with
---chat turns of one conversation. /exit or Ctrl-D ends the talk, Ctrl-C an answer. A checkpoint is
-exported to a temporary folder (in $TMPDIR, as large as its weights), which is removed. An exported
-folder runs its own modelling code, so use it on folders that you made.
-
-Examples:
-    python tools/generate.py runs/quickstart/hugging_face --prompt "def read_lines(path):"
-    python tools/generate.py runs/sft --chat --system "Be brief."
-    echo "What is a list?" | python tools/generate.py chat --chat --temperature 0
-"""
-
-from __future__ import annotations
-
-import argparse
-import sys
-
-from equilibrium_mcore.files.paths import user_path
-from equilibrium_mcore.hugging_face.speaker import Sampling
-from equilibrium_mcore.hugging_face.talk import talk
-
-
-def main() -> int:
-    """Parse the command line, and talk."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add, default = parser.add_argument, Sampling()
-    where = "an exported folder, a run's output directory (its latest checkpoint), or a checkpoint"
-    add("path", type=user_path, help=where)
-    add("--chat", action="store_true", help="questions and answers, by the model's chat template")
-    add("--prompt", help="answer this alone")
-    add("--system", help="what the conversation begins with (--chat)")
-    add("--temperature", type=float, default=default.temperature, help="0: always the likeliest")
-    add("--top-p", type=float, default=default.top_p, help="share of the likeliest tokens (0.9)")
-    add("--max-new-tokens", type=int, default=default.max_new_tokens, help="of an answer (256)")
-    add("--seed", type=int, default=1234, help="of the drawing of tokens (1234)")
-    given = vars(parser.parse_args())
-    if given["system"] is not None and not given["chat"]:
-        parser.error("--system begins a conversation: give --chat with it")
-    names = ("temperature", "top_p", "max_new_tokens")
-    try:
-        sampling = Sampling(**{name: given.pop(name) for name in names})
-        talk(given.pop("path"), sampling=sampling, **given)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
+from equilibrium_mcore.cli.command import run_tool
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_tool("generate"))

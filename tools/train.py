@@ -1,64 +1,6 @@
-"""Train: a stage, a model and a mixture by their names, in a folder that holds all of the run.
+"""Train: a stage, a model and a mixture by their names, in a folder that holds all of the run."""
 
-Takes the stage's template in configs/experiments, lays these options and the key=value changes
-over it, checks all, and runs. The experiment's folder gets the effective config (config.yaml), the
-command line, checkpoints and logs. The same command again resumes; tools/resume_training.py does
-too. A mixture that was not prepared is an error that has the command. docs/guides/experiments.md.
-
-Examples:
-    python tools/train.py --stage pretrain --phase phase1 --data_mixture mixture1 \\
-        --model_config llama/1b --output_dir experiments/exp001 --run_name llama-1b-phase1
-    python tools/train.py --stage sft --data_mixture general --initial_weights experiments/exp001 \\
-        --output_dir experiments/exp002 --run_name llama-1b-sft training.epochs=3
-"""
-
-from __future__ import annotations
-
-import argparse
-import sys
-
-from equilibrium_mcore.config.errors import ConfigError
-from equilibrium_mcore.config.stages import MEANINGS, STAGES
-from equilibrium_mcore.config.yaml_io import to_yaml
-from equilibrium_mcore.experiments.start import ExperimentNames, load_named_run, start
-from equilibrium_mcore.files.paths import user_path
-from equilibrium_mcore.parallel.host import describe_host
-
-
-def main() -> int:
-    """Parse the command line, check, train; the exit status."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-
-    def add(name: str, text: str, **settings) -> None:
-        both = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        parser.add_argument(*both, help=text, **settings)
-
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="words or settings")
-    add("stage", MEANINGS, choices=tuple(STAGES), required=True)
-    add("phase", "phase1, phase2: a folder of the stage's mixtures")
-    add("data_mixture", "NAME in configs/data/STAGE/PHASE, or the path of a mixture")
-    add("prepared", "the mixture's prepared folder (data/STAGE/PHASE/NAME)", type=user_path)
-    add("model_config", "a model, e.g. llama/1b (that of --initial_weights)")
-    add("initial_weights", "a run's folder, or one of its checkpoints", type=user_path)
-    add("output_dir", "the experiment's folder", type=user_path, required=True)
-    add("run_name", "what the run is called, also in Weights & Biases", required=True)
-    add("experiment", "an experiment file instead of the template", type=user_path)
-    parser.add_argument("--check", action="store_true", help="print the config; start nothing")
-    options = vars(parser.parse_intermixed_args())
-    check, changes = options.pop("check"), options.pop("overrides")
-    try:
-        config = load_named_run(
-            ExperimentNames(**options), changes, host=None if check else describe_host()
-        )
-        if not check:
-            return start(config, sys.argv)
-        sys.stdout.write(to_yaml(config.model_dump(mode="json")))
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
-
+from equilibrium_mcore.cli.command import run_tool
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_tool("train"))

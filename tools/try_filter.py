@@ -1,52 +1,6 @@
-"""Try filters on a sample of a JSONL file: what each would drop, and why, with examples.
+"""Try filters on a sample of a JSONL file: what each would drop, and why, with examples."""
 
-Examples:
-    python tools/try_filter.py data/web.jsonl --filter type=language,languages=[en] \\
-        --filter type=gopher_quality,min_words=30 --sample 500
-    python tools/try_filter.py data/web.jsonl.gz --filters filters.yaml --markdown > report.md
-
---filter may be given several times and takes key=value pairs, whose values are YAML; filters.yaml
-holds `filters:` with a list, as a data mixture does. Nothing is written. All filters with their
-settings: docs/reference/filters.md.
-"""
-
-from __future__ import annotations
-
-import argparse
-import sys
-
-from equilibrium_mcore.corpus.filters.trial_command import report_trial
-from equilibrium_mcore.files.paths import user_path
-
-
-def main() -> int:
-    """Parse the command line, try the filters, print the report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("input", type=user_path, help="JSONL file, plain or .gz")
-    add("--filter", action="append", default=[], metavar="type=...", help="a filter; repeatable")
-    add("--filters", type=user_path, metavar="FILE.yaml", help="filters that come before those")
-    add("--sample", type=int, default=1000, help="documents, drawn evenly; 0: all; default 1000")
-    add("--seed", type=int, default=1234, help="decides which are drawn")
-    add("--text-field", default="text", help="the key that holds the text; default text")
-    add("--tokenizer-model", type=user_path, help=".model or tokenizer.json, for length in tokens")
-    add("--examples", type=int, default=2, help="documents shown per reason; default 2")
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument("--json", dest="output_format", action="store_const", const="json")
-    group.add_argument("--markdown", dest="output_format", action="store_const", const="markdown")
-    parser.set_defaults(output_format="table")
-    options = vars(parser.parse_args())
-    try:
-        sys.stdout.write(
-            report_trial(options.pop("input"), filter_arguments=options.pop("filter"), **options)
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
+from equilibrium_mcore.cli.command import run_tool
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_tool("try-filter"))

@@ -8,6 +8,7 @@ from typing import Any
 
 from equilibrium_mcore.config import layout
 from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.installation import command
 from equilibrium_mcore.config.mixture_files import find_mixture, prepared_data
 from equilibrium_mcore.config.problems import parse
 from equilibrium_mcore.config.references import find_file, resolve
@@ -31,7 +32,7 @@ def weights(words: Words) -> Any:
     if scratch is False and path is None:
         raise ConfigError(
             "model.from_scratch=false, but no model.checkpoint_path says where the weights are: "
-            "name a run's output directory (tools/train.py: --initial_weights), or set "
+            f"name a run's output directory (`{command('train')}`: --initial_weights), or set "
             "model.from_scratch=true"
         )
     return path

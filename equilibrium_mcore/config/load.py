@@ -11,6 +11,7 @@ from typing import Any
 from equilibrium_mcore.config import rules
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.experiment import is_experiment, read_experiment
+from equilibrium_mcore.config.installation import command, shipped
 from equilibrium_mcore.config.layout import launched_world_size
 from equilibrium_mcore.config.problems import parse, parse_field
 from equilibrium_mcore.config.references import FOLDERS, resolve
@@ -22,7 +23,7 @@ from equilibrium_mcore.files.paths import expand_path
 from equilibrium_mcore.files.whole import write_whole
 
 USAGE = """\
-usage: python -m equilibrium_mcore.train RUN.yaml [key=value ...] [--check]
+usage: {program} RUN.yaml [key=value ...] [--check]
 
 Trains the model that RUN.yaml names on the data that it names: every stage (`stage:`).
 `python -m equilibrium_mcore.pretrain` is the same command.
@@ -39,21 +40,23 @@ sections of a run:
 {sections}
 
 Every setting, its default and its meaning: docs/reference/configuration.md
-example: python -m equilibrium_mcore.train configs/runs/quickstart.yaml training.steps=20
+example: {program} configs/runs/quickstart.yaml training.steps=20
 """
 
 
-def usage() -> str:
-    """What `--help` prints."""
+def usage(program: str) -> str:
+    """What `--help` prints; `program` is what a user calls."""
     lines = []
     for name, field in RunConfig.model_fields.items():
         section = field.annotation
         text = field.description or (getattr(section, "__doc__", "") or "").splitlines()[0]
         lines.append(f"  {name:<17}{text}")
-    return USAGE.replace("{sections}", "\n".join(lines))
+    return USAGE.replace("{program}", program).replace("{sections}", "\n".join(lines))
 
 
-def load_run_config(arguments: Sequence[str], *, host: Host | None = None) -> RunConfig:
+def load_run_config(
+    arguments: Sequence[str], *, host: Host | None = None, program: str | None = None
+) -> RunConfig:
     """The run that the command line `RUN.yaml [key=value ...]` asks for.
 
     Under a launcher (torchrun, srun) its number of ranks is checked too, and so is what `host`
@@ -62,7 +65,7 @@ def load_run_config(arguments: Sequence[str], *, host: Host | None = None) -> Ru
     checked on a laptop.
     """
     if any(argument in ("-h", "--help") for argument in arguments):
-        print(usage())
+        print(usage(program or command("run")))
         raise SystemExit(0)
     check_only = "--check" in arguments
     words = [argument for argument in arguments if argument != "--check"]
@@ -102,7 +105,7 @@ def load_run(
     that is known. Raises ConfigError with every problem found.
     """
     try:
-        path = expand_path(path)
+        path = shipped(expand_path(path))
     except ValueError as error:
         raise ConfigError(f"run file {error}") from None
     if not path.is_file():

@@ -7,8 +7,8 @@ import shlex
 from pathlib import Path
 
 from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.installation import CONFIGS, command, shipped
 from equilibrium_mcore.config.mixture import PHASE_KINDS
-from equilibrium_mcore.config.references import CONFIGS
 from equilibrium_mcore.config.stages import STAGES
 from equilibrium_mcore.config.yaml_io import read_mapping
 from equilibrium_mcore.files.paths import expand_path
@@ -21,7 +21,7 @@ MANIFEST = "manifest.json"
 def find_mixture(path: str | Path) -> Path:
     """The file itself, or the one of that name in `configs/data`. Raises ConfigError."""
     try:
-        given = expand_path(path)
+        given = shipped(expand_path(path))
     except ValueError as error:
         raise ConfigError(f"mixture {error}") from None
     for base in (given, SHELF / given):
@@ -97,14 +97,13 @@ def prepared_data(mixture: Path, place: Path | None = None) -> Path:
 
 def prepare_command(mixture: Path, place: Path) -> str:
     """The command line that prepares a mixture there."""
-    words = ["python", "tools/prepare_dataset.py", _as_given(mixture), "--output", str(place)]
-    command = shlex.join(words)
+    line = f"{command('prepare')} {shlex.join([_as_given(mixture), '--output', str(place)])}"
     values = read_mapping(mixture)
     metadata = values.get("metadata") or {}
     kind = metadata.get("kind") or PHASE_KINDS.get(str(metadata.get("phase")))
     if values.get("tokenizer") is None and kind == "text":
-        command += " --tokenizer-type HuggingFaceTokenizer --tokenizer-model TOKENIZER"
-    return command
+        line += " --tokenizer-type HuggingFaceTokenizer --tokenizer-model TOKENIZER"
+    return line
 
 
 def _read_manifest(mixture: Path, folder: Path) -> dict:
@@ -121,7 +120,7 @@ def _read_manifest(mixture: Path, folder: Path) -> dict:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     if isinstance(manifest, dict) and {"name", "phase"} <= manifest.keys():
         return manifest
-    raise ConfigError(f"{path} is not that of tools/prepare_dataset.py: name another folder")
+    raise ConfigError(f"{path} is not that of `{command('prepare')}`: name another folder")
 
 
 def _as_given(mixture: Path) -> str:

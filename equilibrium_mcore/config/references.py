@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.installation import CONFIGS, REPOSITORY
 from equilibrium_mcore.config.yaml_io import read_mapping
 from equilibrium_mcore.files.paths import expand_path
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FOLDERS = {"model": "models", "data": "data"}
 
 
 def find_file(reference: str, *, kind: str, folder: Path) -> Path:
     """The YAML file that `reference` names.
 
-    Tried in order: relative to `folder`, to the current directory and to the repository, and as a
-    bare name in the repository's `configs/models` (kind `model`) or `configs/data` (kind `data`).
+    Tried in order: relative to `folder`, to the current directory and to this project, and as a
+    bare name in the project's `configs/models` (kind `model`) or `configs/data` (kind `data`).
     A model's name may have a slash for an underscore: `llama/1b`.
     Raises ConfigError with the places and the known names when there is none.
     """
@@ -27,8 +27,10 @@ def find_file(reference: str, *, kind: str, folder: Path) -> Path:
     except ValueError as error:
         raise ConfigError(f"{kind}={error}") from None
     candidates = [folder / path, Path.cwd() / path]
-    if len(path.parts) > 1:
-        candidates.append(CONFIGS.parent / path)
+    if path.parts[:1] == ("configs",):
+        candidates.append(CONFIGS.joinpath(*path.parts[1:]))
+    elif len(path.parts) > 1 and REPOSITORY is not None:
+        candidates.append(REPOSITORY / path)
     if path.suffix not in (".yaml", ".yml"):
         candidates = [c.with_name(c.name + ".yaml") for c in candidates] + candidates
         if len(path.parts) == 1:

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from equilibrium_mcore.config.installation import command
 from equilibrium_mcore.data.block_hashes import BlockHashes
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -93,7 +94,7 @@ def read_header(prefix: Path, *, may_be_empty: bool = False) -> IndexHeader:
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path} does not exist: the dataset {prefix} needs {binary.name} and "
-                f"{index.name}. Make it with tools/preprocess_data.py (its --output-prefix P and "
+                f"{index.name}. Make it with `{command('preprocess')}` (its --output-prefix P and "
                 f"--json-keys text give P_text_document), or correct the source's prefix"
             )
     with index.open("rb") as stream:
@@ -142,7 +143,7 @@ def read_manifest(prefix: Path) -> Manifest | None:
         return Manifest(**{**values, "hashes": hashes and BlockHashes(**hashes)})
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path} is not a manifest of tools/preprocess_data.py ({error}); make the dataset "
+            f"{path} is not a manifest of `{command('preprocess')}` ({error}); make the dataset "
             f"again, or remove the file to use the dataset without its checks"
         ) from None
 

@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from equilibrium_mcore.config.installation import command
+
 MOST_OPEN = 4096
 SHARE_OF_LIMIT = 4  # a process needs files for other things too
 CHECK_SECONDS = 5.0
@@ -135,6 +137,6 @@ class OpenFiles:
     def _changed(self, path: Path, what: str) -> str:
         return (
             f"{path} changed while the run reads it: {what}. Nothing may write to a dataset in "
-            "use. Put back the file that was there, check it with tools/preprocess_data.py "
-            "--verify, and resume from the last checkpoint; or give changed data a new source name"
+            f"use. Put back the file that was there, check it with `{command('preprocess')} "
+            "--verify`, and resume from the last checkpoint; or give changed data a new source name"
         )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from equilibrium_mcore.config.data import TokenizerConfig
+from equilibrium_mcore.config.installation import command
 
 # Looked for in this order when the tokenizer itself names no end of text.
 END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<eod>", "<EOD>", "</s>", "<eos>")
@@ -234,7 +235,7 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
         path = path / usual_name
     if not path.is_file():
         raise FileNotFoundError(
-            f"tokenizer file {path} does not exist. Train one with tools/train_tokenizer.py, or "
+            f"tokenizer file {path} does not exist. Train one with `{command('tokenizer')}`, or "
             f"name an existing file in tokenizer.model (--tokenizer-model)"
         )
     looks_like_json = path.suffix == ".json"

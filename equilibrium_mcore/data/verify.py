@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+from equilibrium_mcore.config.installation import command
 from equilibrium_mcore.data.block_hashes import (
     Block,
     BlockHashes,
@@ -41,7 +42,7 @@ def hashed_files(prefix: Path, header: IndexHeader, hashes: BlockHashes) -> list
         raise ValueError(
             f"{binary} and {index.name} are not what {description.name} describes (fingerprint "
             f"{found}, the manifest has {hashes.fingerprint}): one of them was replaced or is "
-            f"damaged. tools/preprocess_data.py --verify {prefix} names the place; copy the "
+            f"damaged. `{command('preprocess')} --verify {prefix}` names the place; copy the "
             f"dataset again, or make it again"
         )
     return files
@@ -92,7 +93,7 @@ def _verify(prefix: Path) -> tuple[list[str], int, int]:
         raise ValueError(
             f"{prefix} has {why}: it was made by Megatron-LM, or by a version before there were "
             f"any, and cannot be verified. Make it again, or (where there is a manifest) copy it "
-            f"by tools/merge_datasets.py --input {prefix} --output-prefix OTHER, which writes them"
+            f"by `{command('merge')} --input {prefix} --output-prefix OTHER`, which writes them"
         )
     files = blocks_of(manifest.hashes, *dataset_paths(prefix)[:2])
     blocks = [block for file in files for block in file]

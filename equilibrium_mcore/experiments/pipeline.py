@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.installation import shipped
 from equilibrium_mcore.config.problems import nearest, parse
 from equilibrium_mcore.config.section import Section, setting
 from equilibrium_mcore.config.yaml_io import read_mapping
@@ -80,6 +81,7 @@ def load_pipeline(path: Path, changes: Sequence[str] = ()) -> Pipeline:
 
     Raises ConfigError with every problem.
     """
+    path = shipped(path)
     if not path.is_file():
         raise ConfigError(
             f"pipeline {path}: no such file, e.g. configs/experiments/full_pipeline.yaml"

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from equilibrium_mcore.config.errors import ConfigError
-from equilibrium_mcore.config.references import CONFIGS
+from equilibrium_mcore.config.installation import COMMANDS, REPOSITORY
 from equilibrium_mcore.experiments.pipeline import Pipeline, Step
 from equilibrium_mcore.experiments.pipeline_state import State, one_at_a_time, read_by, record_of
 from equilibrium_mcore.files.archive import move_to_archive
 from equilibrium_mcore.training.metrics import METRICS_FILE, read_metrics
 
-ROOT = CONFIGS.parent
 STOPPED = 128 + signal.SIGTERM  # exit status after a signal
 
 
@@ -99,7 +98,7 @@ def _do(
     if reason is None:
         say(f"{step.name}: unchanged")
         return 0
-    say(f"{step.name}: {reason}\n  {shlex.join(['python', *step.command])}")
+    say(f"{step.name}: {reason}\n  {shlex.join(['python', *_arguments(step)])}")
     if not choice.keep:
         for place in state.outdated(step, record):
             if moved := move_to_archive(place.parent, [place.name]):
@@ -125,7 +124,7 @@ def _call(step: Step) -> int:
 
     before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        started.append(subprocess.Popen(_program(step.command)))
+        started.append(subprocess.Popen([sys.executable, *_arguments(step)]))
         status = started[0].wait()
     finally:
         for number, handler in before.items():
@@ -135,11 +134,17 @@ def _call(step: Step) -> int:
     return status if status >= 0 else 128 - status
 
 
-def _program(command: list[str]) -> list[str]:
-    tool = Path(command[0])
-    if command[0] == "-m" or tool.is_file():
-        return [sys.executable, *command]
-    return [sys.executable, str(ROOT / tool), *command[1:]]
+def _arguments(step: Step) -> list[str]:
+    """A step's command as this installation has it; the tool may stand after a launcher."""
+    words = step.command
+    place = next((n for n, word in enumerate(words) if word in COMMANDS.values()), None)
+    if place is None or Path(words[place]).is_file():
+        return words
+    name = next(name for name, tool in COMMANDS.items() if tool == words[place])
+    here = ["-m", "equilibrium_mcore.cli", name]
+    if REPOSITORY is not None:
+        here = [str(REPOSITORY / words[place])]
+    return [*words[:place], *here, *words[place + 1 :]]
 
 
 def _ended(step: Step, say: Callable[[str], None]) -> int:
@@ -162,7 +167,7 @@ def _check_inputs(pipeline: Pipeline, steps: list[Step]) -> None:
     problems = []
     for step in steps:
         tool = step.command[0]
-        if tool != "-m" and not Path(tool).is_file() and not (ROOT / tool).is_file():
+        if tool != "-m" and not Path(tool).is_file() and tool not in COMMANDS.values():
             problems.append(f"step {step.name}: {tool} is not there; tools are named as tools/X.py")
         needed = {*step.inputs, *_outputs_of(pipeline, step.needs)}
         for path in sorted(needed - made):
@@ -190,6 +195,6 @@ def _plan(
         if reason:
             running.add(step.name)
         say(f"{step.name}: {reason or 'unchanged'}")
-        say(f"  {shlex.join(['python', *step.command])}")
+        say(f"  {shlex.join(['python', *_arguments(step)])}")
         say(f"  reads {', '.join(map(str, read_by(step))) or 'nothing that is declared'}")
         say(f"  writes {', '.join(map(str, step.outputs.values())) or 'nothing that is declared'}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.installation import shipped
 from equilibrium_mcore.experiments.fingerprints import fingerprint
 from equilibrium_mcore.experiments.pipeline import Pipeline, Step
 from equilibrium_mcore.files.exclusive import exclusive
@@ -85,7 +86,8 @@ def read_by(step: Step) -> list[Path]:
     arguments = [
         part for word in step.command[1:] for part in (word, word.partition("=")[2]) if part
     ]
-    named = [Path(word) for word in arguments if len(word) < 4096 and _is_file(Path(word))]
+    paths = (shipped(Path(word)) for word in arguments if len(word) < 4096)
+    named = filter(_is_file, paths)
     return [path for path in dict.fromkeys([*step.inputs, *named]) if path not in own]
 
 

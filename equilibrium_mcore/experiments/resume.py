@@ -11,6 +11,7 @@ from equilibrium_mcore.checkpoint.choose import FoundCheckpoint, find_alone
 from equilibrium_mcore.checkpoint.compatibility import check_resumable
 from equilibrium_mcore.checkpoint.directory import CONFIG_FILE, list_checkpoints, step_of
 from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.installation import command
 from equilibrium_mcore.config.layout import launched_world_size
 from equilibrium_mcore.config.load import load_run
 from equilibrium_mcore.config.rule_kit import Host
@@ -80,13 +81,13 @@ def as_text(found: FoundCheckpoint, config: RunConfig) -> str:
     return "\n".join([*lines, f"resumes {found.opened.path} at step {step}, up to {last}"])
 
 
-def resume(config: RunConfig, command: Sequence[str]) -> int:
+def resume(config: RunConfig, words: Sequence[str]) -> int:
     """Say what is resumed, note the command line in the folder, and train; the exit status."""
     rank_info = rank_info_from_environment(os.environ)
     if rank_info is None or rank_info.rank == 0:
         check_run_folder(config)
         print(as_text(find_to_resume(config, verify=False), config), flush=True)
-        add_command(config.output_directory, command)
+        add_command(config.output_directory, words)
     return run_stage(config)
 
 
@@ -101,7 +102,7 @@ def _refuse_folder(folder: Path) -> None:
     if not saved:
         raise ConfigError(
             f"{folder} holds no checkpoint, so there is nothing to resume: name the folder of a "
-            "run that has saved one (its output_directory), or start the run with tools/train.py"
+            f"run that has saved one (its output_directory), or start one: `{command('train')}`"
         )
     if not (folder / CONFIG_FILE).is_file():
         raise ConfigError(

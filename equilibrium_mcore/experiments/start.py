@@ -13,10 +13,10 @@ from pathlib import Path
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.experiment import is_experiment
 from equilibrium_mcore.config.experiment_words import OWN
+from equilibrium_mcore.config.installation import CONFIGS, command, shipped
 from equilibrium_mcore.config.layout import launched_world_size
 from equilibrium_mcore.config.load import load_run, save_config
 from equilibrium_mcore.config.mixture_files import mixture_of_stage
-from equilibrium_mcore.config.references import CONFIGS
 from equilibrium_mcore.config.rule_kit import Host
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.config.stages import DEFAULT_STAGE, STAGES
@@ -53,7 +53,7 @@ def load_named_run(
 
     Raises ConfigError with every problem.
     """
-    file = names.experiment or template_of(names.stage)
+    file = _file_of(names)
     if file.is_file():
         _check_experiment(file, names.stage)
     changes = [f"{key}={json.dumps(value)}" for key, value in _words(names).items()]
@@ -66,7 +66,7 @@ def _check_experiment(file: Path, stage: str) -> None:
     if not is_experiment(values):
         raise ConfigError(
             f"--experiment {file}: no experiment file, since it has no section `experiment`; start "
-            f"a run file with python -m equilibrium_mcore.train {file}"
+            f"a run file with {command('run')} {file}"
         )
     own = (values.get(OWN) or {}).get("stage", DEFAULT_STAGE)
     if own != stage:
@@ -76,12 +76,16 @@ def _check_experiment(file: Path, stage: str) -> None:
         )
 
 
+def _file_of(names: ExperimentNames) -> Path:
+    return shipped(names.experiment) if names.experiment else template_of(names.stage)
+
+
 def template_of(stage: str) -> Path:
     """The experiment file that a stage starts from."""
     return TEMPLATES / f"{stage}_template.yaml"
 
 
-def start(config: RunConfig, command: Sequence[str]) -> int:
+def start(config: RunConfig, words: Sequence[str]) -> int:
     """Write the experiment's folder, then run the stage; the exit status.
 
     Nothing is written where another run works in the folder. Raises ConfigError.
@@ -90,16 +94,16 @@ def start(config: RunConfig, command: Sequence[str]) -> int:
     if rank_info is None or rank_info.rank == 0:
         check_run_folder(config)
         save_config(config, config.output_directory / EXPERIMENT_FILE)
-        add_command(config.output_directory, command)
+        add_command(config.output_directory, words)
     return run_stage(config)
 
 
-def add_command(folder: Path, command: Sequence[str]) -> None:
+def add_command(folder: Path, words: Sequence[str]) -> None:
     """Add a command line, with the time, to those that started runs in the folder."""
     file = folder / COMMANDS_FILE
     before = file.read_text(encoding="utf-8") if file.is_file() else ""
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S")
-    write_whole(file, f"{before}# {now} UTC\n{shlex.join(command)}\n")
+    write_whole(file, f"{before}# {now} UTC\n{shlex.join(words)}\n")
 
 
 def _words(names: ExperimentNames) -> dict[str, object]:
@@ -119,7 +123,7 @@ def _words(names: ExperimentNames) -> dict[str, object]:
         words |= {"data.config_path": str(mixture), "data.prepared": None}
     if names.prepared is not None:
         words["data.prepared"] = str(names.prepared)
-    file = names.experiment or template_of(names.stage)
+    file = _file_of(names)
     if file.resolve().parent == TEMPLATES:  # its own are those of its example
         named = (names.stage, names.phase, names.data_mixture, names.model_config)
         words |= {"experiment.tags": [n for n in named if n], "experiment.description": ""}

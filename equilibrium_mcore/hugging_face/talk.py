@@ -10,9 +10,11 @@ from pathlib import Path
 
 from equilibrium_mcore.checkpoint.directory import latest_checkpoint
 from equilibrium_mcore.config.chat import ConversationsConfig
+from equilibrium_mcore.config.installation import command
 from equilibrium_mcore.files.temporary import temporary_folder
 from equilibrium_mcore.hugging_face.convert import export_hugging_face, read_run_config
-from equilibrium_mcore.hugging_face.speaker import Completion, Sampling, TextGenerator, no_template
+from equilibrium_mcore.hugging_face.sampling import Sampling
+from equilibrium_mcore.hugging_face.speaker import Completion, TextGenerator, no_template
 
 EXIT = "/exit"
 ENDS = f"(Ctrl-C ends an answer; {EXIT} or Ctrl-D ends the talk)"
@@ -60,7 +62,7 @@ def _released(path: Path, *, chat: bool) -> Iterator[Path]:
     if checkpoint is None:
         raise FileNotFoundError(
             f"{path} holds no config.json and no checkpoint: give the folder that "
-            "tools/convert_checkpoint.py wrote, a run's output directory, or one of its "
+            f"`{command('convert')}` wrote, a run's output directory, or one of its "
             "checkpoints/step_... folders"
         )
     config = read_run_config(checkpoint)

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from equilibrium_mcore.config.installation import command
 from equilibrium_mcore.data.chat.render import Renderer
 from equilibrium_mcore.data.tokenizer import SPACE_MARK, SentencePieceTokenizer, Tokenizer
 from equilibrium_mcore.files.whole import write_whole
@@ -130,7 +131,7 @@ def _normal_pieces(tokenizer: SentencePieceTokenizer) -> dict[int, str]:
     if broken:
         raise ValueError(
             f"{tokenizer.path} cannot be written as a tokenizer.json that gives the same ids: it "
-            f"needs {', '.join(broken)}. tools/train_tokenizer.py makes such a model; for another "
+            f"needs {', '.join(broken)}. `{command('tokenizer')}` makes such a model; for another "
             f"one train with its own tokenizer.json (tokenizer type HuggingFaceTokenizer)"
         )
     normal = sentencepiece_model_pb2.ModelProto.SentencePiece.NORMAL

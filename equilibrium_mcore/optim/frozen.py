@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 import torch
 
 from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.installation import command
 from equilibrium_mcore.config.schema import ModelConfig, RunConfig
 from equilibrium_mcore.models.parameters import build_on_meta
 from equilibrium_mcore.optim.parameters import EMBEDDING, OUTPUT, layout_free_names
@@ -96,7 +97,7 @@ def _unmatched(pattern: str, names: Sequence[str]) -> str:
             f"{text}. The router's {BIAS} is none, since no gradient moves it: to hold it, set "
             "model.moe.expert_bias_update_rate=0"
         )
-    return f"{text}, and the names that tools/show_param_groups.py prints, e.g. {near}"
+    return f"{text}, and the names that `{command('groups')}` prints, e.g. {near}"
 
 
 def _biases_beside_frozen_matrices(names: Sequence[str], frozen: frozenset[str]) -> Iterator[str]:

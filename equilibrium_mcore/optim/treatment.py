@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.installation import command
 from equilibrium_mcore.config.optimizers import (
     OPTIMIZERS,
     REST,
@@ -101,7 +102,7 @@ def check_overrides_match(
             problems.append(
                 f"optimizer.overrides: pattern {override.pattern!r} decides no parameter (none has "
                 "such a name, an earlier pattern takes them all, or training.frozen does): use * "
-                f"for any text and the names that tools/show_param_groups.py prints{hint}"
+                f"for any text and the names that `{command('groups')}` prints{hint}"
             )
     if problems:
         raise ConfigError(problems)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from equilibrium_mcore.certify.shrink import shrink_model
+from equilibrium_mcore.config.installation import command
 from equilibrium_mcore.config.layout import DIMENSIONS, train_samples
 from equilibrium_mcore.config.load import run_from_mapping
 from equilibrium_mcore.config.schema import RunConfig
@@ -44,7 +45,7 @@ def sanity_config(
 ) -> tuple[RunConfig, list[str]]:
     """The run on one rank, small enough to check, and in words what was changed."""
     values = config.model_dump(mode="json")
-    changes = ["one rank, no parallelism (layouts: tools/certify_layout.py)", "precision fp32"]
+    changes = [f"one rank, no parallelism (layouts: {command('certify')})", "precision fp32"]
     values["parallelism"].update(_ONE_RANK)
     size = count_parameters(config.model).total
     if size > LARGEST_MODEL:

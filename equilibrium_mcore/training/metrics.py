@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
+from equilibrium_mcore.config.installation import command
 from equilibrium_mcore.files.archive import move_to_archive
 from equilibrium_mcore.files.json_lines import JsonLinesLog, json_line, read_log
 from equilibrium_mcore.files.whole import write_whole
@@ -160,7 +161,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist. Training writes it: "
-            "python -m equilibrium_mcore.pretrain RUN.yaml puts it into the run's output_directory"
+            f"{command('run')} RUN.yaml puts it into the run's output_directory"
         )
     return list(read_log(path, keys=("kind", "step")))
 

@@ -20,6 +20,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
+from equilibrium_mcore.cli.command import run_command  # noqa: E402
 from equilibrium_mcore.config.load import load_run  # noqa: E402
 from equilibrium_mcore.parallel import accelerator  # noqa: E402
 
@@ -125,22 +126,21 @@ def final_loss(form: str, seed: int, steps: int) -> float:
             return validation_loss(run)
 
 
-def main() -> int:
-    """Parse the command line, train every form with every seed, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """How long, how often, and which forms."""
     parser.add_argument("--steps", type=int, default=150, help="steps of 1,024 tokens")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train every form with every seed, print."""
     os.chdir(REPOSITORY)
     for seed in range(1, options.seeds + 1):
         losses = {form: final_loss(form, seed, options.steps) for form in options.forms}
         apart = {form: loss - losses[options.forms[0]] for form, loss in losses.items()}
         print(json.dumps({"seed": seed, "loss": losses, "minus_first_form": apart}), flush=True)
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_command(__doc__, add_arguments, run))

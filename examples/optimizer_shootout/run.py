@@ -28,6 +28,7 @@ sys.path[:0] = [str(HERE), str(REPOSITORY)]
 from results import RunResult, best_rates, median_step_seconds, read_result, write_report  # noqa: E402
 from variants import GRID, MORE_RATES, VARIANTS  # noqa: E402
 
+from equilibrium_mcore.cli.command import run_command  # noqa: E402
 from equilibrium_mcore.files.paths import user_path  # noqa: E402
 from equilibrium_mcore.files.whole import write_whole  # noqa: E402
 
@@ -136,11 +137,8 @@ def time_steps(output: Path, rates: dict[str, float], options) -> dict[str, floa
     return {variant: min(seconds) for variant, seconds in found.items()}
 
 
-def main() -> int:
-    """Parse the command line, train what is missing, write the report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which optimizers, how long, and where to."""
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of 2,048 tokens")
     parser.add_argument("--seeds", type=int, default=2, help="seeds at the best rate; default 2")
     parser.add_argument("--minutes", type=float, default=60, help="start no run after so long")
@@ -148,7 +146,10 @@ def main() -> int:
     parser.add_argument("--no-timing", action="store_true", help="take the sweep's own times")
     parser.add_argument("--output", type=user_path, default=Path("runs/optimizer_shootout"))
     parser.add_argument("--rehearse", action="store_true", help="6 steps of a smaller model")
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train what is missing, write the report; 1 where runs are missing still."""
     os.chdir(REPOSITORY)
     options.deadline = time.monotonic() + 60 * options.minutes
     if options.rehearse:
@@ -177,4 +178,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_command(__doc__, add_arguments, run))

@@ -195,7 +195,7 @@ def test_the_tool_prints_json_and_names_a_missing_model():
         "by_kind": count("equilibrium_tiny").by_kind,
     }
     missing = tool("no_such_model")
-    assert missing.returncode == 1
+    assert missing.returncode == 2
     assert "no_such_model" in missing.stderr and "equilibrium_tiny" in missing.stderr
 
 

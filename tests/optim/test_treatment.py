@@ -198,7 +198,7 @@ def test_show_param_groups_names_a_pattern_without_parameters():
         QUICKSTART,
         'optimizer.overrides=[{pattern: "nothing", split: false}]',
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "'nothing' decides no parameter" in done.stderr
 
 

@@ -186,7 +186,7 @@ def test_the_tool_names_and_shows_documents(eventful):
             text=True,
             timeout=300,
         )
-        assert done.returncode == (1 if "--step=99" in arguments else 0), done.stderr
+        assert done.returncode == (2 if "--step=99" in arguments else 0), done.stderr
         return done.stdout + done.stderr
 
     assert "behind step 9: " in tool()

@@ -24,18 +24,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.cli.command import run_command, wrong_command_line
 from equilibrium_mcore.config.yaml_io import to_yaml
 from equilibrium_mcore.files.paths import report_path
 from tools.bench.random_runs import cases, table
 from tools.bench.random_runs.draw import draw
 
 
-def main() -> int:
-    """Parse the command line, run, print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which cases, and how they run."""
     add = parser.add_argument
     add("--count", type=int, default=100, help="cases 0 to COUNT - 1; default 100")
     add("--seed", type=int, default=0, help="what cases are drawn from; default 0")
@@ -51,13 +48,16 @@ def main() -> int:
         choices=[*cases.OUTCOMES.values(), cases.CRASH, cases.HANG],
         help="run finished cases of these outcomes again",
     )
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run, print the table; 0 where every case passed or was refused, 1 where one did not."""
     if options.case is not None:
         return run_one(options)
     try:
         results = cases.Results(options.seed, options.json)
     except ValueError as error:
-        parser.error(str(error))
+        raise wrong_command_line(str(error)) from None
     wanted = range(options.count)
     done = {n for n, r in results.by_number.items() if r.outcome not in options.again}
     try:
@@ -70,7 +70,7 @@ def main() -> int:
         )
     except KeyboardInterrupt:
         print(f"interrupted after {len(results.by_number)} cases", file=sys.stderr)
-        return 130
+        raise
     found = [results.by_number[number] for number in wanted]
     print(table.as_markdown(found, seed=options.seed))
     return int(any(result.outcome in table.BAD for result in found))
@@ -100,18 +100,14 @@ def run_one(options: argparse.Namespace) -> int:
     from equilibrium_mcore.optim.param_groups import parameter_rows
 
     print(f"layout {drawn.layout.name}, {drawn.threads} threads a rank", flush=True)
-    try:
-        parameter_rows(drawn.config)  # an override that decides nothing is told when built
-        certificate = certify(
-            drawn.config,
-            [drawn.layout],
-            prepare=partial(torch.set_num_threads, drawn.threads),
-            everywhere=True,
-            progress=lambda text: print(f"... {text}", flush=True),
-        )
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
+    parameter_rows(drawn.config)  # an override that decides nothing is told when built
+    certificate = certify(
+        drawn.config,
+        [drawn.layout],
+        prepare=partial(torch.set_num_threads, drawn.threads),
+        everywhere=True,
+        progress=lambda text: print(f"... {text}", flush=True),
+    )
     print(certificate.table())
     if options.json:
         write_certificate(certificate, options.json)
@@ -119,4 +115,5 @@ def run_one(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Of a case anything but a refusal is a crash, with its traceback.
+    raise SystemExit(run_command(__doc__, add_arguments, run, told=()))

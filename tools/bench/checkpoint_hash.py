@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from equilibrium_mcore.checkpoint.opened import open_weights
+from equilibrium_mcore.cli.command import run_command
 from equilibrium_mcore.files.paths import user_path
 from equilibrium_mcore.files.tables import terminal_table
 
@@ -45,16 +46,16 @@ def digest(path: Path, name: str) -> None:
             value = zlib.crc32(block, value)
 
 
-def main() -> None:
-    """Parse the command line, measure, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The file that is made up, and a checkpoint."""
     add = parser.add_argument
     add("--mib", type=int, default=256, help="size of the file; default 256")
     add("--repeats", type=int, default=5, help="default 5")
     add("--checkpoint", type=user_path, help="a checkpoint, or a run's output directory")
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, print."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bytes"
         path.write_bytes(os.urandom(options.mib << 20))  # not whole: it is to be in memory alone
@@ -70,4 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run_command(__doc__, add_arguments, run))

@@ -21,6 +21,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from equilibrium_mcore.cli.command import run_command
 from equilibrium_mcore.training.metrics import METRICS_FILE, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,17 +40,17 @@ SMALL = (
 )
 
 
-def main() -> int:
-    """Parse the command line, make data, train with both trees, compare."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The earlier commit, and the run."""
     add = parser.add_argument
     add("--against", required=True, metavar="REV", help="the earlier commit")
     add("--steps", type=int, default=20, help="of the run (20)")
     add("--resume", action="store_true", help="REV trains the first half, this tree the second")
     add("overrides", nargs="*", metavar="key=value", help="settings, for both")
-    options = parser.parse_intermixed_args()
+
+
+def run(options: argparse.Namespace) -> int:
+    """Make data, train with both trees, compare; 1 where they differ."""
     with tempfile.TemporaryDirectory(prefix="curve_") as temporary:
         folder = Path(temporary)
         before = folder / "tree"
@@ -137,4 +138,4 @@ def _call(*words: object, cwd: Path = ROOT, **environment: str) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_command(__doc__, add_arguments, run))

@@ -18,34 +18,31 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from equilibrium_mcore.cli.command import run_command
 from equilibrium_mcore.files.paths import user_path
 from equilibrium_mcore.parallel import accelerator
 
 
-def main() -> int:
-    """Parse the command line, measure, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The sizes of the made-up data."""
     add = parser.add_argument
     add("--prefixes", type=int, default=2000, help="small sources; default 2000")
     add("--samples", type=int, default=200_000, help="samples of the run; default 200000")
     add("--sources", type=int, default=64, help="large sources; default 64")
     add("--documents", type=int, default=10**9, help="their documents in all; default 10^9")
     add("--folder", type=user_path, help="where the temporary folder is made; default the system's")
-    options = vars(parser.parse_args())
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, print."""
     accelerator.quiet_libraries()
     accelerator.install()  # before megatron-core is imported
     from tools.bench.measure import ledger as benchmark
 
-    try:
-        with tempfile.TemporaryDirectory(dir=options.pop("folder")) as folder:
-            print(benchmark.report(*benchmark.measure(Path(folder), **options), **options))
-    except (OSError, RuntimeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    sizes = vars(options)
+    with tempfile.TemporaryDirectory(dir=sizes.pop("folder")) as folder:
+        print(benchmark.report(*benchmark.measure(Path(folder), **sizes), **sizes))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_command(__doc__, add_arguments, run))

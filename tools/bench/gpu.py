@@ -1,4 +1,13 @@
-"""Measure this device's roofs, then train a model on made-up tokens, and compare."""
+"""Measure this device's roofs, then train a model on made-up tokens, and compare.
+
+Prints a Markdown table for docs/reference/performance.md: matrix and copy roofs, and tokens/s,
+model TFLOP/s, share of the roof and peak memory of real training steps.
+
+Example:
+    python tools/bench/gpu.py --part bf16 --steps 8 --json bf16.json
+"""
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -12,6 +21,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from equilibrium_mcore.cli.command import run_command, wrong_command_line
 from equilibrium_mcore.files.paths import report_path
 from equilibrium_mcore.files.whole import write_whole
 from equilibrium_mcore.parallel import accelerator
@@ -19,38 +29,39 @@ from equilibrium_mcore.parallel import accelerator
 PARTS = {"roofs": (), "bf16": ("bf16",), "fp8": ("fp8",), "all": ("bf16", "fp8")}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="Print a Markdown table for docs/reference/performance.md: matrix and copy "
-        "roofs, and tokens/s, model TFLOP/s, share of the roof and peak memory of real steps.",
-        epilog="example: python tools/bench/gpu.py --part bf16 --steps 8 --json bf16.json",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is measured, and how long."""
     parser.add_argument("--part", choices=PARTS, default="all", help="what to measure")
     parser.add_argument("--model", metavar="MODEL", help="default equilibrium_3b")
     parser.add_argument("--sequence-length", type=int, help="tokens per sequence; default 4096")
     parser.add_argument("--steps", type=int, help="measured steps, after the warmup; default 8")
     parser.add_argument("--rehearse", action="store_true", help="a tiny model, on any host")
     parser.add_argument("--json", type=report_path, metavar="OUT", help="write figures here too")
-    arguments = parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, print; 1 where a part could not be measured."""
     accelerator.quiet_libraries()
     accelerator.install()  # before megatron-core is imported
-    if not arguments.rehearse and not accelerator.has_cuda():
-        parser.error("this host has no CUDA device: --rehearse runs every part at a tiny size")
+    if not options.rehearse and not accelerator.has_cuda():
+        raise wrong_command_line(
+            "this host has no CUDA device: --rehearse runs every part at a tiny size"
+        )
     from tools.bench.measure.gpu import REHEARSAL, BenchmarkSettings, run_benchmark
     from tools.bench.measure.gpu_report import markdown
 
     chosen = {
         name: value
         for name in ("model", "sequence_length", "steps")
-        if (value := getattr(arguments, name)) is not None
+        if (value := getattr(options, name)) is not None
     }
-    plan = replace(REHEARSAL if arguments.rehearse else BenchmarkSettings(), **chosen)
-    report = run_benchmark(plan, precisions=PARTS[arguments.part])
+    plan = replace(REHEARSAL if options.rehearse else BenchmarkSettings(), **chosen)
+    report = run_benchmark(plan, precisions=PARTS[options.part])
     print(markdown(report))
-    if arguments.json:
-        write_whole(arguments.json, json.dumps(report.as_dict(), indent=2) + "\n")
-    return 1 if report.not_run and not arguments.rehearse else 0
+    if options.json:
+        write_whole(options.json, json.dumps(report.as_dict(), indent=2) + "\n")
+    return 1 if report.not_run and not options.rehearse else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(run_command(__doc__, add_arguments, run))

@@ -17,34 +17,30 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from equilibrium_mcore.cli.command import run_command
 from equilibrium_mcore.config.load import load_run
 from equilibrium_mcore.parallel import accelerator
 
 
-def main() -> int:
-    """Parse the command line, measure, count, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The run that is measured, and the one that is counted."""
     parser.add_argument("--measured", metavar="RUN", default="configs/runs/quickstart.yaml")
     parser.add_argument("--counted", metavar="RUN", default="configs/runs/pretrain_3b.yaml")
     parser.add_argument("--world-size", type=int, default=64, help="ranks of COUNTED; default 64")
     parser.add_argument("--steps", type=int, default=5, help="measured steps; default 5")
-    arguments = parser.parse_args()
-    try:
-        measured, counted = load_run(arguments.measured), load_run(arguments.counted)
-        accelerator.quiet_libraries()
-        accelerator.install()  # before megatron-core is imported
-        from tools.bench.measure import optimizer as benchmark
 
-        share = benchmark.count_share(counted, arguments.world_size)
-        print(benchmark.report_share(counted, share), end="\n\n", flush=True)
-        print(benchmark.report(measured, *benchmark.measure(measured, steps=arguments.steps)))
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, count, print."""
+    measured, counted = load_run(options.measured), load_run(options.counted)
+    accelerator.quiet_libraries()
+    accelerator.install()  # before megatron-core is imported
+    from tools.bench.measure import optimizer as benchmark
+
+    share = benchmark.count_share(counted, options.world_size)
+    print(benchmark.report_share(counted, share), end="\n\n", flush=True)
+    print(benchmark.report(measured, *benchmark.measure(measured, steps=options.steps)))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_command(__doc__, add_arguments, run))

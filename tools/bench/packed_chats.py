@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.cli.command import run_command
 from equilibrium_mcore.config.load import load_run
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.files.tables import terminal_table
@@ -141,37 +140,33 @@ def race(ways: dict[str, Callable[[], int]], rounds: int) -> dict[str, float]:
     return {name: statistics.median(found) for name, found in rates.items()}
 
 
-def main() -> int:
-    """Parse the command line, race, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, the lengths of the examples, and how often they race."""
     add = parser.add_argument
     add("--run", default="configs/runs/chat.yaml", help="whose model is trained")
     add("--sequence-length", type=int, default=1024)
     add("--median", type=float, default=200.0, help="tokens of the median example; default 200")
     add("--spread", type=float, default=0.7, help="standard deviation of log length; default 0.7")
     add("--rounds", type=int, default=5, help="steps of each way; default 5")
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> None:
+    """Race, print."""
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            config = load_run(
-                options.run,
-                [
-                    "parallelism={world_size: 1}",
-                    f"training.sequence_length={options.sequence_length}",
-                    "training.micro_batch_size=1",
-                    f"training.global_batch_size={SEQUENCES}",
-                    "training.epochs=null",
-                    "training.steps=1000",
-                    "training.validation_interval_steps=0",
-                    "checkpoint.initial_weights=null",
-                    f"output_directory={Path(folder) / 'run'}",
-                ],
-            )
-        except ConfigError as error:
-            print(error, file=sys.stderr)
-            return 2
+        config = load_run(
+            options.run,
+            [
+                "parallelism={world_size: 1}",
+                f"training.sequence_length={options.sequence_length}",
+                "training.micro_batch_size=1",
+                f"training.global_batch_size={SEQUENCES}",
+                "training.epochs=null",
+                "training.steps=1000",
+                "training.validation_interval_steps=0",
+                "checkpoint.initial_weights=null",
+                f"output_directory={Path(folder) / 'run'}",
+            ],
+        )
         accelerator.quiet_libraries()
         accelerator.install()  # before megatron-core is imported
         examples = made_up(config, median=options.median, spread=options.spread)
@@ -184,8 +179,7 @@ def main() -> int:
     )
     rows = [(name, f"{r:,.0f}", f"{r / rates[WAYS[1]]:.2f} x") for name, r in rates.items()]
     print(terminal_table(("", "tokens/s", "speed"), rows, align="lr"))
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_command(__doc__, add_arguments, run))

@@ -15,20 +15,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from tools.bench.measure.preprocess import run_benchmark
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from equilibrium_mcore.cli.command import TOLD, run_command
 from equilibrium_mcore.files.paths import user_path
+from tools.bench.measure.preprocess import run_benchmark
 
 TOOL = Path(__file__).resolve().parents[1] / "preprocess_data.py"
 
 
-def main() -> int:
-    """Parse the command line, run the benchmark, print its table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The text, the tools, and how often each runs."""
     add = parser.add_argument
     add("--folder", type=user_path, required=True, help="for text, tokenizer and outputs")
     add("--megatron", type=user_path, help="a checkout of Megatron-LM")
@@ -37,14 +34,13 @@ def main() -> int:
     add("--workers", type=int, default=2, help="of the tools that have workers")
     add("--repetitions", type=int, default=3, help="runs of each tool")
     add("--slow-repetitions", type=int, default=1, help="runs of Megatron-LM's plain tool")
-    options = parser.parse_args()
-    try:
-        print(run_benchmark(tool=TOOL, **vars(options)))
-    except (OSError, RuntimeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the benchmark, print its table."""
+    print(run_benchmark(tool=TOOL, **vars(options)))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    told = (*TOLD, RuntimeError)  # a tool that fails, or whose bytes differ
+    raise SystemExit(run_command(__doc__, add_arguments, run, told=told))

@@ -17,6 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from equilibrium_mcore.cli.command import run_command
 from equilibrium_mcore.files.whole import write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,19 +99,15 @@ def _files_first(name: str) -> tuple[tuple[str, ...], bool, str]:
     return path.parent.parts, path.name != "__init__.py", path.name
 
 
-def main() -> int:
-    """Parse the command line; write the tree, or compare it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Whether it is written."""
     parser.add_argument("--check", action="store_true", help="write nothing; 1 when it differs")
-    check = parser.parse_args().check
-    try:
-        text = tree_text()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if not check:
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the tree, or compare it."""
+    text = tree_text()
+    if not options.check:
         write_whole(TREE, text)
     elif not TREE.is_file() or TREE.read_text(encoding="utf-8") != text:
         print("error: docs/tree.md is not up to date: python tools/dev/tree.py", file=sys.stderr)
@@ -119,4 +116,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_command(__doc__, add_arguments, run))

@@ -18,11 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
+from equilibrium_mcore.config.installation import command
 from equilibrium_mcore.corpus.filters.model_file import load_model, save_model
 from equilibrium_mcore.corpus.filters.ngram_hashes import hash_ngrams, mix
 
 KIND = "character n-grams"
-MADE_BY = "tools/train_perplexity_model.py"
+MADE_BY = command("perplexity-model")
 CHARACTERS = 1 << 14  # what an unseen character is spread over
 LARGEST_ORDER = 8
 BATCH_CHARACTERS = 1 << 20  # counted at once

@@ -16,12 +16,13 @@ from pathlib import Path
 import numpy as np
 import regex
 
+from equilibrium_mcore.config.installation import command
 from equilibrium_mcore.corpus.filters.language import sample
 from equilibrium_mcore.corpus.filters.model_file import load_model, save_model
 from equilibrium_mcore.corpus.filters.ngram_hashes import hash_ngrams, hash_words
 
 KIND = "linear classifier"
-MADE_BY = "tools/train_quality_classifier.py"
+MADE_BY = command("quality-classifier")
 MAX_CHARACTERS = 20_000
 NGRAM_WORDS = 2
 _WORD = regex.compile(r"\p{L}[\p{L}\p{M}'’]*|\p{N}+|[^\s\p{L}\p{N}]")

@@ -66,4 +66,4 @@ def load_model(path: Path, *, kind: str, made_by: str) -> tuple[dict, dict[str, 
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return json.loads(metadata[_SETTINGS]), arrays
     except (SafetensorError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is no model that {made_by} wrote: {error}") from None
+        raise ValueError(f"{path} is no model that `{made_by}` wrote: {error}") from None

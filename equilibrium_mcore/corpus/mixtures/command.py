@@ -40,7 +40,7 @@ def run(
     changes = [*overrides, *_changes(total_tokens, tokenizer_type, tokenizer_model)]
     config = load_mixture(mixture, changes, local=local, temperature=temperature)
     if sample is not None and sample < 1:
-        raise ValueError(f"--sample {sample}: at least 1 row is needed")
+        raise ConfigError(f"--sample {sample}: at least 1 row is needed")
     if dry_run:
         plan = open_sources(make_plan(config), ask_hub=False)
         note = _hub_note(config, [s.dataset.name for s in plan.sources if s.hub])

@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from equilibrium_mcore.config.installation import command
 from equilibrium_mcore.files.whole import write_whole
 
 NAME = "manifest.json"
@@ -104,7 +105,7 @@ def read_mixture_manifest(folder: Path) -> MixtureManifest:
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist: {folder} holds no prepared mixture, or its preparation has "
-            f"not ended. Make it with tools/prepare_dataset.py"
+            f"not ended. Make it with `{command('prepare')}`"
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -114,9 +115,7 @@ def read_mixture_manifest(folder: Path) -> MixtureManifest:
         ]
         return MixtureManifest(**values)
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{path} is not a manifest of tools/prepare_dataset.py ({error})"
-        ) from None
+        raise ValueError(f"{path} is not a manifest of `{command('prepare')}` ({error})") from None
 
 
 def versions() -> dict[str, str]:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.installation import command
 from equilibrium_mcore.data.chat.segments import ROLES
 from equilibrium_mcore.data.chat.vocabulary import ChatVocabulary
 
@@ -122,7 +123,7 @@ def check_controls(template: ChatTemplate, vocabulary: ChatVocabulary) -> None:
             for token, problem in missing.items()
         ]
         + [
-            f"add them to a copy of the tokenizer: python tools/add_special_tokens.py {path} "
+            f"add them to a copy of the tokenizer: {command('add-tokens')} {path} "
             f"--output NEW --tokens {names}{other}"
         ],
         source="the chat template",

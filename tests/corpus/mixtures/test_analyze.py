@@ -116,5 +116,5 @@ def test_a_folder_that_is_not_whole_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="its preparation has not ended"):
         analyze(tmp_path)
     (tmp_path / "manifest.json").write_text('{"name": "x", "datasets": []}')
-    with pytest.raises(ValueError, match="is not a manifest of tools/prepare_dataset"):
+    with pytest.raises(ValueError, match="is not a manifest of"):
         analyze(tmp_path)

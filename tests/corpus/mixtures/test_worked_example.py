@@ -76,5 +76,5 @@ def test_the_tool_says_what_is_wrong(workplace):
             capture_output=True,
             text=True,
         )
-        assert done.returncode == 1 and message in done.stderr, done.stderr
+        assert done.returncode == 2 and message in done.stderr, done.stderr
         assert "Traceback" not in done.stderr and not (workplace / "out").exists()

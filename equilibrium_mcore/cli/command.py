@@ -1,0 +1,105 @@
+"""What commands share: help from the docstring, errors in words, and what exit statuses mean.
+
+A command is a docstring, a function that adds its arguments, and a function that does the work and
+returns an exit status (None for 0):
+
+    0      done
+    1      the check or comparison that was asked for failed, or the work did (`error: ...`)
+    2      a wrong command line or configuration: nothing was begun
+    128+N  ended by signal N; Ctrl-C is 130
+
+Commands import what takes long (torch, transformers) in their work, so that --help is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.installation import COMMANDS, PROGRAM
+
+FAILED, WRONG, INTERRUPTED = 1, 2, 130
+# What is told in a line. Anything else is a fault of ours, and has a traceback.
+TOLD = (ValueError, OSError, ImportError)
+
+Options = argparse.Namespace
+
+
+def run_tool(name: str) -> int:
+    """The file in tools/ of a sub-command: the same, under its own name."""
+    return run_subcommand(name, sys.argv[1:], program=f"python {COMMANDS[name]}")
+
+
+def run_subcommand(name: str, arguments: Sequence[str], *, program: str) -> int:
+    """Run the sub-command `name`; the exit status. `program` is what its help calls it."""
+    module = import_module(f"equilibrium_mcore.cli.{name.replace('-', '_')}")
+    if hasattr(module, "main"):  # it has a command line of its own kind
+        return module.main(arguments, program=program)
+    return run_command(
+        module.__doc__,
+        module.add_arguments,
+        module.run,
+        arguments=arguments,
+        program=program,
+        told=getattr(module, "TOLD", TOLD),
+    )
+
+
+def run_command(
+    doc: str | None,
+    add_arguments: Callable[[argparse.ArgumentParser], object],
+    work: Callable[[Options], int | None],
+    *,
+    arguments: Sequence[str] | None = None,
+    program: str | None = None,
+    told: tuple[type[BaseException], ...] = TOLD,
+) -> int:
+    """Parse the command line (that of this process unless given), do the work; the exit status.
+
+    `told` are the errors of the work that are printed as one line, with status 1.
+    """
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description=with_commands(doc or "", program),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        return work(options) or 0
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG
+    except told as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def with_commands(text: str, program: str | None) -> str:
+    """`text` with the commands in it: {prog} is this one, {prepare} that of this name.
+
+    They are called as this one is: as sub-commands, or as files in tools/.
+    """
+
+    def called(match: re.Match[str]) -> str:
+        name = match[1]
+        if name == "prog":
+            return program or "%(prog)s"
+        return (
+            f"{PROGRAM} {name}"
+            if (program or "").startswith(PROGRAM)
+            else f"python {COMMANDS[name]}"
+        )
+
+    return re.sub(rf"\{{(prog|{'|'.join(COMMANDS)})\}}", called, text)
+
+
+def wrong_command_line(problem: str) -> ConfigError:
+    """The error for options that do not fit each other, where argparse cannot know it."""
+    return ConfigError(problem, source="the command line")
