@@ -1,4 +1,4 @@
-"""Show what a run has read: documents, tokens and epochs per source, and the text behind a step."""
+"""Show what a run has read: documents, tokens and epochs per source, and the text of a step."""
 
 from equilibrium_mcore.cli.command import run_tool
 
