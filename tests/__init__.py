@@ -1,1 +1,1 @@
-"""Tests, one folder per room of the package."""
+"""Tests, one folder per package."""

@@ -18,7 +18,7 @@ from typing import Any, get_args, get_origin
 import pytest
 from pydantic import BaseModel
 
-from equilibrium_mcore.config.experiment_words import WORDS
+from equilibrium_mcore.config.experiment_keys import KEYS
 from equilibrium_mcore.config.load import run_from_mapping, usage
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.config.yaml_io import parse_yaml
@@ -267,7 +267,7 @@ def test_settings_in_commands_exist(document):
             for word in words[first:]:
                 key, equals, _ = word.partition("=")
                 if equals and not key.startswith("-") and key != "key":
-                    known = is_setting(key) or key in WORDS
+                    known = is_setting(key) or key in KEYS
                     assert known, f"{name_of(document)}: {' '.join(words)}: {key}"
 
 
@@ -277,7 +277,7 @@ def test_settings_in_the_text_exist(document):
     for code in inline_code(document):
         found = re.fullmatch(rf"((?:{sections})\.[a-z_0-9.]+)(?:[=:].*)?", code)
         if found and not re.search(r"\.(yaml|py|jsonl)$", found[1]):
-            known = is_setting(found[1]) or found[1] in WORDS
+            known = is_setting(found[1]) or found[1] in KEYS
             assert known, f"{name_of(document)} speaks of {code}"
 
 

@@ -167,7 +167,7 @@ def certify_run(
 
 
 def each_once(layouts: Sequence[Layout]) -> list[Layout]:
-    """Without those that were named before, by whatever text."""
+    """Without those that were named before, in any wording."""
     kept: list[Layout] = []
     for layout in layouts:
         if not any(

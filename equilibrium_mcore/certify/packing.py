@@ -77,7 +77,7 @@ def _differences(rank_info: RankInfo, config: RunConfig) -> dict[str, float]:
         seed=config.training.seed,
     )
     documents = [source[i]["tokens"][:length] for i, length in enumerate(lengths)]
-    # A rank's tokens of the pack are its tokens of each document, one behind the other.
+    # A rank's tokens of the pack are its tokens of each document, one after the other.
     together = _packed_logits(chunk, documents, groups.cp)
     parts = together.split((lengths // layout.context).tolist())
     differences = {}
@@ -94,7 +94,7 @@ def _differences(rank_info: RankInfo, config: RunConfig) -> dict[str, float]:
 def _packed_logits(
     chunk: torch.nn.Module, documents: list[Tensor], cp: torch.distributed.ProcessGroup
 ) -> Tensor:
-    """(tokens of this rank, its part of the vocabulary), of documents one behind the other."""
+    """(tokens of this rank, its part of the vocabulary), of documents one after the other."""
     lengths = torch.tensor([len(tokens) for tokens in documents])
     mine = rank_tokens(lengths, cp_size=cp.size(), cp_rank=cp.rank())
     positions = torch.cat([torch.arange(len(tokens)) for tokens in documents])

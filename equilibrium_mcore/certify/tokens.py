@@ -58,7 +58,7 @@ class MadeUpTokens(Samples):
         }
 
     def _document_starts(self, generator: torch.Generator) -> list[int]:
-        """Where a document begins behind another one: up to three places, or none."""
+        """Where a document begins after another one: up to three places, or none."""
         if self._multiple is None:
             return []
         places = torch.randperm(self._length // self._multiple, generator=generator)[:3]

@@ -128,7 +128,7 @@ def _order(config: RunConfig) -> tuple[list[Path], list[Note]]:
     elif settings.resume == "must" and not order:
         raise ConfigError(
             f"checkpoint.resume=must, but {folder} holds no checkpoint: name the "
-            "output_directory of the run to go on with, or use checkpoint.resume=auto"
+            "output_directory of the run to resume, or use checkpoint.resume=auto"
         )
     pointer = directory.checkpoints_directory(folder) / directory.LATEST
     return order, [

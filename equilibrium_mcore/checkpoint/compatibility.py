@@ -1,4 +1,4 @@
-"""Whether a run may go on from a checkpoint: the settings that its state depends on."""
+"""Whether a run may resume from a checkpoint: the settings that its state depends on."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def _bound(config: RunConfig) -> dict[str, Any]:
 
 
 def _data_order(data: DataConfig | ConversationsConfig) -> dict[str, Any]:
-    """Conversations are told by their hash, when the datasets are built."""
+    """Conversations are identified by their hash, when the datasets are built."""
     if isinstance(data, ConversationsConfig):
         return {}
     return {"data.order": data.order, "data.split": data.split}
@@ -139,7 +139,7 @@ def _is_baked(config: RunConfig) -> bool:
 
 
 def _baked(config: RunConfig) -> dict[str, Any]:
-    """What megatron-core's order is made for. A ledger goes on at its cursors under any of these"""
+    """What megatron-core's order is made for. A ledger resumes at its cursors under any of these"""
     return {
         "training.sequence_length": config.training.sequence_length,
         "data.sources": {source.name: source.weight for source in config.data.sources},

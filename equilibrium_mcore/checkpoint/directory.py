@@ -34,7 +34,7 @@ def checkpoint_path(run_directory: str | Path, step: int) -> Path:
 
 
 def step_of(checkpoint: Path) -> int | None:
-    """The step that a checkpoint's name tells; None for a folder with another name."""
+    """The step that a checkpoint's name gives; None for a folder with another name."""
     match = _NAME.fullmatch(checkpoint.name)
     return int(match.group(1)) if match else None
 

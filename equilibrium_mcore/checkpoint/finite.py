@@ -19,7 +19,7 @@ def check_finite(
 ) -> None:
     """Raise FloatingPointError on every rank where any weight or state is not finite. Collective.
 
-    `kept` tells, for the message, what is there to continue from.
+    `kept` says, for the message, what is there to continue from.
     """
     found = on_every_rank(lambda: _not_finite(_state(chunks, optimizer)))
     bad = [f"{name} (rank {rank})" for rank, names in enumerate(found) for name in names]

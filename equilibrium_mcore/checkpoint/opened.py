@@ -94,7 +94,7 @@ def with_way_out(error: DamagedCheckpointError) -> DamagedCheckpointError:
 
 
 def inspect(path: Path, *, needs_state: bool, verify: bool = True) -> OpenedCheckpoint:
-    """Everything that can be told without reading the data: names, sizes, facts, structure.
+    """Everything that can be known without reading the data: names, sizes, facts, structure.
 
     With `verify`, hashes of the small files too. Raises DamagedCheckpointError.
     """

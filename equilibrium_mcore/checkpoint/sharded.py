@@ -54,7 +54,7 @@ def load_checkpoint(
     )
     wanted = sharded_state(chunks, optimizer, None)
     if not same_layout:
-        # Random states belong to the ranks of one layout; a new layout goes on with its own seeds.
+        # Random states belong to the ranks of one layout; another layout has its own seeds.
         del wanted[structure.RNG_KEY]
     with allowed_classes_only():
         state = dist_checkpointing.load(wanted, str(path))

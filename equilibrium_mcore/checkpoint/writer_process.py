@@ -1,8 +1,8 @@
 """A process that writes a rank's data files while the rank trains; `background.py` starts it.
 
 It reads jobs from a pipe and answers each with what was written, or with the error. Tensors lie in
-memory that both see. It ends when its rank does, by whatever: the kernel kills it, or the pipe
-ends. Signals that ask the job to stop are for the rank, which wants its last save written.
+memory that both see. It ends when its rank does, in whatever way: the kernel kills it, or the
+pipe ends. Signals that ask the job to stop are for the rank, which wants its last save written.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Prepare a mixture for training: read, filter, deduplicate, sample, split, tokenize.
 
-Writes indexed datasets, a blend that a run names as `data:`, and a manifest. Killed, it goes on
+Writes indexed datasets, a blend that a run names as `data:`, and a manifest. Killed, it resumes
 where it was when it is called again. Posttrain phases become JSONL of one form instead, and
 conversations a file that fine-tuning names as `data:`.
 

@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         both = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
         parser.add_argument(*both, help=text, **settings)
 
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="words or settings")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="keys of the experiment file, or settings"
+    )
     add("stage", MEANINGS, choices=tuple(STAGES), required=True)
     add("phase", "phase1, phase2: a folder of the stage's mixtures")
     add("data_mixture", "NAME in configs/data/STAGE/PHASE, or the path of a mixture")

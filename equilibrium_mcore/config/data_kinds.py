@@ -1,4 +1,4 @@
-"""What a run can be trained on: one section a kind, told apart by `type`."""
+"""What a run can be trained on: one section a kind, distinguished by `type`."""
 
 from __future__ import annotations
 

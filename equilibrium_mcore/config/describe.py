@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from equilibrium_mcore.config.experiment_words import WORDS
+from equilibrium_mcore.config.experiment_keys import KEYS
 from equilibrium_mcore.config.filters import FILTER_CLASSES
 from equilibrium_mcore.config.mixture import MixtureConfig
 from equilibrium_mcore.config.problems import sections_in
@@ -83,8 +83,8 @@ def describe_mixture() -> str:
 def describe_words() -> str:
     """Markdown: the keys of an experiment file, and the settings of a run that each gives."""
     rows = [
-        (f"`{key}`", ", ".join(f"`{name}`" for name in word.settings), word.meaning)
-        for key, word in WORDS.items()
+        (f"`{key}`", ", ".join(f"`{name}`" for name in entry.settings), entry.meaning)
+        for key, entry in KEYS.items()
     ]
     return markdown_table(("key", "settings", "meaning"), rows)
 

@@ -1,4 +1,4 @@
-"""An experiment file, in the words of `experiment_words.py`, as the values of a run."""
+"""An experiment file, in the keys of `experiment_keys.py`, as the values of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from equilibrium_mcore.config import experiment_rules
 from equilibrium_mcore.config.errors import ConfigError
-from equilibrium_mcore.config.experiment_words import OWN, SECTIONS, WORDS, converted
+from equilibrium_mcore.config.experiment_keys import KEYS, OWN, SECTIONS, converted
 from equilibrium_mcore.config.problems import nearest, unknown_key
 from equilibrium_mcore.config.references import merge
 from equilibrium_mcore.config.schema import RunConfig
@@ -25,10 +25,10 @@ class Experiment:
     """What an experiment file says.
 
     `values` are a run's, before changes; `overrides` are the changes that name settings: those
-    that name words are in already. `written_as` gives for a setting the word that set it.
+    that name they are in already. `written_as` gives for a setting the key that set it.
     """
 
-    words: dict[str, Any] = field(default_factory=dict)
+    given: dict[str, Any] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
     written_as: dict[str, str] = field(default_factory=dict)
@@ -41,18 +41,19 @@ class Experiment:
         `launched` is the number of ranks that a launcher started, if one did.
         """
         try:
-            micro = experiment_rules.micro_batch(self.words, values, launched)
+            micro = experiment_rules.micro_batch(self.given, values, launched)
         except ConfigError as error:
             return error.problems
         if micro is not None:
             values["training"] = {**values["training"], "micro_batch_size": micro}
         return []
 
-    def in_its_words(self, problem: str) -> str:
-        """A problem with a setting, with the word that it was written as."""
+    def in_its_keys(self, problem: str) -> str:
+        """A problem with a setting, with the key that it was written as."""
         key = re.match(r"[\w.]*", problem).group().rstrip(".")
-        word = self.written_as.get(key)
-        return problem if word in (None, key) else f"{problem} (written as {word})"
+        written = self.written_as.get(key)
+        same = written in (None, key)
+        return problem if same else f"{problem} (written as {written})"
 
 
 def is_experiment(values: Mapping[str, Any]) -> bool:
@@ -63,7 +64,7 @@ def is_experiment(values: Mapping[str, Any]) -> bool:
 def read_experiment(
     values: Mapping[str, Any], overrides: Sequence[str], *, folder: Path
 ) -> Experiment:
-    """The experiment that a file in `folder` says, with `key=value` changes of words.
+    """The experiment that a file in `folder` says, with `key=value` changes.
 
     Raises nothing: `problems` has what is wrong.
     """
@@ -71,12 +72,12 @@ def read_experiment(
     for section in SECTIONS:
         inside = values.get(section) or {}
         if isinstance(inside, dict):
-            found.words |= {f"{section}.{k}": v for k, v in inside.items()}
-    found.words = {key: value for key, value in found.words.items() if key in WORDS}
+            found.given |= {f"{section}.{k}": v for k, v in inside.items()}
+    found.given = {key: value for key, value in found.given.items() if key in KEYS}
     for override in overrides:
         _try(found, lambda o=override: _change(found, o))
-    found.words = {key: value for key, value in found.words.items() if value is not None}
-    for key, value in found.words.items():
+    found.given = {key: value for key, value in found.given.items() if value is not None}
+    for key, value in found.given.items():
         try:
             _set(found, key, converted(key, value))
         except ValueError as error:
@@ -87,20 +88,20 @@ def read_experiment(
 
 
 def _change(found: Experiment, override: str) -> None:
-    """A change of a word; one of a setting is for later."""
+    """A change of a key; one of a setting is for later."""
     key, _, text = override.partition("=")
     key = key.strip()
     value = parse_yaml(text, source=f"the value of {key}")
     if key in ("model", "data") and isinstance(value, str):
         key = f"{key}.config_path"
-    if key in WORDS:
-        found.words[key] = value
+    if key in KEYS:
+        found.given[key] = value
     else:
         found.overrides.append(override)
 
 
 def _unknown(values: Mapping[str, Any]) -> Iterator[str]:
-    """Sections and words that are none."""
+    """Sections and keys that are none."""
     for section, inside in values.items():
         if section not in (*SECTIONS, OWN):
             yield (
@@ -110,7 +111,7 @@ def _unknown(values: Mapping[str, Any]) -> Iterator[str]:
         elif inside is not None and not isinstance(inside, dict):
             yield f"{section}={inside!r}: must be a mapping of `key: value` lines"
         elif section != OWN:
-            unknown = [key for key in inside or () if f"{section}.{key}" not in WORDS]
+            unknown = [key for key in inside or () if f"{section}.{key}" not in KEYS]
             yield from (_unknown_word(section, key) for key in unknown)
 
 
@@ -119,8 +120,8 @@ def _unknown_word(section: str, key: str) -> str:
     own = _setting_named(section, str(key))
     if own is not None:
         return f"{name}: not a key of this file, but a setting: write it below {OWN}: {own}"
-    elsewhere = [word for word in WORDS if word.partition(".")[2] == key]
-    here = [word.partition(".")[2] for word in WORDS if word.startswith(f"{section}.")]
+    elsewhere = [known for known in KEYS if known.partition(".")[2] == key]
+    here = [known.partition(".")[2] for known in KEYS if known.startswith(f"{section}.")]
     hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else None
     return unknown_key(name, key, here, hint=hint)
 
@@ -141,19 +142,19 @@ def _stage(values: Mapping[str, Any], overrides: Sequence[str]) -> str:
 
 
 def _set_together(found: Experiment, stage: str, folder: Path) -> None:
-    """Settings that several words give their value."""
-    words = found.words
-    found.problems += experiment_rules.ranks(words)
-    if words.get("training.use_ddp") is False:
+    """Settings that several keys give their value."""
+    given = found.given
+    found.problems += experiment_rules.ranks(given)
+    if given.get("training.use_ddp") is False:
         _set(found, "training.use_ddp", {"parallelism.world_size": 1})
-    start = _try(found, lambda: experiment_rules.weights(words))
+    start = _try(found, lambda: experiment_rules.weights(given))
     if start is not None:
         _set(found, "model.checkpoint_path", {"checkpoint.initial_weights": start})
-    project = _try(found, lambda: experiment_rules.logging(words)) or {}
+    project = _try(found, lambda: experiment_rules.logging(given)) or {}
     _set(found, "logging.wandb_project", project)
     for key, make in (
-        ("model", lambda: experiment_rules.model(words)),
-        ("data", lambda: experiment_rules.data(words, stage=stage, folder=folder)),
+        ("model", lambda: experiment_rules.model(given)),
+        ("data", lambda: experiment_rules.data(given, stage=stage, folder=folder)),
     ):
         section = _try(found, make)
         if section is None:
@@ -163,25 +164,26 @@ def _set_together(found: Experiment, stage: str, folder: Path) -> None:
             found.written_as.setdefault(key, f"{key}.config_path")
 
 
-def _set(found: Experiment, word: str, settings: Mapping[str, Any]) -> None:
+def _set(found: Experiment, written: str, settings: Mapping[str, Any]) -> None:
     for setting, value in settings.items():
         *sections, name = setting.split(".")
         place = found.values
         for section in sections:
             place = place.setdefault(section, {})
         place[name] = value
-        found.written_as[setting] = word
+        found.written_as[setting] = written
 
 
 def _lay_over(found: Experiment, own: Any) -> None:
-    """`run:` over what the words say; the same setting twice is an error."""
+    """`run:` over what the keys say; the same setting twice is an error."""
     if not isinstance(own, dict):
         return  # told as an unknown section is
     for setting, value in _leaves(own):
-        word = found.written_as.get(setting)
-        if word is not None and len(WORDS[word].settings) == 1:
+        written = found.written_as.get(setting)
+        if written is not None and len(KEYS[written].settings) == 1:
             found.problems.append(
-                f"{OWN}.{setting}={value!r}: {word} gives this setting its value: keep one of them"
+                f"{OWN}.{setting}={value!r}: {written} gives this setting its value: keep one "
+                "of them"
             )
     found.values = merge(found.values, own)
 

@@ -1,4 +1,4 @@
-"""What several words of an experiment file say together: weights, data, batch, ranks, logging."""
+"""What several keys of an experiment file say together: weights, data, batch, ranks, logging."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from equilibrium_mcore.config.stages import STAGES
 from equilibrium_mcore.config.yaml_io import read_mapping
 from equilibrium_mcore.files.paths import expand_path
 
-Words = Mapping[str, Any]  # what the file says; words without a value are left out
+KeyValues = Mapping[str, Any]  # what the file says; keys without a value are left out
 
 
-def weights(words: Words) -> Any:
-    """`checkpoint.initial_weights`. Raises ConfigError where the two words contradict."""
-    scratch, path = words.get("model.from_scratch"), words.get("model.checkpoint_path")
+def weights(given: KeyValues) -> Any:
+    """`checkpoint.initial_weights`. Raises ConfigError where the two keys contradict."""
+    scratch, path = given.get("model.from_scratch"), given.get("model.checkpoint_path")
     if scratch is True and path is not None:
         raise ConfigError(
             f"model.from_scratch=true, but model.checkpoint_path={path!r} gives weights to start "
@@ -38,12 +38,12 @@ def weights(words: Words) -> Any:
     return path
 
 
-def model(words: Words) -> dict[str, Any]:
+def model(given: KeyValues) -> dict[str, Any]:
     """The model's section: a file, or the model that the weights were trained with."""
-    name = words.get("model.config_path")
+    name = given.get("model.config_path")
     if isinstance(name, str):
         return {"from": name}
-    path = words.get("model.checkpoint_path")
+    path = given.get("model.checkpoint_path")
     if path is None:
         raise ConfigError(
             "model.config_path: missing: name a model, e.g. llama/1b, or give the weights of a run "
@@ -52,13 +52,13 @@ def model(words: Words) -> dict[str, Any]:
     return _run_of_weights(path)["model"]
 
 
-def data(words: Words, *, stage: str, folder: Path) -> dict[str, Any]:
+def data(given: KeyValues, *, stage: str, folder: Path) -> dict[str, Any]:
     """The data's section: of a mixture, the file that preparing it wrote.
 
     It is of the kind that the stage trains on. Conversations that name no tokenizer have that of
     the weights.
     """
-    name, place = words.get("data.config_path"), words.get("data.prepared")
+    name, place = given.get("data.config_path"), given.get("data.prepared")
     if not isinstance(name, str):
         raise ConfigError(
             "data.config_path: missing: name a mixture, e.g. pretrain/phase1/mixture1, or a file "
@@ -78,25 +78,25 @@ def data(words: Words, *, stage: str, folder: Path) -> dict[str, Any]:
             f"data.config_path={name!r} is {section['type']}, but stage {stage!r} trains on "
             f"{STAGES[stage].data}: name such data, or another stage"
         )
-    path = words.get("model.checkpoint_path")
+    path = given.get("model.checkpoint_path")
     if path is not None and "tokenizer" not in section:
         section["tokenizer"] = _run_of_weights(path)["data"]["tokenizer"]
     return section
 
 
-def ranks(words: Words) -> Iterator[str]:
+def ranks(given: KeyValues) -> Iterator[str]:
     """`use_ddp` and `world_size`."""
-    size = words.get("training.world_size")
-    if words.get("training.use_ddp") is False and size not in (None, 1):
+    size = given.get("training.world_size")
+    if given.get("training.use_ddp") is False and size not in (None, 1):
         yield (
             f"training.use_ddp=false, but training.world_size={size}: several ranks always share "
             "the batch; set training.use_ddp=true, or training.world_size=1"
         )
 
 
-def logging(words: Words) -> dict[str, Any]:
+def logging(given: KeyValues) -> dict[str, Any]:
     """`logging.wandb_project`, where Weights & Biases is wanted."""
-    wanted, project = words.get("logging.use_wandb"), words.get("logging.wandb_project")
+    wanted, project = given.get("logging.use_wandb"), given.get("logging.wandb_project")
     if wanted is True and project is None:
         raise ConfigError(
             "logging.use_wandb=true, but logging.wandb_project names no project: name one, or set "
@@ -105,13 +105,13 @@ def logging(words: Words) -> dict[str, Any]:
     return {"logging.wandb_project": None if wanted is False else project}
 
 
-def micro_batch(words: Words, values: Words, launched: int | None) -> int | None:
-    """The micro-batch with which the words' accumulation gives their batch.
+def micro_batch(given: KeyValues, values: KeyValues, launched: int | None) -> int | None:
+    """The micro-batch with which the keys' accumulation gives their batch.
 
     `values` are the run's, with all changes. None where there is nothing to compute, or where a
     value is wrong that the schema will tell of. Raises ConfigError with the arithmetic.
     """
-    steps = words.get("training.gradient_accumulation_steps")
+    steps = given.get("training.gradient_accumulation_steps")
     training = values.get("training", {})
     batch = training.get("global_batch_size")
     place = parse(ParallelismConfig, values.get("parallelism") or {})
@@ -150,7 +150,7 @@ def _ways_out(batch: int, steps: int, data_ranks: int) -> str:
     return "use " + ", or ".join(ways)
 
 
-def _kind(section: Words) -> str:
+def _kind(section: KeyValues) -> str:
     """What data is that does not say it: the sources of conversations name files."""
     sources = section.get("sources")
     named = [source for source in sources or () if isinstance(source, dict)]

@@ -69,18 +69,18 @@ def _mamba_context(model: ModelConfig, p: ParallelismConfig) -> Iterator[str]:
     if mamba.num_heads % p.tensor or mamba.num_groups % p.tensor:
         return  # tensor_divides speaks
     heads, groups = mamba.num_heads // p.tensor, mamba.num_groups // p.tensor
-    legal = [c for c in divisors(heads) if groups % c == 0 or c % groups == 0]
+    allowed = [c for c in divisors(heads) if groups % c == 0 or c % groups == 0]
     if heads % p.context:
         yield (
             f"parallelism.context={p.context} does not divide model.mamba.num_heads="
             f"{mamba.num_heads} / tensor={p.tensor} = {heads} (whole heads on each CP rank): use "
-            f"{choices(legal)}"
+            f"{choices(allowed)}"
         )
     if groups % p.context and p.context % groups:
         yield (
             f"parallelism.context={p.context} neither divides nor is a multiple of "
             f"model.mamba.num_groups={mamba.num_groups} / tensor={p.tensor} = {groups} (groups "
-            f"are split, or repeated, over CP ranks): use {choices(legal)}"
+            f"are split, or repeated, over CP ranks): use {choices(allowed)}"
         )
 
 

@@ -89,7 +89,7 @@ def expert_parallel_size(parallelism: ParallelismConfig) -> int:
 
 
 def smallest_world_size(parallelism: ParallelismConfig) -> int:
-    """Fewest ranks that hold the layout; every legal world size is a multiple of it."""
+    """Fewest ranks that hold the layout; every allowed world size is a multiple of it."""
     return math.lcm(model_parallel_size(parallelism), expert_parallel_size(parallelism))
 
 

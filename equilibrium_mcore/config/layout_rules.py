@@ -32,17 +32,17 @@ def tensor_quantities(subject: Subject) -> list[Quantity]:
 def tensor_divides(subject: Subject) -> Iterator[str]:
     tensor = subject.config.parallelism.tensor
     quantities = tensor_quantities(subject)
-    legal = divisors(math.gcd(*(q.value for q in quantities)))
+    allowed = divisors(math.gcd(*(q.value for q in quantities)))
     for q in quantities:
         if q.value % tensor:
             yield (
                 f"parallelism.tensor={tensor} does not divide {q.key}={q.value} ({q.why}): use "
-                f"{choices(legal)}"
+                f"{choices(allowed)}"
             )
     if uses(subject, "attention"):
         groups = subject.config.model.attention.num_query_groups
         if groups % tensor and tensor % groups:
-            fit = [t for t in legal if groups % t == 0 or t % groups == 0]
+            fit = [t for t in allowed if groups % t == 0 or t % groups == 0]
             yield (
                 f"parallelism.tensor={tensor} neither divides nor is a multiple of "
                 f"model.attention.num_query_groups={groups} (key/value heads are split, or "
@@ -97,7 +97,7 @@ def pipeline_fits_pattern(subject: Subject) -> Iterator[str]:
         yield (
             f"{asked} needs {stages} stages, but model.layer_pattern={pattern!r} has {segments} "
             f"segment{'s' * (segments > 1)} between its cuts ({CUT}), which serve "
-            f"{choices(divisors(segments))} stages: use one of these, or cut the pattern anew, "
+            f"{choices(divisors(segments))} stages: use one of these, or cut the pattern again, "
             f"e.g. model.layer_pattern={balanced_cuts(pattern, stages)!r}"
         )
 

@@ -68,11 +68,11 @@ def load_run_config(
         print(usage(program or command("run")))
         raise SystemExit(0)
     check_only = "--check" in arguments
-    words = [argument for argument in arguments if argument != "--check"]
-    paths = [word for word in words if "=" not in word and not word.startswith("-")]
+    given = [argument for argument in arguments if argument != "--check"]
+    paths = [word for word in given if "=" not in word and not word.startswith("-")]
     problems = [
         f"{word}: unknown option; settings are given as key=value, e.g. training.steps=100"
-        for word in words
+        for word in given
         if word.startswith("-")
     ]
     if len(paths) != 1:
@@ -83,7 +83,7 @@ def load_run_config(
         )
     if problems:
         raise ConfigError(problems, source="the command line")
-    overrides = [word for word in words if "=" in word]
+    overrides = [word for word in given if "=" in word]
     world_size = launched_world_size(os.environ)
     config = load_run(paths[0], overrides, world_size=world_size, host=None if check_only else host)
     if check_only:
@@ -173,7 +173,7 @@ def _load_experiment(
     world_size: int | None,
     host: Host | None,
 ) -> RunConfig:
-    """The run of an experiment file; problems are told in the file's own words."""
+    """The run of an experiment file; problems are reported in the file's own keys."""
     experiment = read_experiment(values, overrides, folder=path.parent)
     values, problems = experiment.values, list(experiment.problems)
     _apply_overrides(values, experiment.overrides, problems, path.parent)
@@ -183,7 +183,7 @@ def _load_experiment(
             values, problems, path.parent, path, world_size, host, unread=experiment.unread
         )
     except ConfigError as error:
-        told = [experiment.in_its_words(problem) for problem in error.problems]
+        told = [experiment.in_its_keys(problem) for problem in error.problems]
         raise ConfigError(told, source=path) from None
 
 
@@ -288,9 +288,9 @@ def _step_into(place: Any, part: str, override: str, where: str) -> Any:
 
 
 def _index(place: list, part: str, override: str, where: str) -> int:
-    legal = ", ".join(str(i) for i in range(len(place))) or "none, the list is empty"
+    allowed = ", ".join(str(i) for i in range(len(place))) or "none, the list is empty"
     if not part.isdecimal() or int(part) >= len(place):
         raise ConfigError(
-            f"{override}: {where} is a list; {part!r} is not one of its indices: {legal}"
+            f"{override}: {where} is a list; {part!r} is not one of its indices: {allowed}"
         )
     return int(part)

@@ -127,7 +127,7 @@ def temperatures_agree(mixture: MixtureConfig) -> Iterator[str]:
 
 @_rule
 def estimates_allow_the_epochs(mixture: MixtureConfig) -> Iterator[str]:
-    """A dataset that is known to be too small is told before anything is read."""
+    """A dataset that is known to be too small is reported before anything is read."""
     total = mixture.metadata.total_tokens
     if total is None or mixture.kind != "text":
         return

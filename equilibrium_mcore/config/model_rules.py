@@ -33,14 +33,14 @@ ROPE_WIDTHS: ByKind[str | None] = {
 @rule("model")
 def letters_are_known(subject: Subject) -> Iterator[str]:
     pattern = subject.config.model.layer_pattern
-    legal = ", ".join(f"{letter} {kind}" for letter, kind in LAYER_KINDS.items())
+    allowed = ", ".join(f"{letter} {kind}" for letter, kind in LAYER_KINDS.items())
     if not layers_of(pattern):
-        yield f"model.layer_pattern={pattern!r} has no layers; use the letters {legal}"
+        yield f"model.layer_pattern={pattern!r} has no layers; use the letters {allowed}"
     unknown = sorted(set(layers_of(pattern)) - LAYER_KINDS.keys())
     if unknown:
         yield (
             f"model.layer_pattern={pattern!r} has unknown letters {', '.join(map(repr, unknown))}; "
-            f"legal are {legal}, and {CUT} for a cut"
+            f"allowed are {allowed}, and {CUT} for a cut"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a run minimises: one section a kind, told apart by `type`."""
+"""What a run minimises: one section a kind, distinguished by `type`."""
 
 from __future__ import annotations
 

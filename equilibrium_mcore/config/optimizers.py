@@ -162,7 +162,7 @@ class OptimizerConfig(Section):
 
     @property
     def used(self) -> set[str]:
-        """Names of the optimizers that update something, as far as the settings tell."""
+        """Names of the optimizers that update something, as far as the settings say."""
         overrides = {o.optimizer for o in self.overrides if o.optimizer is not None}
         return {REST, self.matrices} | overrides
 

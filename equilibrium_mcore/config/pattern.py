@@ -72,7 +72,7 @@ def cut_into(pattern: str, stages: int) -> str:
 def balanced_cuts(pattern: str, stages: int) -> str:
     """The pattern cut into `stages` segments of nearly equal length, never before an `E` or `-`.
 
-    A mixer and the channel mixer behind it stay together where that is possible. It is a
+    A mixer and the channel mixer after it stay together where that is possible. It is a
     suggestion for error messages and for people; nothing uses it silently.
     """
     layers = layers_of(pattern)

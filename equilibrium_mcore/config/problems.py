@@ -185,7 +185,7 @@ def _meaning(kind: type[BaseModel], location: list) -> str:
 def section_of(annotation: Any) -> type[BaseModel] | None:
     """The section class inside `annotation` (`X`, `X | None` or `list[X]`), if there is one.
 
-    Of several, told apart by a key, it is the first.
+    Of several, distinguished by a key, it is the first.
     """
     return next(iter(sections_in(annotation)), None)
 
@@ -205,7 +205,7 @@ def sections_in(annotation: Any) -> list[type[BaseModel]]:
 def _walk(kind: type[BaseModel], location: list) -> tuple[type[BaseModel] | None, list]:
     """The section at `location`, and the parts of `location` that stand in the file.
 
-    Where a section is one of several, pydantic names the chosen one behind its place; that name is
+    Where a section is one of several, pydantic names the chosen one after its place; that name is
     no key of the file.
     """
     here: list[type[BaseModel]] = [kind]

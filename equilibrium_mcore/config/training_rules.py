@@ -309,22 +309,22 @@ def host_can_do_it(subject: Subject) -> Iterator[str]:
     training, host = subject.config.training, subject.host
     if host is None:
         return
-    legal = "fp32 or bf16" if not host.has_cuda else "fp32, bf16 or fp16"
+    allowed = "fp32 or bf16" if not host.has_cuda else "fp32, bf16 or fp16"
     if training.precision in ("fp16", "fp8") and not host.has_cuda:
         yield (
             f"training.precision={training.precision!r} needs a CUDA GPU, and this host "
-            f"({host.device_name}) has none: use {legal}"
+            f"({host.device_name}) has none: use {allowed}"
         )
     elif training.precision == "fp8" and not host.has_transformer_engine:
         yield (
             "training.precision='fp8' needs Transformer Engine, which is not installed: install "
-            f"the extra `cuda`, or use {legal}"
+            f"the extra `cuda`, or use {allowed}"
         )
     elif training.precision == "fp8" and host.compute_capability is not None:
         need = FP8_CAPABILITY[training.fp8_recipe]
         if host.compute_capability < need:
             able = [r for r, c in FP8_CAPABILITY.items() if c <= host.compute_capability]
-            fit = f"use fp8_recipe {' or '.join(able)}" if able else f"use precision {legal}"
+            fit = f"use fp8_recipe {' or '.join(able)}" if able else f"use precision {allowed}"
             yield (
                 f"training.fp8_recipe={training.fp8_recipe!r} needs compute capability "
                 f"{need[0]}.{need[1]}, and {host.device_name} has "

@@ -1,7 +1,7 @@
 """Whether a dataset that is there is the one that a command would make: then it is done.
 
 A command that is called again, by a scheduler or after a kill that came too late, must not fail for
-having succeeded. What differs is told by name, as the journal does it.
+having succeeded. What differs is reported by name, as the journal does it.
 """
 
 from __future__ import annotations

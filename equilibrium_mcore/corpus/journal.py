@@ -45,7 +45,7 @@ class Savepoint:
 def describe_run(
     inputs: Sequence[Input], *, tokenizer: dict[str, Any], options: dict[str, Any]
 ) -> dict[str, Any]:
-    """What has to be the same for a run to go on, by the name that a message gives it."""
+    """What has to be the same for a run to resume, by the name that a message gives it."""
     facts: dict[str, Any] = {f"tokenizer's {name}": value for name, value in tokenizer.items()}
     facts |= options
     facts["number of inputs"] = len(inputs)

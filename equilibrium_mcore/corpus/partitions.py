@@ -164,7 +164,7 @@ def _make(missing: Sequence[int], output: Path, partitions: int, settings: dict[
     waiting = list(missing)
     running: list[Any] = []
     failed: list[int] = []
-    before = signal.signal(signal.SIGTERM, _leave)  # parts write their journals when told to stop
+    before = signal.signal(signal.SIGTERM, _leave)  # parts write their journals when asked to stop
     try:
         while waiting or running:
             while waiting and len(running) < at_a_time:

@@ -218,7 +218,7 @@ class _BadLines:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], int]]:
-    """A function that gives the signal which told this process to stop, or 0."""
+    """A function that gives the signal which asked this process to stop, or 0."""
     received = [0]
     if threading.current_thread() is not threading.main_thread():
         yield lambda: 0

@@ -79,7 +79,7 @@ def encode_range(piece: Range, encoder: BatchEncoder, job: EncodingTask) -> Enco
 
 
 def with_eod(ids: np.ndarray, lengths: np.ndarray, eod: int) -> tuple[np.ndarray, np.ndarray]:
-    """The end-of-document id behind each document; an empty one stays empty, as in Megatron-LM."""
+    """The end-of-document id after each document; an empty one stays empty, as in Megatron-LM."""
     filled = lengths > 0
     ends = np.cumsum(lengths)[filled]
     longer = np.empty(ids.size + ends.size, ids.dtype)

@@ -61,8 +61,8 @@ def build_datasets(
 
     A sample is a dict of int64 `tokens`, `labels`, `position_ids` and float32 `loss_mask`, each
     [sequence_length], and its source's place in the blend as `dataset_id` (under `order: megatron`
-    only in a blend of several sources). A run that goes on gives the ledger's state and the samples
-    behind it. Under `order: megatron` the order depends on the number of training samples, so a
+    only in a blend of several sources). A run that resumes gives the ledger's state and the samples
+    after it. Under `order: megatron` the order depends on the number of training samples, so a
     resumed run asks for the same number; and all ranks call this together when torch.distributed
     is initialised, over any backend. Raises ConfigError for data that cannot be trained on.
     """
@@ -137,7 +137,7 @@ def cache_directory(data: DataConfig) -> Path:
     """Where the blend's index caches go: a folder that changes when the datasets change.
 
     megatron-core names a cache by the dataset's path and its settings, not by its contents, and
-    would use the old one for a dataset that was made anew.
+    would use the old one for a dataset that was made again.
     """
     root = data.cache_directory or data.sources[0].prefix.parent / "index_cache"
     state = hashlib.sha256()

@@ -112,7 +112,7 @@ def read_header(prefix: Path, *, may_be_empty: bool = False) -> IndexHeader:
         if index.stat().st_size != expected:
             raise ValueError(
                 f"{index} has {index.stat().st_size:,} bytes, but its header, with {sequences:,} "
-                f"sequences, needs {expected:,}: it is cut short or damaged. Make the dataset anew"
+                f"sequences, needs {expected:,}: it is cut short or damaged. Make the dataset again"
             )
         if sequences == 0 and may_be_empty and binary.stat().st_size == 0:
             return IndexHeader(dtype, 0, ends - 1, 0)
@@ -127,7 +127,7 @@ def read_header(prefix: Path, *, may_be_empty: bool = False) -> IndexHeader:
         state = "is cut short" if size < needed else "does not belong to this index"
         raise ValueError(
             f"{binary} {state}: it has {size:,} bytes, but {index.name} describes {needed:,}. "
-            f"Copy it again, or make the dataset anew"
+            f"Copy it again, or make the dataset again"
         )
     return IndexHeader(dtype, sequences, ends - 1, needed // dtype.itemsize)
 
@@ -166,7 +166,7 @@ def tokens_before(prefix: Path, header: IndexHeader, places: list[int]) -> list[
     if found != sorted(found) or found[0] < 0 or found[-1] > header.tokens:
         raise ValueError(
             f"{index} does not fit its data: sequences {places} start at the tokens {found} of "
-            f"{header.tokens:,}. Make the dataset anew"
+            f"{header.tokens:,}. Make the dataset again"
         )
     return found
 
@@ -212,7 +212,7 @@ def document_lengths(prefix: Path, header: IndexHeader) -> Iterator[np.ndarray]:
             if steps.size and steps.max(initial=0) > 1:
                 raise ValueError(
                     f"{prefix} has documents of several sequences (--split-sentences), which are "
-                    f"not handled here: make it anew without that option"
+                    f"not handled here: make it again without that option"
                 )
             sizes = np.zeros(steps.size, np.int32)
             count = int(steps.sum())

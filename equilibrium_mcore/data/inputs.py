@@ -2,8 +2,8 @@
 
 A plain file is cut at newlines; many small files make one range, so that ten thousand of them cost
 what one large file costs. A compressed file (gzip, Zstandard) is one stream: a small one goes to a
-worker whole, a large one is decompressed here, piece by piece, into files aside that workers read
-like any other. A Range ends with the position behind it, from which a later run can go on.
+worker whole, a large one is decompressed here, piece by piece, into temporary files that workers
+read like any other. A Range ends with the position after it, from which a later run can resume.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Range:
         spans: in the order of the inputs.
         after: where the next range begins.
         disk_bytes: of the inputs, for the progress bar.
-        spooled: a file aside to be removed when the range is done.
+        spooled: a temporary file to be removed when the range is done.
         encode: off: only look for bad lines.
     """
 
@@ -155,7 +155,7 @@ def decompressed_blocks(path: Path, compression: str) -> Iterator[tuple[bytes, i
                 read += len(chunk)
                 while chunk:
                     if stage is None and not chunk.strip(b"\0"):
-                        break  # padding behind the last member, as tapes and some tools leave it
+                        break  # padding after the last member, as tapes and some tools leave it
                     stage = stage or _decompressor(compression)
                     block = stage.decompress(chunk)
                     done += len(block)
@@ -164,12 +164,12 @@ def decompressed_blocks(path: Path, compression: str) -> Iterator[tuple[bytes, i
                     stage = None if stage.eof else stage
     except (zlib.error, zstandard.ZstdError) as error:
         raise ValueError(
-            f"{path} is damaged: {compression} cannot read on behind {done:,} bytes of content "
+            f"{path} is damaged: {compression} cannot read on after {done:,} bytes of content "
             f"({error}). Copy it again"
         ) from None
     if stage is not None:
         raise ValueError(
-            f"{path} is cut short: its {compression} stream has no end behind {done:,} bytes of "
+            f"{path} is cut short: its {compression} stream has no end after {done:,} bytes of "
             f"content. Copy it again"
         )
 
@@ -182,7 +182,7 @@ class RangeCutter:
 
     Args:
         windows: the part of each input that is wanted, as `partition_windows` gives it.
-        spool: names a new file aside for a piece of decompressed content.
+        spool: names a new temporary file for a piece of decompressed content.
     """
 
     def __init__(
@@ -276,7 +276,7 @@ class RangeCutter:
 
 
 def line_start(stream, offset: int) -> int:
-    """The first byte at or behind `offset` at which a line starts (or the end of the file)."""
+    """The first byte at or after `offset` at which a line starts (or the end of the file)."""
     if offset == 0:
         return 0
     stream.seek(offset - 1)

@@ -60,7 +60,7 @@ class LeftOut:
         return position
 
     def passed(self, samples: int) -> int:
-        """How many positions lie behind a run that has trained on so many samples."""
+        """How many positions a run has passed when it has trained on so many samples."""
         return self.position_of(samples - 1) + 1 if samples else 0
 
 

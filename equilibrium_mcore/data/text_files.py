@@ -41,7 +41,7 @@ def lines_of_compressed(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, line) of a plain or compressed file, told by the file's name."""
+    """(line number from 1, line) of a plain or compressed file, by the file's name."""
     if path.suffix in SUFFIXES:
         yield from lines_of_compressed(path)
     else:

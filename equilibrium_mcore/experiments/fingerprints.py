@@ -8,15 +8,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-WHOLE_BYTES = 16 << 20  # files up to this size are told by their content
+WHOLE_BYTES = 16 << 20  # files up to this size are identified by their content
 Fingerprint = dict[str, Any]
 
 
 def fingerprint(path: Path) -> Fingerprint | None:
-    """What a file or a folder is told by; None where there is nothing.
+    """What identifies a file or a folder; None where there is nothing.
 
     A file by its SHA-256, or, where it is large, by size and time of change. A folder by those of
-    all its files, so that a large dataset is told by its manifest too. Hidden names and locks are
+    all its files, so that its manifest identifies a large dataset too. Hidden names and locks are
     no content.
     """
     if path.is_file():

@@ -48,7 +48,7 @@ class References:
                 f"there are {', '.join(known)}"
             )
         if isinstance(self.variables[name], list):
-            raise ConfigError(f"{text}: ${{{name}}} is a list, which must be a word of its own")
+            raise ConfigError(f"{text}: ${{{name}}} is a list, so it must stand alone")
         value = self.variables[name]
         return str(value).lower() if isinstance(value, bool) else str(value)
 

@@ -136,15 +136,15 @@ def _call(step: Step) -> int:
 
 def _arguments(step: Step) -> list[str]:
     """A step's command as this installation has it; the tool may stand after a launcher."""
-    words = step.command
-    place = next((n for n, word in enumerate(words) if word in COMMANDS.values()), None)
-    if place is None or Path(words[place]).is_file():
-        return words
-    name = next(name for name, tool in COMMANDS.items() if tool == words[place])
+    command = step.command
+    place = next((n for n, word in enumerate(command) if word in COMMANDS.values()), None)
+    if place is None or Path(command[place]).is_file():
+        return command
+    name = next(name for name, tool in COMMANDS.items() if tool == command[place])
     here = ["-m", "equilibrium_mcore.cli", name]
     if REPOSITORY is not None:
-        here = [str(REPOSITORY / words[place])]
-    return [*words[:place], *here, *words[place + 1 :]]
+        here = [str(REPOSITORY / command[place])]
+    return [*command[:place], *here, *command[place + 1 :]]
 
 
 def _ended(step: Step, say: Callable[[str], None]) -> int:

@@ -81,13 +81,13 @@ def as_text(found: FoundCheckpoint, config: RunConfig) -> str:
     return "\n".join([*lines, f"resumes {found.opened.path} at step {step}, up to {last}"])
 
 
-def resume(config: RunConfig, words: Sequence[str]) -> int:
+def resume(config: RunConfig, command: Sequence[str]) -> int:
     """Say what is resumed, note the command line in the folder, and train; the exit status."""
     rank_info = rank_info_from_environment(os.environ)
     if rank_info is None or rank_info.rank == 0:
         check_run_folder(config)
         print(as_text(find_to_resume(config, verify=False), config), flush=True)
-        add_command(config.output_directory, words)
+        add_command(config.output_directory, command)
     return run_stage(config)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.experiment import is_experiment
-from equilibrium_mcore.config.experiment_words import OWN
+from equilibrium_mcore.config.experiment_keys import OWN
 from equilibrium_mcore.config.installation import CONFIGS, command, shipped
 from equilibrium_mcore.config.layout import launched_world_size
 from equilibrium_mcore.config.load import load_run, save_config
@@ -49,14 +49,14 @@ class ExperimentNames:
 def load_named_run(
     names: ExperimentNames, overrides: Sequence[str] = (), *, host: Host | None = None
 ) -> RunConfig:
-    """The run of these names, all checked; `overrides` are words or settings, `key=value`.
+    """The run of these names, all checked; `overrides` are `key=value`: keys or settings.
 
     Raises ConfigError with every problem.
     """
     file = _file_of(names)
     if file.is_file():
         _check_experiment(file, names.stage)
-    changes = [f"{key}={json.dumps(value)}" for key, value in _words(names).items()]
+    changes = [f"{key}={json.dumps(value)}" for key, value in _values_of(names).items()]
     world_size = launched_world_size(os.environ)
     return load_run(file, [*changes, *overrides], world_size=world_size, host=host)
 
@@ -85,7 +85,7 @@ def template_of(stage: str) -> Path:
     return TEMPLATES / f"{stage}_template.yaml"
 
 
-def start(config: RunConfig, words: Sequence[str]) -> int:
+def start(config: RunConfig, command: Sequence[str]) -> int:
     """Write the experiment's folder, then run the stage; the exit status.
 
     Nothing is written where another run works in the folder. Raises ConfigError.
@@ -94,41 +94,41 @@ def start(config: RunConfig, words: Sequence[str]) -> int:
     if rank_info is None or rank_info.rank == 0:
         check_run_folder(config)
         save_config(config, config.output_directory / EXPERIMENT_FILE)
-        add_command(config.output_directory, words)
+        add_command(config.output_directory, command)
     return run_stage(config)
 
 
-def add_command(folder: Path, words: Sequence[str]) -> None:
+def add_command(folder: Path, command: Sequence[str]) -> None:
     """Add a command line, with the time, to those that started runs in the folder."""
     file = folder / COMMANDS_FILE
     before = file.read_text(encoding="utf-8") if file.is_file() else ""
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S")
-    write_whole(file, f"{before}# {now} UTC\n{shlex.join(words)}\n")
+    write_whole(file, f"{before}# {now} UTC\n{shlex.join(command)}\n")
 
 
-def _words(names: ExperimentNames) -> dict[str, object]:
-    """The words of an experiment file that the names give a value."""
-    words: dict[str, object] = {}
+def _values_of(names: ExperimentNames) -> dict[str, object]:
+    """The keys of an experiment file that the names give a value."""
+    values: dict[str, object] = {}
     if names.run_name is not None:
-        words |= {"experiment.name": names.run_name, "logging.wandb_run_name": names.run_name}
+        values |= {"experiment.name": names.run_name, "logging.wandb_run_name": names.run_name}
     if names.output_dir is not None:
-        words["checkpointing.output_dir"] = str(names.output_dir)
+        values["checkpointing.output_dir"] = str(names.output_dir)
     if names.initial_weights is not None:
         weights = str(names.initial_weights)
-        words |= {"model.from_scratch": False, "model.checkpoint_path": weights}
+        values |= {"model.from_scratch": False, "model.checkpoint_path": weights}
     if names.model_config is not None or names.initial_weights is not None:
-        words["model.config_path"] = names.model_config
+        values["model.config_path"] = names.model_config
     if names.data_mixture is not None:
         mixture = mixture_of_stage(names.stage, _phase(names), names.data_mixture)
-        words |= {"data.config_path": str(mixture), "data.prepared": None}
+        values |= {"data.config_path": str(mixture), "data.prepared": None}
     if names.prepared is not None:
-        words["data.prepared"] = str(names.prepared)
+        values["data.prepared"] = str(names.prepared)
     file = _file_of(names)
     if file.resolve().parent == TEMPLATES:  # its own are those of its example
         named = (names.stage, names.phase, names.data_mixture, names.model_config)
-        words |= {"experiment.tags": [n for n in named if n], "experiment.description": ""}
-        words.setdefault("model.checkpoint_path", None)
-    return words
+        values |= {"experiment.tags": [n for n in named if n], "experiment.description": ""}
+        values.setdefault("model.checkpoint_path", None)
+    return values
 
 
 def _phase(names: ExperimentNames) -> str | None:

@@ -193,7 +193,7 @@ def _write_settings(
     for name in MODELLING_FILES:
         shutil.copyfile(MODELLING_CODE / name, folder / name)
     tokens = {
-        # In the training stream every document stands behind an end of document.
+        # In the training stream every document stands after an end of document.
         "bos_token_id": tokenizer.eod if tokenizer.bos_id is None else tokenizer.bos_id,
         "eos_token_id": tokenizer.eod,
         "pad_token_id": tokenizer.eod if tokenizer.pad_id is None else tokenizer.pad_id,

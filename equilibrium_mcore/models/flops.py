@@ -204,7 +204,7 @@ WORK: ByKind[tuple[str, ...]] = {
     "mlp": ("mlp",),
     "moe": ("moe_routed", "moe_shared", "moe_router"),
 }
-"""The kinds of work in a layer; the last kind's are told apart."""
+"""The kinds of work in a layer; the last kind's are distinguished."""
 
 KINDS = (*(work for of_kind in WORK.values() for work in of_kind), "lm_head")
 """All kinds of work, in the order of every table."""

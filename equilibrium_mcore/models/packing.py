@@ -1,7 +1,7 @@
 """Packed documents: where each begins, and which of their tokens a context-parallel rank holds.
 
 A packed batch is one long sequence of documents, (1, tokens); attention and Mamba's state begin
-anew at each. Under context parallelism every document is cut by itself into 2 * CP chunks, and rank
+again at each. Under context parallelism each document is cut by itself into 2 * CP chunks, and rank
 r holds chunks r and 2 * CP - 1 - r of each: the order of Transformer Engine's
 `thd_get_partitioned_indices`, here in PyTorch, so that it is the same without a GPU.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 def packed_documents(lengths: Tensor) -> PackedSeqParams:
-    """megatron-core's description of documents one behind the other; lengths: (documents,)."""
+    """megatron-core's description of documents one after the other; lengths: (documents,)."""
     ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     longest = int(lengths.max())
     return PackedSeqParams(
@@ -35,7 +35,7 @@ def packed_documents(lengths: Tensor) -> PackedSeqParams:
 def document_lengths(position_ids: Tensor) -> Tensor:
     """Lengths of the documents of a whole batch, in order: each begins where a position is 0.
 
-    position_ids: (batch, sequence), beginning anew at every document and every sequence. Raises
+    position_ids: (batch, sequence), beginning again at every document and every sequence. Raises
     ValueError where a sequence does not begin at 0.
     """
     if position_ids[:, 0].any():

@@ -1,7 +1,7 @@
 """Who keeps which parameter's main weight and state, and how updates reach the others.
 
 Layer-wise: a parameter is never cut, so that its owner can orthogonalise it. Within each group of
-ranks that hold the same values, the dearest parameters go first to the rank with the least work.
+ranks that hold the same values, the most expensive parameters go first, to the least-loaded rank.
 """
 
 from __future__ import annotations

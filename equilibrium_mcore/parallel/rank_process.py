@@ -35,7 +35,7 @@ def play(job: Job, rank: int, *, host: int) -> int:
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except BaseException as error:
-        # A setting that cannot be is told in its own words; anything else with its traceback.
+        # A setting that cannot be is reported in its own words; anything else with its traceback.
         refused = isinstance(error, ConfigError)
         text = str(error) if refused else traceback.format_exc()
         # Not whole: see above.

@@ -19,7 +19,7 @@ def failures(job: Job, failed: Iterable[tuple[int, int]]) -> JobOutcome:
     """Failures, earliest first: a rank's own error comes before the broken connections.
 
     `failed` holds (rank, exit code). The first has its traceback, the others a line each; a setting
-    that the first refused is told alone, as it would be by a process without ranks.
+    that the first refused is reported alone, as it would be by a process without ranks.
     """
     failed = list(failed)
     stories = []

@@ -31,7 +31,7 @@ class RankServer:
     A helper process forks them. It is itself forked from this one, with all that is imported, as
     long as nothing here has started threads; later it is a fresh interpreter, which imports again.
     So make it before the first tensor operation. The helper kills the ranks and removes `folder`
-    when this process closes it or ends, by whatever.
+    when this process closes it, or ends in whatever way.
 
     Attributes:
         folder: temporary, for the caller too.

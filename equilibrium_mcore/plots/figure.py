@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from equilibrium_mcore.files.whole import whole_file
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's palette: told apart with every kind of colour vision."""
+"""Okabe and Ito's palette: distinguishable with every kind of colour vision."""
 GREY, INK = "#8a8a8a", "#333333"
 STYLE = {
     "font.size": 9.5,

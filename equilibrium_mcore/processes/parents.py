@@ -14,7 +14,7 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def end_with_parent(parent: int) -> None:
-    """End this process once process `parent`, which started it, has ended, by whatever.
+    """End this process once process `parent`, which started it, has ended, however it ended.
 
     On Linux the kernel kills it, also within a collective or another long call. Strictly it does
     so when the *thread* that forked this process ends: fork from a thread that lasts. Elsewhere a

@@ -1,4 +1,4 @@
-"""Where a process is, told on a signal: `kill -USR2 PID` prints the Python stack of each thread."""
+"""Where a process is: `kill -USR2 PID` prints the Python stack of each of its threads."""
 
 from __future__ import annotations
 

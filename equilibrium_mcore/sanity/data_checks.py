@@ -84,14 +84,14 @@ def _position_problems(
         return [f"positions of micro-batch {number} start at {positions[:, 0].tolist()}, not at 0"]
     steps = positions[:, 1:] - positions[:, :-1]
     reset = positions[:, 1:] == 0
-    if eod is not None:  # a document may start anew only behind the end of another
+    if eod is not None:  # a document may start again only after the end of another
         reset &= tokens[:, :-1] == eod
     wrong = ((steps != 1) & ~reset).nonzero()
     if not len(wrong):
         return []
     row, i = wrong[0].tolist()
     return [
-        f"positions neither count up nor start anew behind an end of document: micro-batch "
+        f"positions neither count up nor start again after an end of document: micro-batch "
         f"{number}, row {row}, i={i}: {positions[row, i]} is followed by {positions[row, i + 1]}"
     ]
 
@@ -185,7 +185,7 @@ def check_batch_statistics(datasets: Datasets, tokenizer: Tokenizer) -> Check:
 
 
 def check_data_order(run: Run) -> Check:
-    """Two iterators, a dataset built anew, and a resumed iterator give the same batches."""
+    """Two iterators, a dataset built again, and a resumed iterator give the same batches."""
     batch, compared = run.config.training.global_batch_size, 2 * run.micro_batches
 
     def ids(dataset: Any, *, consumed: int) -> Iterator[Tensor]:
@@ -197,12 +197,14 @@ def check_data_order(run: Run) -> Check:
     anew = list(ids(build_run_datasets(run.config).train, consumed=0))
     resumed = list(ids(run.datasets.train, consumed=batch))
     problems = []
-    for what, other in (("a second iterator", again), ("datasets built anew", anew)):
+    for what, other in (("a second iterator", again), ("datasets built again", anew)):
         places = [i for i, pair in enumerate(zip(first, other, strict=True)) if not _same(*pair)]
         if places:
             problems.append(f"{what} gives other tokens from micro-batch {places[0]} on")
     if not all(map(_same, first[run.micro_batches :], resumed[: run.micro_batches])):
-        problems.append("a run resumed after one step does not go on with the second global batch")
+        problems.append(
+            "a run resumed after one step does not continue with the second global batch"
+        )
     rows = torch.cat(first)
     if len(torch.unique(rows, dim=0)) < len(rows):
         problems.append(f"of the first {len(rows)} sequences some are the same")
@@ -210,7 +212,7 @@ def check_data_order(run: Run) -> Check:
         "data_order",
         problems,
         f"{compared} micro-batches are the same from a second iterator and from datasets built "
-        "anew; a resume goes on in place",
+        "again; a resume continues in place",
     )
 
 

@@ -165,7 +165,7 @@ def _record_layers(chunk: torch.nn.Module, base: dict[str, Tensor], *, rows: int
 
 
 def _layer_leak(layer: torch.nn.Module, arguments: dict, places: list[int]) -> tuple[float, float]:
-    """How much comes from the future, and how much goes from position p to those behind it.
+    """How much comes from the future, and how much goes from position p to those after it.
 
     Row 0 stays, row k + 1 is another from places[k] on (first figure) or at places[k] alone
     (second). Both as a share of what the layer adds to its input; (0, -1) where it adds nothing.

@@ -93,7 +93,7 @@ def sanity_config(
 
 
 def varied(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
-    """`config` with some settings of some sections changed, checked anew."""
+    """`config` with some settings of some sections changed, checked again."""
     values = _merged(config.model_dump(mode="json"), sections)
     return run_from_mapping(_fitting(values))
 

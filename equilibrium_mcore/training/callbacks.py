@@ -240,7 +240,7 @@ class LedgerCallback(Callback):
 
 
 class CheckpointCallback(Callback):
-    """Saves at intervals and when the process stops; with a writer beside it, training goes on.
+    """Saves at intervals and when the process stops; with a writer beside it, training continues.
 
     A save that is still being written when the next is due, or at the end, is waited for.
     """

@@ -1,7 +1,7 @@
 """What a run measures, and where it is written: console, `metrics.jsonl`, TensorBoard, W&B.
 
 `metrics.jsonl` in the run's directory is the record that everything else reads: one JSON object
-per line, told apart by `kind`: `train`, `validation` or `event`. A number that is not finite, or
+per line, distinguished by `kind`: `train`, `validation` or `event`. A number that is not finite, or
 not known, is null there. Only one rank makes a `MetricsWriter`.
 """
 
@@ -231,7 +231,7 @@ class JsonlWriter:
     """Appends records to `metrics.jsonl`."""
 
     def __init__(self, path: Path, *, resumed_step: int | None = None) -> None:
-        """Open `path`: for a run that starts (None), or one that goes on after `resumed_step`.
+        """Open `path`: for a run that starts (None), or one that resumes after `resumed_step`.
 
         Going on keeps the records up to that step and drops later ones, which are trained again:
         the file has each step once. A start moves an older file to the folder's archive.
@@ -305,7 +305,7 @@ class WandbWriter:
         run_config: Mapping[str, Any],
         resumed_step: int | None = None,
     ) -> None:
-        """Start the run, or go on with the one whose id lies in `directory/wandb_run_id`."""
+        """Start the run, or resume the one whose id lies in `directory/wandb_run_id`."""
         try:
             import wandb
         except ImportError as error:

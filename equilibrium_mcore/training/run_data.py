@@ -143,7 +143,7 @@ def _ledger_progress(config: RunConfig, progress: Progress | None) -> Progress:
         raise ConfigError(
             f"data.order='ledger', but the checkpoint of step {progress['step']} in "
             f"{config.output_directory} holds no ledger: it was trained in another order, in "
-            "which the documents that it has seen cannot be told. Set data.order=megatron to go "
+            "which the documents that it has seen cannot be named. Set data.order=megatron to go "
             "on, or start a new run in another output_directory with "
             f"checkpoint.initial_weights={config.output_directory}"
         )

@@ -98,7 +98,7 @@ class RunLock:
     def problem(self, *, ask: bool) -> str | None:
         """What is wrong if another run has taken the folder over, else None.
 
-        Without `ask`, only what the last heartbeat found is told: that costs nothing.
+        Without `ask`, only what the last heartbeat found is reported: that costs nothing.
         """
         if self.lock is None:
             return None
@@ -172,7 +172,7 @@ def _used_names(folder: Path) -> list[str]:
 
 
 def _refuse_used(config: RunConfig) -> None:
-    """A run that is told never to resume does not write over an earlier one by mistake."""
+    """A run that is never to resume does not write over an earlier one by mistake."""
     folder, settings = config.output_directory, config.checkpoint
     names = _used_names(folder)
     if settings.resume != "never" or not names:

@@ -136,7 +136,7 @@ class Run:
 
 
 def setup(config: RunConfig, rank_info: RankInfo, *, datasets: Datasets | None = None) -> Run:
-    """Groups, data, model, optimizer, and the checkpoint to go on from. Collective.
+    """Groups, data, model, optimizer, and the checkpoint to resume from. Collective.
 
     `datasets` stand in for those that `config.data` describes, e.g. made-up tokens in a benchmark.
 

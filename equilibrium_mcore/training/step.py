@@ -30,7 +30,7 @@ class StepOutcome:
     gradient_norm: float
     learning_rates: dict[str, float]
     skipped: bool
-    stop_requested: bool  # some rank was told to stop
+    stop_requested: bool  # some rank was asked to stop
     anomaly: Anomaly | None = None  # what is wrong with it; nothing was updated then
 
     @property

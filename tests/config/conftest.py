@@ -1,4 +1,4 @@
-"""A small legal run, as plain values, that each test changes in one place."""
+"""A small valid run, as plain values, that each test changes in one place."""
 
 from __future__ import annotations
 

@@ -288,7 +288,9 @@ def test_save_and_load_again(run_file: Path, tmp_path: Path) -> None:
         path = tmp_path / "deep" / f"{index}.yaml"
         save_config(config, path)
         assert load_run(path) == config
-    assert not list((tmp_path / "deep").glob(".*")), "a file written aside was left behind"
+    assert not list((tmp_path / "deep").glob(".*")), (
+        "a file written under a temporary name was left behind"
+    )
 
 
 def test_saved_copy_does_not_need_the_model_file(run_file: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every rule once broken and once kept; messages give the values and the legal choices."""
+"""Every rule once broken and once kept; messages give the values and the allowed choices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files in configs/ are legal, models have the published sizes, the document is current."""
+"""The files in configs/ are valid, models have the published sizes, the document is current."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that was stopped goes on, and its bytes are those of one that was not."""
+"""A run that was stopped resumes, and its bytes are those of one that was not."""
 
 import gzip
 import json
@@ -86,7 +86,7 @@ def run(tmp_path, folder, sources, tokenizer_config):
 
 
 def stop_behind(monkeypatch, ranges: int) -> None:
-    """Ctrl-C behind so many ranges."""
+    """Ctrl-C after so many ranges."""
     take = PreprocessRun._take
     count = 0
 

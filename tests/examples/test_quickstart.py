@@ -1,4 +1,4 @@
-"""examples/quickstart.sh itself on a smaller budget, and the checks behind its summary."""
+"""examples/quickstart.sh itself on a smaller budget, and the checks of its summary."""
 
 from __future__ import annotations
 

@@ -185,7 +185,7 @@ def test_only_from_again_and_dry_run(two):
         ("name: second", "name: first", r"step first: there are two of that name"),
         ("write.py", "cp", r"command begins with 'cp': it must be a tool"),
         ("${folder}/b", "${folder}/a", r"its output file is out/a, as second\.file is"),
-        ("\"${more}\"", "\"--m=${more}\"", r"\$\{more\} is a list, which must be a word of"),
+        ("\"${more}\"", "\"--m=${more}\"", r"\$\{more\} is a list, so it must stand alone"),
         ("steps:", "stepz:", r"stepz: unknown key; did you mean 'steps'"),
         ("folder: out", "folder: 3", r"folder=3: must be text"),
         ("{text: hello", "{name: x, text: hello", r"variables\.name: every pipeline has it"),

@@ -4,7 +4,7 @@
 #   bash tests/slurm/local_cluster.sh start DIRECTORY    then: export SLURM_CONF=DIRECTORY/slurm.conf
 #   bash tests/slurm/local_cluster.sh stop DIRECTORY
 #
-# Everything lies in DIRECTORY (made anew by start), on free ports, under the calling user, so it
+# Everything lies in DIRECTORY (made again by start), on free ports, under the calling user, so it
 # disturbs no other Slurm. Two partitions share the node: a job in `high` pre-empts one in `low`,
 # which gets SIGTERM, 60 s of grace, and is queued again.
 # Needs slurmctld, slurmd, the clients and munge (Debian: slurmctld slurmd slurm-client munge).

@@ -38,7 +38,7 @@ SMALL = {
 def train_and_note(rank_info: RankInfo, config: RunConfig, killed_at: int | None) -> int:
     """Train with all callbacks; what each rank was fed goes to `seen/`, by step and rank.
 
-    With `killed_at`, all ranks end behind that step as if killed. Returns the step it began at.
+    With `killed_at`, all ranks end after that step as if killed. Returns the step it began at.
     """
     from equilibrium_mcore.training.callbacks import build_callbacks
     from equilibrium_mcore.training.loop import Callback, train
@@ -158,7 +158,7 @@ def test_the_report_counts_what_was_fed(eventful):
     assert values["tokens"] == tokens == sum(s["tokens"] for s in values["sources"])
     assert [change["step"] for change in values["changes"]] == [3, 6, 9, 12]
     assert "weight of second 0.8 -> none" in values["changes"][2]["changed"]
-    # A figure behind an earlier step, which no checkpoint holds.
+    # A figure after an earlier step, which no checkpoint holds.
     earlier = report(eventful, step=8)
     assert earlier["tokens"] == sum(fed_in(eventful, step).size for step in range(1, 9))
 
@@ -189,7 +189,7 @@ def test_the_tool_names_and_shows_documents(eventful):
         assert done.returncode == (2 if "--step=99" in arguments else 0), done.stderr
         return done.stdout + done.stderr
 
-    assert "behind step 9: " in tool()
+    assert "after step 9: " in tool()
     shown = json.loads(tool("--step", "4", "--show", "--json"))
     assert len(shown["samples"]) == 4
     document = shown["samples"][0]["documents"][0]
@@ -240,7 +240,7 @@ def _validation_batches(rank_info: RankInfo, config: RunConfig) -> tuple[np.ndar
 
 @pytest.fixture(scope="module")
 def started(ranks, data, tmp_path_factory) -> Path:
-    """A run that stopped behind two steps."""
+    """A run that stopped after two steps."""
     folder = tmp_path_factory.mktemp("started")
     config = tiny_run(data, folder, model=SMALL, training={"stop_after_steps": 2})
     ranks.run(1, train_and_note, config, None)

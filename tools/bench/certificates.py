@@ -100,7 +100,7 @@ def run_one(options: argparse.Namespace) -> int:
     from equilibrium_mcore.optim.param_groups import parameter_rows
 
     print(f"layout {drawn.layout.name}, {drawn.threads} threads a rank", flush=True)
-    parameter_rows(drawn.config)  # an override that decides nothing is told when built
+    parameter_rows(drawn.config)  # an override that decides nothing is reported when built
     certificate = certify(
         drawn.config,
         [drawn.layout],

@@ -32,7 +32,7 @@ class DocumentFilter(ABC):
 
     @abstractmethod
     def apply(self, text: str, fields: Mapping[str, Any]) -> str | Dropped:
-        """The text to go on with, or why the document goes. `fields` is the whole record."""
+        """The text to continue with, or why the document goes. `fields` is the whole record."""
 
 
 class SeenIndex(ABC):

@@ -1,4 +1,4 @@
-"""From settings to filters, with every file and library that is missing told at once."""
+"""From settings to filters, with every file and library that is missing reported at once."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class ExactDeduplication(CorpusFilter):
     def __init__(self, config: DeduplicationConfig) -> None:
         self._normalize = config.normalize
         if config.normalize == "simplified":
-            simplified("", wanted_by=NAME)  # a missing library is told now
+            simplified("", wanted_by=NAME)  # a missing library is reported now
 
     def signature(self, text: str) -> np.ndarray:
         """See CorpusFilter."""

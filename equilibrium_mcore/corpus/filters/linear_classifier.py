@@ -84,7 +84,7 @@ def train_linear_classifier(
     if not 0 < positives < len(labels):
         raise ValueError(f"{positives} of {len(labels)} texts are positive: both kinds are needed")
     found = [features(text, bits) for text in texts]
-    # With places behind one another, a document is a bag of features: [documents] from offsets.
+    # With places one after another, a document is a bag of features: [documents] from offsets.
     offsets = torch.tensor(np.cumsum([0, *(places.size for places, _ in found[:-1])]))
     places = torch.from_numpy(np.concatenate([places for places, _ in found]))
     values = torch.from_numpy(np.concatenate([values for _, values in found]))

@@ -1,4 +1,4 @@
-"""Libraries and files that only some filters need: their absence is told before any work."""
+"""Libraries and files that only some filters need: their absence is reported before any work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replaces personal data that can be told by its form: e-mail and IP addresses, phones, cards.
+"""Replaces personal data that its form gives away: e-mail and IP addresses, phones, cards.
 
 Each kind has a pattern and a check, so that what only looks alike stays: version numbers, private
 networks, documentation addresses, long numbers that no card has. Names and postal addresses are not

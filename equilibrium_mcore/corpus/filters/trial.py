@@ -50,7 +50,7 @@ class FilterStage:
 
     @property
     def kept(self) -> int:
-        """Documents that went on."""
+        """Documents that were passed on."""
         return self.reached - self.dropped
 
     @property

@@ -3,7 +3,7 @@
 datatrove's own tokenizers for English and most languages are spaCy's, an install of their own. The
 rules here need nothing: a word is a run of letters, digits and marks, with apostrophes and full
 stops inside (`don't`, `os.path`, `3.14`); of other characters each run of the same one is a word by
-itself (`...`, `!`). A sentence ends behind
+itself (`...`, `!`). A sentence ends after
 `.`, `!`, `?` or their like in other scripts, with closing quotes, before white space or a line end.
 They suit languages that put spaces between words; for others name datatrove's tokenizer.
 """

@@ -41,8 +41,8 @@ def stream_rows(dataset: DatasetConfig, part: SourcePart, skip: int) -> Iterator
             return
         except Exception as error:  # the network's errors are of many kinds
             raise ValueError(
-                f"{dataset.name}: {where}: reading stopped behind row {number:,} "
-                f"({type(error).__name__}: {str(error)[:300]}); call again to go on"
+                f"{dataset.name}: {where}: reading stopped after row {number:,} "
+                f"({type(error).__name__}: {str(error)[:300]}); call again to resume"
             ) from error
         number += 1
         yield f"{where}, row {number:,}", row

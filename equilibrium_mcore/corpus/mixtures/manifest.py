@@ -95,7 +95,7 @@ class MixtureManifest:
     format_version: int = FORMAT_VERSION
 
     def write(self, folder: Path) -> None:
-        """Into `folder`, aside and then renamed."""
+        """Into `folder`, whole or not at all."""
         write_whole(folder / NAME, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
 
 

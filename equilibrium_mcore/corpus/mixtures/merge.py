@@ -91,7 +91,7 @@ def choose(
 
     `target`: tokens to take, or None for all. Uniform sampling stops reading when it has them;
     weighted sampling reads all and then takes the likely ones; a curriculum takes them as uniform
-    sampling does. `max_rows`: stop behind the shard that reaches so many rows.
+    sampling does. `max_rows`: stop after the shard that reaches so many rows.
     """
     chosen = Chosen(spec)
     method = spec.dataset.sampling.method

@@ -6,7 +6,7 @@
     OUTPUT/conversations.yaml               the same for the phase posttrain_sft
     OUTPUT/data/NAME_text_document.*        an indexed dataset; its last documents are held out
     OUTPUT/data/NAME.{train,validation}.jsonl   posttrain phases instead
-    OUTPUT/.work/                           shards; a killed run goes on with them
+    OUTPUT/.work/                           shards; a killed run resumes from them
 
 Three steps: workers make shards of all that is read; one process goes over them in order and
 decides; the datasets are written. Nothing has its final name before all of them are whole.
@@ -94,7 +94,7 @@ def prepare(
     Raises ConfigError, OSError and ValueError before any work for what is wrong with the mixture,
     its sources or the disk; BadRowError for a row that is no document; ConfigError with the
     arithmetic when a dataset would be repeated more often than its max_epochs. After any error, and
-    after a kill, the same call goes on with the shards that are whole.
+    after a kill, the same call resumes from the shards that are whole.
     """
     if options.workers < 1:
         raise ValueError(f"--workers {options.workers}: at least 1 is needed")

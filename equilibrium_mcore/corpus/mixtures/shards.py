@@ -5,7 +5,7 @@
     000007-00002.json   counts, and the row at which the next shard begins
 
 is the third shard of part 7. The .json is renamed into place last, so a shard with one is whole;
-a killed run goes on behind its last whole shard. Where shards are cut depends on the rows alone,
+a killed run resumes after its last whole shard. Where shards are cut depends on the rows alone,
 so the same shards come from any number of workers and after any kill.
 """
 

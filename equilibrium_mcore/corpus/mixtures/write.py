@@ -1,4 +1,4 @@
-"""The files of a prepared mixture: indexed datasets or JSONL, all aside until all are whole."""
+"""The files of a prepared mixture, under temporary names until all of them are whole."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class OutputSet:
 
 
 class _LinesWriter:
-    """PREFIX.train.jsonl and PREFIX.validation.jsonl, aside until published."""
+    """PREFIX.train.jsonl and PREFIX.validation.jsonl, under temporary names until published."""
 
     def __init__(self, prefix: Path) -> None:
         prefix.parent.mkdir(parents=True, exist_ok=True)

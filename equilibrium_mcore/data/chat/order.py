@@ -55,7 +55,7 @@ class ExampleOrder:
     ) -> None:
         """`lengths` are int[examples]; `fingerprint` tells these examples from others.
 
-        Start at the first example, or go on at `state`. Raises ConfigError for a state of other
+        Start at the first example, or resume at `state`. Raises ConfigError for a state of other
         examples, another seed or another program.
         """
         self.lengths, self.fingerprint = lengths, fingerprint
@@ -93,7 +93,7 @@ class ExampleOrder:
         return self.place == 0 and self._given == len(self._plans)
 
     def state(self) -> dict[str, Any]:
-        """All that `state=` needs to go on here: plain values that JSON keeps exactly.
+        """All that `state=` needs to resume here: plain values that JSON keeps exactly.
 
         `epoch` and `place` are those of the next window; `open` names the examples of the window
         under way, of epoch `opened_in`, and `given` how many of its sequences are given out.

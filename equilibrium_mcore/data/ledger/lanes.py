@@ -1,8 +1,8 @@
 """Where one source stands: a pointer into its order, and documents under way in lanes.
 
-Were a source's documents read one behind the other, one that is longer than a sequence would fill
+Were a source's documents read one after the other, one that is longer than a sequence would fill
 consecutive samples, and a batch could be a single book. So a source has lanes: its k-th sample is
-filled by lane k mod the number of lanes. A lane goes on with its own document; where that ends,
+filled by lane k mod the number of lanes. A lane continues with its own document; where that ends,
 within a sample too, it begins the document that the source's one pointer gives next, whichever lane
 asks. So each document is begun once per epoch, is read by one lane to its end, and pieces of it lie
 as many samples of the source apart as there are lanes.
@@ -33,7 +33,7 @@ class Lanes:
     """Gives out one source's tokens, a sample at a time."""
 
     def __init__(self, source: SourceDocuments, state: dict[str, Any] | None = None) -> None:
-        """Start at the source's first document, or go on at what `state` returned."""
+        """Start at the source's first document, or resume at what `state` returned."""
         self.source = source
         # With more lanes than documents, several would read one document side by side.
         self.count = min(LANES, source.documents)
@@ -69,7 +69,7 @@ class Lanes:
         return taken
 
     def label(self) -> DocumentSlice:
-        """The token behind the last sample's, in its lane: looked at, not given out."""
+        """The token after the last sample's, in its lane: looked at, not given out."""
         return self._next_token((self.lane - 1) % self.count)
 
     def _give(self, tokens: int, spans: list[DocumentSlice] | None) -> None:

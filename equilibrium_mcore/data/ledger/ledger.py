@@ -29,9 +29,9 @@ class SamplePlan(NamedTuple):
     source: int
     """Place of the source in the blend."""
     spans: tuple[DocumentSlice, ...]
-    """`sequence_length` tokens, padding counted; each span is a document begun or gone on with."""
+    """`sequence_length` tokens, padding counted; each span is a document begun or continued."""
     label: DocumentSlice
-    """The token behind, for the last label."""
+    """The next token, for the last label."""
 
 
 class Ledger:
@@ -49,7 +49,7 @@ class Ledger:
         document_multiple: int = 1,
         state: dict[str, Any] | None = None,
     ) -> None:
-        """Start at the beginning, or go on at `state`, which may have other sources and weights.
+        """Start at the beginning, or resume at `state`, which may have other sources and weights.
 
         With `document_multiple` each document is padded to a multiple of it, so that a sample holds
         fewer tokens of the text.
@@ -92,7 +92,7 @@ class Ledger:
         return other
 
     def take(self) -> SamplePlan:
-        """Plan the next sample, and move on behind it."""
+        """Plan the next sample, and move on after it."""
         spans: list[DocumentSlice] = []
         chosen = self._next(spans)
         return SamplePlan(chosen, tuple(spans), self.lanes[chosen].label())
@@ -116,7 +116,7 @@ class Ledger:
         return chosen
 
     def state(self) -> dict[str, Any]:
-        """All that `state=` needs to go on here: plain values that JSON keeps exactly.
+        """All that `state=` needs to resume here: plain values that JSON keeps exactly.
 
         `sources` says which data each name stood for; `cursors` has per source the state of its
         lanes, and `tokens`, consumed since the run began; sources that left the blend stay in both.
@@ -151,7 +151,7 @@ def check_version(state: dict[str, Any]) -> None:
     if state.get("version") != STATE_VERSION:
         raise ConfigError(
             f"the ledger's state has version {state.get('version')!r}, and this program reads "
-            f"version {STATE_VERSION}: go on with the program that wrote it"
+            f"version {STATE_VERSION}: resume with the program that wrote it"
         )
 
 

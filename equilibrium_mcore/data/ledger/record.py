@@ -1,11 +1,12 @@
-"""`ledger.jsonl`: enough of a run's ledger to say later which documents were behind any step.
+"""`ledger.jsonl`: enough of a run's ledger to say later which documents any step was trained on.
 
     {"kind": "start", "step", "samples", "settings", "state", "left_out"}    a process starts here
     {"kind": "checkpoint", "step", "samples", "state"}           a checkpoint is in place
 
-`state` is the ledger's behind `step` steps; that of a checkpoint leaves out the data behind the
-names, which the start before it has. Where a run was killed and went on from an earlier checkpoint,
-the later lines count. `left_out` are samples that the run passes over, [first, count] by position.
+`state` is the ledger's after `step` steps; that of a checkpoint leaves out which data the names
+stand for, which the start before it has. Where a run was killed and resumed from an earlier
+checkpoint, or went back by itself, the later lines count. `left_out` are samples that the run
+passes over, as [first, count] by position.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class LedgerFile:
         state: dict,
         left_out: Sequence[Sequence[int]] = (),
     ) -> None:
-        """A process begins behind `step` steps and `samples` samples."""
+        """A process begins after `step` steps and `samples` samples."""
         self._append(
             {
                 "kind": "start",
@@ -101,7 +102,7 @@ class LedgerFile:
 
 @dataclass(frozen=True)
 class Mark:
-    """A known state: behind `step` steps and `samples` samples."""
+    """A known state: after `step` steps and `samples` samples."""
 
     step: int
     samples: int
@@ -121,7 +122,7 @@ class StepInterval:
         return self.marks[0]
 
     def mark_before(self, step: int) -> Mark:
-        """The last known state behind at most `step` steps."""
+        """The last known state after at most `step` steps."""
         return next(mark for mark in reversed(self.marks) if mark.step <= step)
 
 
@@ -156,7 +157,7 @@ def read_segments(run_directory: Path) -> list[StepInterval]:
 
 
 def _cut(segments: list[StepInterval], step: int) -> list[StepInterval]:
-    """What is left when the run goes on behind `step`: later steps are lost."""
+    """What is left when the run resumes after `step`: later steps are lost."""
     kept = [segment for segment in segments if segment.first.step < step]
     return [
         replace(segment, marks=tuple(mark for mark in segment.marks if mark.step <= step))
@@ -211,7 +212,7 @@ def open_sources(settings: dict[str, Any]) -> list[SourceDocuments]:
 def ledger_behind(segment: StepInterval, step: int) -> PassingCursor:
     """The segment's ledger after `step` steps, replayed from the last state that is known.
 
-    Raises ConfigError where the data is gone or was made anew since.
+    Raises ConfigError where the data is gone or was made again since.
     """
     mark = segment.mark_before(step)
     cursor = _cursor_at(segment, mark)
@@ -232,7 +233,7 @@ def _cursor_at(segment: StepInterval, mark: Mark) -> PassingCursor:
 
 
 def plans_of(segment: StepInterval, step: int) -> tuple[Ledger, list[SamplePlan]]:
-    """The samples of step `step`, in the order of the global batch, and the ledger behind them."""
+    """The samples of step `step`, in the order of the global batch, and the ledger after them."""
     cursor = ledger_behind(segment, step - 1)
     plans = [cursor.take() for _ in range(segment.settings["global_batch_size"])]
     return cursor.cursor, plans

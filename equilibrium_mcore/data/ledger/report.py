@@ -1,4 +1,4 @@
-"""What a run consumed, where two runs part, and which documents were behind a step."""
+"""What a run consumed, where two runs part, and which documents a step was trained on."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _consumed(
 
 
 def changes(segments: list[StepInterval]) -> list[dict[str, Any]]:
-    """Where settings of the data changed on the way: behind which step, and what."""
+    """Where settings of the data changed on the way: after which step, and what."""
     found = []
     for before, after in pairwise(segments):
         differences = _differences(before.settings, after.settings)
@@ -139,7 +139,7 @@ def parting(ours: list[StepInterval], theirs: list[StepInterval]) -> dict[str, A
     """The first step in which two runs take other documents, and why; None where they never do.
 
     Two ledgers with equal states and settings take the same documents until settings change, so
-    only the steps are looked at behind which one of the runs started or changed.
+    only the steps are looked at after which one of the runs started or changed.
     """
     starts = sorted({segment.first.step for segment in (*ours, *theirs)})
     shared = max(ours[0].first.step, theirs[0].first.step)
@@ -245,7 +245,7 @@ def as_text(values: dict[str, Any]) -> str:
     """The values of `report` for people."""
     parts = [_consumption_text(values)]
     if values["changes"]:
-        lines = [f"  behind step {c['step']}: {', '.join(c['changed'])}" for c in values["changes"]]
+        lines = [f"  after step {c['step']}: {', '.join(c['changed'])}" for c in values["changes"]]
         parts.append("\n".join(["changed on the way:", *lines]))
     if "document" in values:
         parts.append(_readings_text(values["document"]))

@@ -72,7 +72,7 @@ class _Block(NamedTuple):
     first: int
     documents: memoryview
     starts: memoryview
-    """Tokens in front of each document within the block, and behind the last: one more entry."""
+    """Tokens in front of each document within the block, and after the last: one more entry."""
 
 
 class SourceDocuments:

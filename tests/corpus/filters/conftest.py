@@ -1,4 +1,4 @@
-"""Filters built from a few words, and documents that the tests of this room share."""
+"""Filters built from a few words, and documents that the tests of this folder share."""
 
 from __future__ import annotations
 

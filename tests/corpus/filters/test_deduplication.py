@@ -65,7 +65,7 @@ def test_order_of_filters_decides_what_counts_as_seen(chain, kept):
     texts = ["abc", "abc ", "abc"]
     duplicates = dict(type="deduplication")
     assert kept(chain(short, duplicates), texts) == [1]
-    # The first stays for the deduplication and goes behind it: its copies are still copies.
+    # The first stays for the deduplication and comes after it: its copies are still copies.
     assert kept(chain(duplicates, short), texts) == []
 
 

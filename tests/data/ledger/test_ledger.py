@@ -36,7 +36,7 @@ def opened(sources, names, **settings):
 
 
 def read(ledger, plan):
-    """A sample's token ids, and the one behind."""
+    """A sample's token ids, and the one after it."""
     source = ledger.sources[plan.source]
     ids = np.concatenate([source.read(span) for span in plan.spans])
     return ids, source.read(plan.label)[0]

@@ -152,7 +152,7 @@ def test_the_report_names_what_a_step_took(tmp_path, prefixes):
         assert found == [span[:3] for span in plan.spans]
     assert values["tokens"] == 10 * BATCH * LENGTH + 3 * 24
     text = as_text(values)
-    assert "behind step 10: sequence_length 16 -> 24, global_batch_size 4 -> 3" in text
+    assert "after step 10: sequence_length 16 -> 24, global_batch_size 4 -> 3" in text
     assert f"{plans[11][0].spans[0].document}  " in text
 
 

@@ -177,7 +177,7 @@ def train(plan: BenchmarkSettings, precision: str, roofs: Roofs) -> TrainingFigu
                 config, plan, roofs, blocks=f"{kept} of {len(blocks)}", estimated_gib=needed
             )
         except torch.OutOfMemoryError:
-            pass  # the estimate was too low: go on with the next smaller one
+            pass  # the estimate was too low: continue with the next smaller one
         _release()
     raise ValueError(
         f"{model.name} does not fit in {_free_memory_gib():.0f} GiB: {'; '.join(estimates)}"

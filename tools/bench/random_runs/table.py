@@ -12,7 +12,7 @@ from equilibrium_mcore.files.tables import markdown_table
 from tools.bench.random_runs.cases import CRASH, HANG, OUTCOMES, TOOL, Result
 
 BAD = (OUTCOMES[1], CRASH, HANG)
-MANY = 12  # values of a setting beyond which only their number is told
+MANY = 12  # values of a setting beyond which only their number is shown
 
 
 def as_markdown(results: Iterable[Result], *, seed: int) -> str:

@@ -1,8 +1,8 @@
-"""The words of an experiment file, and the settings of a run that each stands for.
+"""The keys of an experiment file, and the settings of a run that each stands for.
 
 An experiment file has the sections `experiment`, `model`, `data`, `training`, `checkpointing` and
-`logging`; its words are those of common trainers. What no word says is set under `run:`, in the
-names of `schema.py`. What several words say together is in `experiment_rules.py`.
+`logging`; its keys are those of common trainers. What no key says is set under `run:`, in the
+names of `schema.py`. What several keys say together is in `experiment_rules.py`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 from equilibrium_mcore.config.optimizers import OPTIMIZERS
 
 
-class Word(NamedTuple):
-    """A word: the settings that it gives a value, and what it means.
+class Key(NamedTuple):
+    """A key: the settings that it gives a value, and what it means.
 
-    `convert` makes the settings' values of the word's; without it all get the value as it is. It
+    `convert` makes the settings' values of the key's; without it all get the value as it is. It
     raises ValueError with the rule. `run:` may set one of several settings otherwise.
     """
 
@@ -59,76 +59,76 @@ def _of_each(name: str) -> tuple[str, ...]:
     return tuple(f"optimizer.{optimizer}.{name}" for optimizer in OPTIMIZERS)
 
 
-WORDS: dict[str, Word] = {
-    "experiment.name": Word(("name",), "name of the run"),
-    "experiment.description": Word(("description",), "what the run is for"),
-    "experiment.tags": Word(("tags",), "words to find the run by"),
-    "model.config_path": Word(
+KEYS: dict[str, Key] = {
+    "experiment.name": Key(("name",), "name of the run"),
+    "experiment.description": Key(("description",), "what the run is for"),
+    "experiment.tags": Key(("tags",), "words to find the run by"),
+    "model.config_path": Key(
         ("model",), "the model: a file, or its name, `llama/1b`; null: that of the weights", _path
     ),
-    "model.from_scratch": Word(
+    "model.from_scratch": Key(
         ("checkpoint.initial_weights",),
         "true: random weights; false: those of `model.checkpoint_path`",
         _true_or_false,
     ),
-    "model.checkpoint_path": Word(
+    "model.checkpoint_path": Key(
         ("checkpoint.initial_weights",), "a run's output directory, or one of its checkpoints"
     ),
-    "data.config_path": Word(
+    "data.config_path": Key(
         ("data",), "a mixture, by file or name, or the data itself: a blend, conversations", _path
     ),
-    "data.prepared": Word(
+    "data.prepared": Key(
         ("data",), "the folder where the mixture was prepared; null: data/ and its name", _path
     ),
-    "data.num_workers": Word(("data.num_workers",), "loader processes per rank"),
-    "data.prefetch_factor": Word(("data.prefetch_factor",), "micro-batches that each has ready"),
-    "training.batch_size": Word(
+    "data.num_workers": Key(("data.num_workers",), "loader processes per rank"),
+    "data.prefetch_factor": Key(("data.prefetch_factor",), "micro-batches that each has ready"),
+    "training.batch_size": Key(
         ("training.global_batch_size",), "sequences per optimizer step, over all ranks"
     ),
-    "training.gradient_accumulation_steps": Word(
+    "training.gradient_accumulation_steps": Key(
         ("training.micro_batch_size",),
         "forward passes per optimizer step on a data-parallel rank; the micro-batch follows",
         _positive,
     ),
-    "training.max_steps": Word(("training.steps",), "optimizer steps of the whole run"),
-    "training.epochs": Word(("training.epochs",), "instead of max_steps: passes over the data"),
-    "training.learning_rate": Word(_of_each("learning_rate"), "peak rate of every optimizer"),
-    "training.warmup_steps": Word(("optimizer.schedule.warmup_steps",), "linear rise from 0"),
-    "training.lr_scheduler": Word(("optimizer.schedule.kind",), "cosine, wsd or constant"),
-    "training.weight_decay": Word(_of_each("weight_decay"), "decay of every optimizer, decoupled"),
-    "training.grad_clip": Word(("optimizer.clip_gradient_norm",), "global norm; 0: never"),
-    "training.optimizer": Word(
+    "training.max_steps": Key(("training.steps",), "optimizer steps of the whole run"),
+    "training.epochs": Key(("training.epochs",), "instead of max_steps: passes over the data"),
+    "training.learning_rate": Key(_of_each("learning_rate"), "peak rate of every optimizer"),
+    "training.warmup_steps": Key(("optimizer.schedule.warmup_steps",), "linear rise from 0"),
+    "training.lr_scheduler": Key(("optimizer.schedule.kind",), "cosine, wsd or constant"),
+    "training.weight_decay": Key(_of_each("weight_decay"), "decay of every optimizer, decoupled"),
+    "training.grad_clip": Key(("optimizer.clip_gradient_norm",), "global norm; 0: never"),
+    "training.optimizer": Key(
         ("optimizer.matrices",), f"of the weight matrices: {', '.join(OPTIMIZERS)}"
     ),
-    "training.betas": Word(
+    "training.betas": Key(
         ("optimizer.adamw.beta1", "optimizer.adamw.beta2"), "AdamW's two decays", _betas
     ),
-    "training.eps": Word(("optimizer.adamw.epsilon",), "AdamW's epsilon"),
-    "training.mixed_precision": Word(
+    "training.eps": Key(("optimizer.adamw.epsilon",), "AdamW's epsilon"),
+    "training.mixed_precision": Key(
         ("training.precision",), "bf16, fp16, fp8; no or fp32: none", _precision
     ),
-    "training.use_ddp": Word(
+    "training.use_ddp": Key(
         ("parallelism.world_size",),
         "false: one rank; true is how several ranks train anyway",
         _true_or_false,
     ),
-    "training.world_size": Word(
+    "training.world_size": Key(
         ("parallelism.world_size",), "ranks in all; null: as many as the launcher starts"
     ),
-    "checkpointing.save_steps": Word(("checkpoint.save_interval_steps",), "steps between saves"),
-    "checkpointing.save_total_limit": Word(("checkpoint.keep_last",), "checkpoints that stay"),
-    "checkpointing.output_dir": Word(("output_directory",), "the experiment's folder"),
-    "logging.log_steps": Word(("logging.interval_steps",), "steps between two log lines"),
-    "logging.eval_steps": Word(
+    "checkpointing.save_steps": Key(("checkpoint.save_interval_steps",), "steps between saves"),
+    "checkpointing.save_total_limit": Key(("checkpoint.keep_last",), "checkpoints that stay"),
+    "checkpointing.output_dir": Key(("output_directory",), "the experiment's folder"),
+    "logging.log_steps": Key(("logging.interval_steps",), "steps between two log lines"),
+    "logging.eval_steps": Key(
         ("training.validation_interval_steps",), "steps between validations; 0: never"
     ),
-    "logging.use_wandb": Word(
+    "logging.use_wandb": Key(
         ("logging.wandb_project",), "false: no Weights & Biases", _true_or_false
     ),
-    "logging.wandb_project": Word(("logging.wandb_project",), "the project there"),
-    "logging.wandb_run_name": Word(("logging.wandb_run_name",), "the run's name there"),
+    "logging.wandb_project": Key(("logging.wandb_project",), "the project there"),
+    "logging.wandb_run_name": Key(("logging.wandb_run_name",), "the run's name there"),
 }
-# Words that only make sense with others; `experiment_rules.py` gives their settings values.
+# Keys that only make sense with others; `experiment_rules.py` gives their settings values.
 TOGETHER = {
     "model.config_path",
     "model.from_scratch",
@@ -140,13 +140,13 @@ TOGETHER = {
     "logging.use_wandb",
     "logging.wandb_project",
 }
-SECTIONS = tuple(dict.fromkeys(key.partition(".")[0] for key in WORDS))
+SECTIONS = tuple(dict.fromkeys(key.partition(".")[0] for key in KEYS))
 OWN = "run"  # the section of settings in their own names
 
 
 def converted(key: str, value: Any) -> Mapping[str, Any]:
-    """The settings that the word gives a value by itself. Raises ValueError with the rule."""
-    word = WORDS[key]
-    if word.convert is not None:
-        return word.convert(value)
-    return {} if key in TOGETHER else dict.fromkeys(word.settings, value)
+    """The settings that the key gives a value by itself. Raises ValueError with the rule."""
+    entry = KEYS[key]
+    if entry.convert is not None:
+        return entry.convert(value)
+    return {} if key in TOGETHER else dict.fromkeys(entry.settings, value)

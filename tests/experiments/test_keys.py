@@ -1,4 +1,4 @@
-"""Experiment files: every word, what several say together, and errors in the file's words."""
+"""Experiment files: every key, what several say together, and errors in the file's keys."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from equilibrium_mcore.config import describe
 from equilibrium_mcore.config.errors import ConfigError
-from equilibrium_mcore.config.experiment_words import WORDS
+from equilibrium_mcore.config.experiment_keys import KEYS
 from equilibrium_mcore.config.load import load_run, load_run_config, save_config
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.config.yaml_io import read_mapping
@@ -125,21 +125,21 @@ def edited(file: Path, old: str, new: str) -> Path:
 def test_every_word_of_the_roadmap_is_a_setting(roadmap):
     config = load_run(roadmap)
     assert {key: setting(config, key) for key in WANTED} == WANTED
-    told = {f"{s}.{w}" for s, words in read_mapping(roadmap).items() for w in words}
-    assert {word for word in told if not word.startswith("run.")} <= WORDS.keys()
+    told = {f"{s}.{w}" for s, keys in read_mapping(roadmap).items() for w in keys}
+    assert {word for word in told if not word.startswith("run.")} <= KEYS.keys()
 
 
 def test_the_document_has_every_word():
     document = describe.EXPERIMENTS_DOCUMENT.read_text(encoding="utf-8")
     assert describe.up_to_date(document, describe.describe_words) == document, (
-        "docs/reference/experiment_files.md differs from the words: run "
+        "docs/reference/experiment_files.md differs from the keys: run "
         "`python -m equilibrium_mcore.config.describe`"
     )
-    assert all(f"| `{word}` |" in document for word in WORDS)
+    assert all(f"| `{word}` |" in document for word in KEYS)
 
 
 def test_settings_of_words_exist():
-    for name, word in WORDS.items():
+    for name, word in KEYS.items():
         for key in word.settings:
             section, _, inside = key.partition(".")
             assert section in RunConfig.model_fields, name
@@ -164,7 +164,7 @@ def test_templates_are_whole(stage, here, prepared, weights):
     config = load_run(file, overrides)
     assert config.stage == stage
     unread = read_mapping(file)
-    assert unread.keys() == {*(word.partition(".")[0] for word in WORDS), "run"}
+    assert unread.keys() == {*(word.partition(".")[0] for word in KEYS), "run"}
 
 
 def test_the_main_reads_an_experiment_file(roadmap, capsys):
