@@ -147,6 +147,9 @@ def make_twin(config: RunConfig, layouts: list[Layout], *, folder: Path) -> RunC
         steps=STEPS,
         epochs=None,
         stop_after_steps=None,
+        anomalies=None,  # every step is compared, sound or not
+        left_out=[],
+        compare_replicas=False,  # what a fault does to a replica is the certificate's to report
         frozen=[],  # names of the run's own layers, and what trains is compared
         precision="fp32",  # float64 inside, where the trace is sharp
         validation_interval_steps=0,

@@ -141,6 +141,23 @@ def data_lasts_the_run(subject: Subject) -> Iterator[str]:
         )
 
 
+@rule("data", "training")
+def samples_can_be_left_out(subject: Subject) -> Iterator[str]:
+    data, training = subject.config.data, subject.config.training
+    if data.type != "indexed" or data.order == "ledger":
+        return
+    asked = []
+    if training.left_out:
+        asked.append(f"training.left_out={[list(pair) for pair in training.left_out]}")
+    if training.anomalies is not None and training.anomalies.policy == "rollback":
+        asked.append("training.anomalies.policy=rollback")
+    for setting in asked:
+        yield (
+            f"{setting} with data.order={data.order!r}: that order is made for a fixed number of "
+            "samples, and none can take the place of one that is left out; set data.order: ledger"
+        )
+
+
 @rule("data")
 def ledger_settings_have_a_ledger(subject: Subject) -> Iterator[str]:
     data = subject.config.data

@@ -80,6 +80,8 @@ def sanity_config(
         steps=samples // 8,
         epochs=None,
         stop_after_steps=None,
+        anomalies=None,  # a check may make one
+        left_out=[],
         frozen=[],  # names of the run's own layers; the checks want a gradient everywhere
         precision="fp32",
         recompute="none",

@@ -331,6 +331,18 @@ CASES = [
         {"data.sources": CAPPED},
     ),
     (
+        "samples_can_be_left_out",
+        {"data.order": "megatron", "training.left_out": [[8, 4]]},
+        ["training.left_out=[[8, 4]]", "set data.order: ledger"],
+        {"training.left_out": [[8, 4]]},
+    ),
+    (
+        "samples_can_be_left_out",
+        {"data.order": "megatron", "training.anomalies": {"policy": "rollback"}},
+        ["training.anomalies.policy=rollback", "set data.order: ledger"],
+        {"data.order": "megatron", "training.anomalies": {"policy": "skip"}},
+    ),
+    (
         "sequence_length_divides",
         {"parallelism.context": 2, "training.sequence_length": 66},
         ["sequence_length=66", "context=2", "64 or 68"],
