@@ -7,7 +7,7 @@ from pathlib import Path
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.parallel.launch import RankInfo
 from equilibrium_mcore.processes.hangs import stacks_when_stuck
-from equilibrium_mcore.training.callbacks import build_callbacks
+from equilibrium_mcore.training.all_callbacks import build_callbacks
 from equilibrium_mcore.training.loop import train
 from equilibrium_mcore.training.run_folder import owned_run_folder
 from equilibrium_mcore.training.setup import setup, teardown

@@ -18,7 +18,8 @@ from tests.support.runs import tiny_run
 
 def _train_and_save(rank_info: RankInfo, config: RunConfig) -> None:
     """Steps 1 to 3, each saved, by one process."""
-    from equilibrium_mcore.training.callbacks import CheckpointCallback, LogCallback
+    from equilibrium_mcore.training.callbacks import LogCallback
+    from equilibrium_mcore.training.saving import CheckpointCallback
     from equilibrium_mcore.training.setup import setup, teardown
     from equilibrium_mcore.training.step import train_step
 

@@ -27,7 +27,8 @@ def _train(
     rank_info: RankInfo, config: RunConfig, *, steps: int, fault: str | None = None
 ) -> dict[str, Any]:
     """Train with the run's own callback; the first save's writer is stopped until the fault is."""
-    from equilibrium_mcore.training.callbacks import CheckpointCallback, LogCallback
+    from equilibrium_mcore.training.callbacks import LogCallback
+    from equilibrium_mcore.training.saving import CheckpointCallback
     from equilibrium_mcore.training.setup import setup, teardown
     from equilibrium_mcore.training.step import train_step
 

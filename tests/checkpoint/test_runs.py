@@ -18,7 +18,7 @@ from tests.support.runs import tiny_run
 
 def _train(rank_info: RankInfo, config: RunConfig) -> int:
     """A whole run, as the main job does it; the step at which it started."""
-    from equilibrium_mcore.training.callbacks import build_callbacks
+    from equilibrium_mcore.training.all_callbacks import build_callbacks
     from equilibrium_mcore.training.loop import train
     from equilibrium_mcore.training.setup import setup, teardown
 
@@ -72,7 +72,8 @@ def _save_spoilt(rank_info: RankInfo, config: RunConfig) -> dict[str, str]:
     """The errors of saves in which one number, of the last rank's state, is not finite."""
     import torch
 
-    from equilibrium_mcore.training.callbacks import CheckpointCallback, LogCallback
+    from equilibrium_mcore.training.callbacks import LogCallback
+    from equilibrium_mcore.training.saving import CheckpointCallback
     from equilibrium_mcore.training.setup import setup
 
     run = setup(config, rank_info)

@@ -24,7 +24,8 @@ def tables(rank_info, config, steps: int, save: bool = False) -> dict[str, Any]:
     """This rank's rows of the tables as loaded, and losses of steps from there."""
 
     from equilibrium_mcore.optim.parameters import layout_free_names
-    from equilibrium_mcore.training.callbacks import CheckpointCallback, LogCallback
+    from equilibrium_mcore.training.callbacks import LogCallback
+    from equilibrium_mcore.training.saving import CheckpointCallback
     from equilibrium_mcore.training.setup import setup, teardown
     from equilibrium_mcore.training.step import train_step
 

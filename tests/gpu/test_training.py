@@ -79,7 +79,8 @@ def train(config, *, steps: int, folder: Path, save: bool = False) -> dict[str, 
     """Train, on one rank; the losses, and the weights at the end, on the CPU."""
     from equilibrium_mcore.certify.kernels import weights
     from equilibrium_mcore.data.blend import Datasets
-    from equilibrium_mcore.training.callbacks import CheckpointCallback, LogCallback
+    from equilibrium_mcore.training.callbacks import LogCallback
+    from equilibrium_mcore.training.saving import CheckpointCallback
     from equilibrium_mcore.training.setup import run_alone
     from equilibrium_mcore.training.step import train_step
 

@@ -42,7 +42,8 @@ def train_and_compare(rank_info: RankInfo, config: RunConfig, folder: Path) -> d
     from equilibrium_mcore.hugging_face.convert import write_model
     from equilibrium_mcore.hugging_face.live import LiveTensors
     from equilibrium_mcore.hugging_face.reader import CheckpointReader
-    from equilibrium_mcore.training.callbacks import CheckpointCallback, LogCallback
+    from equilibrium_mcore.training.callbacks import LogCallback
+    from equilibrium_mcore.training.saving import CheckpointCallback
     from equilibrium_mcore.training.setup import setup, teardown
     from equilibrium_mcore.training.step import train_step
 

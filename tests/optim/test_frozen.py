@@ -32,7 +32,8 @@ def observed(rank_info, config, steps: int, save: bool = False) -> dict[str, Any
     """Train; what was seen on this rank, weights as bytes by name."""
 
     from equilibrium_mcore.optim.parameters import layout_free_names
-    from equilibrium_mcore.training.callbacks import CheckpointCallback, LogCallback
+    from equilibrium_mcore.training.callbacks import LogCallback
+    from equilibrium_mcore.training.saving import CheckpointCallback
     from equilibrium_mcore.training.setup import setup, teardown
     from equilibrium_mcore.training.step import train_step
 

@@ -54,7 +54,8 @@ def _update_given_gradients(
     """Three updates from the initial weights, with gradients made of two checkpoints; saved."""
     from equilibrium_mcore.checkpoint.sharded import load_weights
     from equilibrium_mcore.optim.optimizer import HybridOptimizer
-    from equilibrium_mcore.training.callbacks import CheckpointCallback, LogCallback
+    from equilibrium_mcore.training.callbacks import LogCallback
+    from equilibrium_mcore.training.saving import CheckpointCallback
     from equilibrium_mcore.training.setup import setup, teardown
 
     run = setup(config, rank_info)
@@ -171,7 +172,8 @@ def test_a_curve_is_the_same_in_every_layout(updates, ranks, data, tmp_path, nam
 
 def _state_values(rank_info: RankInfo, config: RunConfig, steps: int, save: bool) -> dict[str, Any]:
     """Resume if there is something, train, save; losses, and sums over the optimizer's state."""
-    from equilibrium_mcore.training.callbacks import CheckpointCallback, LogCallback
+    from equilibrium_mcore.training.callbacks import LogCallback
+    from equilibrium_mcore.training.saving import CheckpointCallback
     from equilibrium_mcore.training.setup import setup, teardown
     from equilibrium_mcore.training.step import train_step, validation_loss
 

@@ -107,7 +107,8 @@ def train_steps(
     rank_info: RankInfo, config: RunConfig, steps: int, save: bool = False
 ) -> dict[str, Any]:
     """Set up, resume if there is something, train `steps` steps; what was seen."""
-    from equilibrium_mcore.training.callbacks import CheckpointCallback, LogCallback
+    from equilibrium_mcore.training.callbacks import LogCallback
+    from equilibrium_mcore.training.saving import CheckpointCallback
     from equilibrium_mcore.training.setup import setup, teardown
     from equilibrium_mcore.training.step import train_step
 

@@ -80,7 +80,7 @@ EXPERTS = {**MODEL, "moe": {**MODEL["moe"], "score_function": "sigmoid", "expert
 def _train(rank_info: RankInfo, config: RunConfig, *, bad: int | None, what: str) -> Any:
     """The run's own loop and callbacks; the data of step `bad` is damaged when it is read."""
     from equilibrium_mcore.training import step as step_module
-    from equilibrium_mcore.training.callbacks import build_callbacks
+    from equilibrium_mcore.training.all_callbacks import build_callbacks
     from equilibrium_mcore.training.loop import Callback, train
     from equilibrium_mcore.training.setup import setup, teardown
 

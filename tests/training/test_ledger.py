@@ -40,7 +40,7 @@ def train_and_note(rank_info: RankInfo, config: RunConfig, killed_at: int | None
 
     With `killed_at`, all ranks end after that step as if killed. Returns the step it began at.
     """
-    from equilibrium_mcore.training.callbacks import build_callbacks
+    from equilibrium_mcore.training.all_callbacks import build_callbacks
     from equilibrium_mcore.training.loop import Callback, train
     from equilibrium_mcore.training.setup import setup, teardown
 

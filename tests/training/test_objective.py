@@ -20,7 +20,8 @@ def gradients(
     """The first step's loss, and every gradient that this rank owns, by parameter name."""
     from equilibrium_mcore.certify.tokens import made_up_datasets
     from equilibrium_mcore.certify.whole import pieces_of
-    from equilibrium_mcore.training.callbacks import CheckpointCallback, LogCallback
+    from equilibrium_mcore.training.callbacks import LogCallback
+    from equilibrium_mcore.training.saving import CheckpointCallback
     from equilibrium_mcore.training.setup import setup, teardown
     from equilibrium_mcore.training.step import train_step
 

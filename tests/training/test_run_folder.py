@@ -69,7 +69,7 @@ def test_a_second_run_is_refused_and_a_killed_ones_folder_is_free_at_once(data, 
 
 def train_until_taken_over(rank_info, config) -> None:
     """A run whose lock another host takes after the first step; it is to save at the second."""
-    from equilibrium_mcore.training.callbacks import build_callbacks
+    from equilibrium_mcore.training.all_callbacks import build_callbacks
     from equilibrium_mcore.training.loop import Callback, train
     from equilibrium_mcore.training.setup import setup
 

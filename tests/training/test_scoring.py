@@ -134,7 +134,8 @@ def config_of(data: dict, folder: Path, layout: dict, weights: str | None = None
 def train_and_save(rank_info: RankInfo, config: RunConfig) -> None:
     """Some steps, so that routers have a bias, and a checkpoint."""
     from equilibrium_mcore.certify.tokens import made_up_datasets
-    from equilibrium_mcore.training.callbacks import CheckpointCallback, LogCallback
+    from equilibrium_mcore.training.callbacks import LogCallback
+    from equilibrium_mcore.training.saving import CheckpointCallback
     from equilibrium_mcore.training.setup import setup, teardown
     from equilibrium_mcore.training.step import train_step
 
@@ -285,8 +286,9 @@ def compare_weights(rank_info: RankInfo, config: RunConfig, other: Path) -> dict
     """Scores with all the weights that a run can have, before and after some steps."""
     from equilibrium_mcore.certify.tokens import made_up_datasets
     from equilibrium_mcore.parallel.random_states import random_states
-    from equilibrium_mcore.training.callbacks import CheckpointCallback, LogCallback
+    from equilibrium_mcore.training.callbacks import LogCallback
     from equilibrium_mcore.training.frozen import load_frozen
+    from equilibrium_mcore.training.saving import CheckpointCallback
     from equilibrium_mcore.training.scoring import log_probabilities
     from equilibrium_mcore.training.setup import setup, teardown
     from equilibrium_mcore.training.step import train_step

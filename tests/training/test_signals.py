@@ -41,7 +41,7 @@ PLACES = {  # where a run is held, and whether that is in its ranks
     "joining": "equilibrium_mcore.parallel.process_groups.initialize_groups",
     "building the data": "equilibrium_mcore.training.setup.build_run_datasets",
     "building the model": "equilibrium_mcore.training.setup.build_chunks",
-    "before the loop": "equilibrium_mcore.training.callbacks.build_callbacks",
+    "before the loop": "equilibrium_mcore.training.all_callbacks.build_callbacks",
 }
 
 
