@@ -53,11 +53,12 @@ class SourcePlan:
 
 @dataclass(frozen=True)
 class MixturePlan:
-    """All datasets' parts."""
+    """All datasets' parts. `notes`: what their filters say of the files that they were built of."""
 
     mixture: MixtureConfig
     sources: list[SourcePlan]
     total: int | None
+    notes: list[str] = field(default_factory=list)
 
     def text(self) -> str:
         """A table of the plan, and its arithmetic."""
@@ -75,6 +76,7 @@ class MixturePlan:
         head = ("dataset", "mix_ratio", "share", unit, "to take", "estimate", "epochs", "source")
         lines.append(terminal_table(head, map(_row, self.sources), align="lrrrrrrl"))
         lines += [_sampling_line(s.dataset) for s in self.sources if _sampling_line(s.dataset)]
+        lines += self.notes
         return "\n".join(lines)
 
 
@@ -98,9 +100,10 @@ def open_sources(plan: MixturePlan, *, ask_hub: bool) -> MixturePlan:
     when all local sources are good, since that may download.
     """
     problems: list[str] = []
+    notes: list[str] = []
     tokenizer = _tokenizer(plan.mixture, problems)
     if not problems:
-        problems += _filter_problems(plan.mixture.datasets, tokenizer)
+        problems += _filter_problems(plan.mixture.datasets, tokenizer, notes)
     opened = {source.dataset.name: source for source in plan.sources}
     for wanted in (False, True):
         for source in plan.sources:
@@ -112,7 +115,7 @@ def open_sources(plan: MixturePlan, *, ask_hub: bool) -> MixturePlan:
                 problems.append(str(error))
     if problems:
         raise ConfigError(dict.fromkeys(problems), source=plan.mixture.name)
-    return MixturePlan(plan.mixture, list(opened.values()), plan.total)
+    return MixturePlan(plan.mixture, list(opened.values()), plan.total, notes)
 
 
 def check_disk(plan: MixturePlan, output: Path, *, bytes_per_token: int) -> str:
@@ -163,11 +166,15 @@ def _tokenizer(mixture: MixtureConfig, problems: list[str]) -> Tokenizer | None:
         return None
 
 
-def _filter_problems(datasets: Iterable[DatasetConfig], tokenizer: Tokenizer | None) -> list[str]:
+def _filter_problems(
+    datasets: Iterable[DatasetConfig], tokenizer: Tokenizer | None, notes: list[str]
+) -> list[str]:
+    """What keeps filters from being built; `notes` gets what those that were built say."""
     problems = []
     for place, dataset in enumerate(datasets):
         try:
-            build_filters(dataset.filters, tokenizer=tokenizer)
+            chain = build_filters(dataset.filters, tokenizer=tokenizer)
+            notes += [f"{dataset.name}: {note}" for note in chain.notes()]
         except ConfigError as error:
             problems += [f"datasets.{place}.{text} ({dataset.name})" for text in error.problems]
     return problems

@@ -42,7 +42,7 @@ from equilibrium_mcore.files.whole import whole_file, write_whole
 SHARD_CHARACTERS = 16 << 20
 SHARD_ROWS = 50_000
 CHANGES_TURNS = ("pii_removal",)  # filters that are applied to every turn by itself
-FORMAT_VERSION = 1  # raise it when the same rows would give other shards
+FORMAT_VERSION = 2  # raise it when the same rows would give other shards
 
 
 @dataclass(frozen=True)
