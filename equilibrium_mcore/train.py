@@ -18,10 +18,19 @@ from equilibrium_mcore.training.run_folder import check_run_folder
 def main(arguments: list[str]) -> int:
     """Check the config, then run its stage in every rank; the exit status."""
     try:
-        return run_stage(load_run_config(arguments, host=describe_host()))
+        return run_stage(
+            load_run_config(arguments, host=describe_host(), also_check=tell_of_the_export)
+        )
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
+
+
+def tell_of_the_export(config: RunConfig) -> None:
+    """Say on stderr what an export will make of the run's tokenizer."""
+    from equilibrium_mcore.hugging_face.tokenizer_check import print_tokenizer_notes
+
+    print_tokenizer_notes(config, sys.stderr)
 
 
 def run_stage(config: RunConfig) -> int:

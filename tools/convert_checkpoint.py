@@ -47,11 +47,13 @@ def main() -> int:
                 bar.update(done - bar.n)
 
             report = export_hugging_face(checkpoint, output, progress=show, **options)
+        print(*report.notes, sep="\n", end="\n" if report.notes else "")
         weights = report.weights
         print(f"{report.checkpoint} -> {report.directory}: {weights.parameters:,} parameters")
         print(f"{weights.bytes / 1e6:,.1f} MB of {weights.dtype} in {weights.files} file(s)")
         if verify:
-            difference = verify_export(report.checkpoint, report.directory)
+            main = options["main_weights"]
+            difference = verify_export(report.checkpoint, report.directory, main_weights=main)
             print(f"verified: logits differ from Megatron's by at most {difference:.1e}")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -25,12 +25,14 @@ def main() -> int:
     add("--input", type=user_path, nargs="+", required=True, help="prefixes, in this order")
     add("--output-prefix", type=user_path, required=True, help="path without .bin")
     add("--overwrite", action="store_true", help="replace an existing dataset")
+    add("--allow-repeats", action="store_true", help="the same data may come more than once")
     options = parser.parse_args()
     try:
         header = merge_datasets(
             prefixes=options.input,
             output_prefix=options.output_prefix,
             overwrite=options.overwrite,
+            allow_repeats=options.allow_repeats,
         )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -23,6 +23,7 @@ from equilibrium_mcore.config.yaml_io import to_yaml
 from equilibrium_mcore.experiments.start import ExperimentNames, load_named_run, start
 from equilibrium_mcore.files.paths import user_path
 from equilibrium_mcore.parallel.host import describe_host
+from equilibrium_mcore.train import tell_of_the_export
 
 
 def main() -> int:
@@ -54,6 +55,7 @@ def main() -> int:
         if not check:
             return start(config, sys.argv)
         sys.stdout.write(to_yaml(config.model_dump(mode="json")))
+        tell_of_the_export(config)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

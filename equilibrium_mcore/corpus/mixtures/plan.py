@@ -20,10 +20,13 @@ from equilibrium_mcore.corpus.mixtures.documents import (
 )
 from equilibrium_mcore.corpus.mixtures.parts import BadRowError, SourcePart
 from equilibrium_mcore.corpus.mixtures.readers import is_hub, local_files, parts_of, rows_of
+from equilibrium_mcore.data.repeats import same_text, same_values
 from equilibrium_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from equilibrium_mcore.files.tables import terminal_table
 
 PROBED_ROWS = 20
+MOST_PROBED_ROWS = 1000  # with --skip-bad-rows, up to the first good one
+HUB_KEYS = ("source", "subset", "revision", "data_files", "splits")
 CHARACTERS_PER_TOKEN = 3  # for the disk alone, and low: more tokens need more room
 # Held-out documents are not of average length; so much more is taken, lest training lack it.
 SURPLUS = 0.01
@@ -93,7 +96,7 @@ def make_plan(mixture: MixtureConfig) -> MixturePlan:
     return MixturePlan(mixture, sources, total)
 
 
-def open_sources(plan: MixturePlan, *, ask_hub: bool) -> MixturePlan:
+def open_sources(plan: MixturePlan, *, ask_hub: bool, skip_bad_rows: bool = False) -> MixturePlan:
     """The plan with files and parts, each source's first rows read as the work will read them.
 
     Raises ConfigError with every problem: tokenizer, filters, files, fields. The Hub is asked only
@@ -110,9 +113,11 @@ def open_sources(plan: MixturePlan, *, ask_hub: bool) -> MixturePlan:
             if source.hub != wanted or (wanted and (problems or not ask_hub)):
                 continue
             try:
-                opened[source.dataset.name] = _open(source, plan.mixture.kind)
+                opened[source.dataset.name] = _open(source, plan.mixture.kind, skip_bad_rows)
             except (OSError, ValueError, ImportError) as error:
                 problems.append(str(error))
+    if not plan.mixture.allow_repeated_sources:
+        problems += _repeated(opened.values())
     if problems:
         raise ConfigError(dict.fromkeys(problems), source=plan.mixture.name)
     return MixturePlan(plan.mixture, list(opened.values()), plan.total, notes)
@@ -180,13 +185,28 @@ def _filter_problems(
     return problems
 
 
-def _open(source: SourcePlan, kind: Kind) -> SourcePlan:
+def _repeated(sources: Iterable[SourcePlan]) -> list[str]:
+    """A problem for each pair of datasets that read the same, by content and not by name."""
+    hub, local = {}, []
+    for source in sources:
+        dataset = source.dataset
+        if source.hub:
+            hub[dataset.name] = tuple(str(getattr(dataset, key)) for key in HUB_KEYS)
+        for entry in [] if source.hub else source.inputs:
+            local += [(dataset.name, file) for file in _files_in(Path(entry["path"]))]
+    return [
+        f"{pair} read the same data: leave one out, or say that it is meant with "
+        f"allow_repeated_sources: true"
+        for pair in [*same_values(hub), *same_text(local)]
+    ]
+
+
+def _open(source: SourcePlan, kind: Kind, skip_bad_rows: bool) -> SourcePlan:
     dataset = source.dataset
     parts = parts_of(dataset)
-    _probe(dataset, kind, parts)
+    _probe(dataset, kind, parts, skip_bad_rows)
     if source.hub:
-        keys = ("source", "subset", "revision", "data_files", "splits", "streaming")
-        where = {key: getattr(dataset, key) for key in keys}
+        where = {key: getattr(dataset, key) for key in (*HUB_KEYS, "streaming")}
         inputs = [{**where, "path": dataset.source, "bytes": 0, "parts": len(parts)}]
     else:
         inputs = [_facts(path) for path in local_files(dataset)]
@@ -194,8 +214,7 @@ def _open(source: SourcePlan, kind: Kind) -> SourcePlan:
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    states = [file.stat() for file in files]
+    states = [file.stat() for file in _files_in(path)]
     return {
         "path": str(path),
         "bytes": sum(state.st_size for state in states),
@@ -203,28 +222,53 @@ def _facts(path: Path) -> dict[str, Any]:
     }
 
 
-def _probe(dataset: DatasetConfig, kind: Kind, parts: list[SourcePart]) -> None:
-    """Read the first rows; raises ValueError when there are none, or a field is not there."""
-    seen = 0
-    for part in parts:
-        for place, row in rows_of(dataset, part):
-            if not isinstance(row, BadRowError):
-                try:
-                    to_document(kind, dataset, row)
-                    if dataset.sampling.method != "uniform":
-                        number_of(row, str(dataset.sampling.field))
-                except SkippedRowError:
-                    pass
-                except RowError as error:
-                    raise ValueError(
-                        f"{dataset.name}: {place}: {error}. Correct text_field, text_template, "
-                        f"columns or sampling.field of the dataset"
-                    ) from None
-            seen += 1
-            if seen == PROBED_ROWS:
-                return
+def _files_in(path: Path) -> list[Path]:
+    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+
+
+def _probe(
+    dataset: DatasetConfig, kind: Kind, parts: list[SourcePart], skip_bad_rows: bool
+) -> None:
+    """Read the first rows; raises ValueError when there are none, or one is no document.
+
+    With `skip_bad_rows` they are read up to one that is a document: settings that fit no row are
+    told now all the same.
+    """
+    seen, first_bad, good = 0, "", False
+    for place, row in (pair for part in parts for pair in rows_of(dataset, part)):
+        if seen >= (PROBED_ROWS if good or not skip_bad_rows else MOST_PROBED_ROWS):
+            break
+        seen += 1
+        problem = _problem_of(dataset, kind, row)
+        good = good or not problem
+        first_bad = first_bad or (f"{place}: {problem}" if problem else "")
+        if problem and not skip_bad_rows:
+            raise ValueError(
+                f"{dataset.name}: {first_bad}, or leave such rows out with --skip-bad-rows"
+            )
     if not seen:
         raise ValueError(f"{dataset.name}: source {dataset.source} is empty: it has no row to read")
+    if not good:
+        raise ValueError(
+            f"{dataset.name}: none of the first {seen:,} rows is a document, the first: {first_bad}"
+        )
+
+
+def _problem_of(dataset: DatasetConfig, kind: Kind, row: Any) -> str:
+    """What keeps a row from being a document, and what to do; empty for one that is."""
+    if isinstance(row, BadRowError):
+        return f"{row}. Repair the row"
+    try:
+        to_document(kind, dataset, row)
+        if dataset.sampling.method != "uniform":
+            number_of(row, str(dataset.sampling.field))
+    except SkippedRowError:
+        pass
+    except RowError as error:
+        return (
+            f"{error}. Correct text_field, text_template, columns or sampling.field of the dataset"
+        )
+    return ""
 
 
 def _row(source: SourcePlan) -> tuple[str, ...]:
