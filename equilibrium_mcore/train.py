@@ -24,10 +24,20 @@ def main(arguments: list[str], *, program: str | None = None) -> int:
     for settings that cannot be; 1 where a rank failed. `program` is what `--help` calls this.
     """
     try:
-        return run_stage(load_run_config(arguments, host=describe_host(), program=program))
+        config = load_run_config(
+            arguments, host=describe_host(), program=program, also_check=tell_of_the_export
+        )
+        return run_stage(config)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
+
+
+def tell_of_the_export(config: RunConfig) -> None:
+    """Say on stderr what an export will make of the run's tokenizer."""
+    from equilibrium_mcore.hugging_face.tokenizer_check import print_tokenizer_notes
+
+    print_tokenizer_notes(config, sys.stderr)
 
 
 def run_stage(config: RunConfig) -> int:

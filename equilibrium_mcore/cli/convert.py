@@ -50,7 +50,9 @@ def run(options: argparse.Namespace) -> None:
         report = export_hugging_face(checkpoint, output, progress=show, **given)
     weights = report.weights
     print(f"{report.checkpoint} -> {report.directory}: {weights.parameters:,} parameters")
+    print(*report.notes, sep="\n", end="\n" if report.notes else "")
     print(f"{weights.bytes / 1e6:,.1f} MB of {weights.dtype} in {weights.files} file(s)")
     if verify:
-        difference = verify_export(report.checkpoint, report.directory)
+        main = given["main_weights"]
+        difference = verify_export(report.checkpoint, report.directory, main_weights=main)
         print(f"verified: logits differ from Megatron's by at most {difference:.1e}")

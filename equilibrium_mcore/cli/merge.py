@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--input", type=user_path, nargs="+", required=True, help="prefixes, in this order")
     add("--output-prefix", type=user_path, required=True, help="path without .bin")
+    add("--allow-repeats", action="store_true", help="the same data may come more than once")
     add("--overwrite", action="store_true", help="replace an existing dataset")
 
 
@@ -30,5 +31,6 @@ def run(options: argparse.Namespace) -> None:
         prefixes=options.input,
         output_prefix=options.output_prefix,
         overwrite=options.overwrite,
+        allow_repeats=options.allow_repeats,
     )
     print(f"{options.output_prefix}: {header.documents:,} documents, {header.tokens:,} tokens")

@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer-type", choices=types, required=needed)
     add("--tokenizer-model", type=user_path, required=needed, help=".model, tokenizer.json, folder")
     add("--end-of-document", help="the token that ends a document; default: the end of text")
+    add("--space-mark", choices=("kept", "space"), default="kept", help="SentencePiece: U+2581")
     add("--append-eod", action="store_true", help="end each document with that token")
     add("--workers", type=int, help="processes; default: every core that it may use")
     add("--encoder", choices=("auto", "fast", "plain"), default="auto", help="auto: fast if exact")
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--partition", type=int, help="make only part K of N, from 1: one host's share")
     add("--skip-bad-lines", action="store_true", help="leave out lines that are no documents")
     add("--overwrite", action="store_true", help="replace an existing dataset")
+    add("--allow-repeats", action="store_true", help="a file may be given more than once")
     add("--restart", action="store_true", help="forget what a stopped run left, do not resume")
     add("--verify", type=user_path, nargs="+", metavar="PREFIX", help="only check these datasets")
 
@@ -48,8 +50,9 @@ def run(options: argparse.Namespace) -> int:
     given = vars(options)
     if (prefixes := given.pop("verify")) is not None:
         return 0 if verify_datasets(prefixes) else FAILED
-    kind, model, eod = map(given.pop, ("tokenizer_type", "tokenizer_model", "end_of_document"))
-    tokenizer = TokenizerConfig(type=kind, model=model, end_of_document=eod)
+    names = {"tokenizer_type": "type", "tokenizer_model": "model"}
+    names |= {name: name for name in ("end_of_document", "space_mark")}
+    tokenizer = TokenizerConfig(**{names[key]: given.pop(key) for key in names})
     done = preprocess_in_partitions(inputs=given.pop("input"), tokenizer=tokenizer, **given)
     print(done.text())
     return 0

@@ -54,11 +54,13 @@ def run(options: argparse.Namespace) -> int:
     from equilibrium_mcore.config.yaml_io import to_yaml
     from equilibrium_mcore.experiments.start import ExperimentNames, load_named_run, start
     from equilibrium_mcore.parallel.host import describe_host
+    from equilibrium_mcore.train import tell_of_the_export
 
     given = vars(options)
     check, changes = given.pop("check"), given.pop("overrides")
     host = None if check else describe_host()
     config = load_named_run(ExperimentNames(**given), changes, host=host)
+    tell_of_the_export(config)
     if not check:
         return start(config, command_line())
     sys.stdout.write(to_yaml(config.model_dump(mode="json")))

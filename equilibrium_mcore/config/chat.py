@@ -73,6 +73,11 @@ class ConversationsConfig(Section):
     name: str = setting(doc="what the data is called")
     tokenizer: TokenizerConfig = setting(doc="the tokenizer of the model")
     sources: list[ConversationSourceConfig] = setting(doc="the sets", min_length=1)
+    allow_repeated_sources: bool = setting(
+        False,
+        "true: several sources may hold the same data, which then counts once for each; false: "
+        "that is refused, whatever they are called",
+    )
     template: TemplateChoice = setting(
         "chatml", "chat template: a built-in one, or {jinja: FILE} for your own"
     )

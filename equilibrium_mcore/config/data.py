@@ -26,6 +26,11 @@ class TokenizerConfig(Section):
     end_of_document: str | None = setting(
         None, "the token that ends a document; null: the tokenizer's own end of text"
     )
+    space_mark: Literal["kept", "space"] = setting(
+        "kept",
+        "SentencePiece: U+2581 in a text, with which it writes a space inside. kept: as its bytes, "
+        "so that it comes back as itself; space: as the sentencepiece library does, a space",
+    )
 
 
 class SourceConfig(Section):
@@ -48,6 +53,11 @@ class DataConfig(Section):
     sources: list[SourceConfig] = setting(doc="the datasets", min_length=1)
     split: str = setting(
         "98,1,1", "shares of documents for train, validation and test, e.g. 98,1,1"
+    )
+    allow_repeated_sources: bool = setting(
+        False,
+        "true: several sources may hold the same data, which then counts once for each; false: "
+        "that is refused, whatever they are called",
     )
     order: Literal["ledger", "megatron"] = setting(
         "ledger",

@@ -28,11 +28,16 @@ from equilibrium_mcore.config.yaml_io import parse_yaml
 
 HeuristicRules = Literal["gopher_quality", "gopher_repetition", "c4", "fineweb"]
 PersonalDataKind = Literal["email", "ip_address", "phone", "credit_card"]
+Ignored = Literal["case", "numbers", "punctuation", "accents"]
 
 _ENABLED = "false: the filter is left out"
 _WORDS = (
     "how text is cut into words and sentences: `unicode` needs nothing; a language code of "
     "datatrove (e.g. eng, zho) takes its tokenizer for that language, which needs spaCy or another"
+)
+_IGNORED = (
+    "what does not count when texts are compared: case, numbers (each is 0: for prose alone, since "
+    "sums become one), punctuation, accents"
 )
 
 
@@ -246,7 +251,10 @@ class DeduplicationConfig(Section):
     )
     normalize: Literal["none", "whitespace", "simplified"] = setting(
         "whitespace",
-        "exact: what is made equal first; simplified is case, digits, punctuation and accents too",
+        "exact: what is made equal first; simplified: white space, and what `ignore` names",
+    )
+    ignore: list[Ignored] = setting(
+        ["case", "punctuation", "accents"], f"minhash, simhash, exact with simplified: {_IGNORED}"
     )
     shingle_words: PositiveInt = setting(5, "minhash: words of an n-gram")
     bands: PositiveInt = setting(14, "minhash: bands; one equal band is a duplicate")
@@ -269,7 +277,11 @@ class DecontaminationConfig(Section):
     fields: list[str] = setting(
         ["text"], "keys of the references that hold text; a line needs one of them", min_length=1
     )
-    ngram_words: PositiveInt = setting(13, "words of an n-gram, after simplifying the text")
+    ignore: list[Ignored] = setting(["case", "punctuation", "accents"], _IGNORED)
+    ngram_words: PositiveInt = setting(
+        13,
+        "words of an n-gram; a character of a script without spaces (Chinese, Thai) is a word",
+    )
     min_words: PositiveInt = setting(
         8, "a shorter reference is looked for as a whole if it has so many words, else left out"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +55,18 @@ def usage(program: str) -> str:
 
 
 def load_run_config(
-    arguments: Sequence[str], *, host: Host | None = None, program: str | None = None
+    arguments: Sequence[str],
+    *,
+    host: Host | None = None,
+    program: str | None = None,
+    also_check: Callable[[RunConfig], object] = lambda config: None,
 ) -> RunConfig:
     """The run that the command line `RUN.yaml [key=value ...]` asks for.
 
     Under a launcher (torchrun, srun) its number of ranks is checked too, and so is what `host`
     has, if that is given. Raises ConfigError with every problem; `--help` and `--check` print and
     raise SystemExit(0). `--check` does not ask what this host has: a run for a cluster can be
-    checked on a laptop.
+    checked on a laptop; what is no matter of settings is left to `also_check`.
     """
     if any(argument in ("-h", "--help") for argument in arguments):
         print(usage(program or command("run")))
@@ -88,6 +92,7 @@ def load_run_config(
     config = load_run(paths[0], overrides, world_size=world_size, host=None if check_only else host)
     if check_only:
         sys.stdout.write(to_yaml(config.model_dump(mode="json")))
+        also_check(config)
         raise SystemExit(0)
     return config
 

@@ -154,6 +154,11 @@ class MixtureConfig(Section):
     datasets: list[DatasetConfig] = setting(
         doc="the datasets, in the order of deduplication", min_length=1
     )
+    allow_repeated_sources: bool = setting(
+        False,
+        "true: several datasets may read the same files (other fields or filters of them, say); "
+        "false: that is refused, whatever they are called",
+    )
     validation: ValidationConfig = ValidationConfig()
 
     @property

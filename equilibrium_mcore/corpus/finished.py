@@ -45,7 +45,7 @@ def find_finished(prefixes: dict[str, Path], request: Request) -> dict[str, Mani
         manifest = _manifest_of(prefix)
         differences = ["no manifest says what it is"]
         if manifest is not None:
-            differences = _differences(prefix, manifest, request)
+            differences = differences_from(prefix, manifest, request)
         if differences:
             raise refusal(existing, "; ".join(differences[:4]))
         found[key] = manifest
@@ -67,7 +67,8 @@ def _manifest_of(prefix: Path) -> Manifest | None:
     return read_manifest(prefix)
 
 
-def _differences(prefix: Path, manifest: Manifest, request: Request) -> list[str]:
+def differences_from(prefix: Path, manifest: Manifest, request: Request) -> list[str]:
+    """What the dataset was made of that the request is not: all that a journal compares."""
     pairs = {
         "its tokenizer's SHA-256": (manifest.tokenizer_sha256[:16], request.tokenizer_sha256[:16]),
         "its end-of-document id": (manifest.eod, request.eod),
@@ -82,7 +83,9 @@ def _differences(prefix: Path, manifest: Manifest, request: Request) -> list[str
     for entry, item in zip(manifest.inputs, request.inputs, strict=False):
         if (entry["path"], entry["bytes"]) != (str(item.path), item.size):
             texts.append(f"{entry['path']} with {entry['bytes']:,} bytes was an input")
-        elif item.modified_ns > made_ns:
+        elif entry.get("modified_ns", item.modified_ns) != item.modified_ns:
+            texts.append(f"{item.path} is another file than it was, or was changed")
+        elif item.modified_ns > made_ns:  # of a version that did not note the time
             texts.append(f"{item.path} was changed after it")
     if manifest.skipped_lines and not request.skip_bad_lines:
         texts.append(f"{manifest.skipped_lines:,} bad lines were left out by --skip-bad-lines")

@@ -6,6 +6,7 @@ What is read is compared with the parts' hashes, so that damage is not merged un
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from equilibrium_mcore.data.indexed_files import (
     Manifest,
     dataset_paths,
     document_lengths,
+    fingerprint,
     read_header,
     read_manifest,
 )
@@ -38,13 +40,17 @@ TOKEN_BLOCK_BYTES = 8 << 20
 
 
 def merge_datasets(
-    *, prefixes: Sequence[Path], output_prefix: Path, overwrite: bool = False
+    *,
+    prefixes: Sequence[Path],
+    output_prefix: Path,
+    overwrite: bool = False,
+    allow_repeats: bool = False,
 ) -> IndexHeader:
     """Write `<output_prefix>.{bin,idx}`, and the manifest where every part has one.
 
     If the merged dataset is there already, that is all. Raises FileNotFoundError, FileExistsError,
     and ValueError for parts that are damaged or do not fit together: another token type, another
-    tokenizer.
+    tokenizer, or, unless `allow_repeats`, the same data twice.
     """
     if not prefixes:
         raise ValueError("--input names no dataset")
@@ -53,6 +59,8 @@ def merge_datasets(
     headers = [read_header(prefix, may_be_empty=True) for prefix in prefixes]
     manifests = [read_manifest(prefix) for prefix in prefixes]
     _check_fit(prefixes, headers, manifests)
+    if not allow_repeats:
+        _refuse_repeats(prefixes, headers)
     if publication_cut_short(output_prefix):
         complete_publication(output_prefix)
     if not overwrite and _is_merged(prefixes, headers, output_prefix):
@@ -92,6 +100,19 @@ def _check_fit(
                     f"{prefix} and {known[0][0]} differ in their {words}: {other!r} and "
                     f"{first!r}. Merge datasets of one kind, or make one of them again"
                 )
+
+
+def _refuse_repeats(prefixes: Sequence[Path], headers: Sequence[IndexHeader]) -> None:
+    first: dict[str, Path] = {}
+    for prefix, header in zip(prefixes, headers, strict=True):
+        if not header.tokens:
+            continue
+        known = first.setdefault(fingerprint(prefix, header), prefix)
+        if known is not prefix:
+            raise ValueError(
+                f"--input: {prefix} and {known} hold the same data, which would come twice: name "
+                f"one of them, or say that it is meant with --allow-repeats"
+            )
 
 
 def _append(
@@ -149,10 +170,13 @@ def _same_bytes(one: Iterator[bytes], other: Iterator[bytes]) -> bool:
 
 def _joined(manifests: Sequence[Manifest]) -> Manifest:
     """The manifest of all: sums, and each input once with the lines of all parts."""
-    inputs: dict[str, dict[str, Any]] = {}
+    inputs: dict[tuple[str, int], dict[str, Any]] = {}
     for manifest in manifests:
+        times: Counter[str] = Counter()  # a file may be an input more than once
         for entry in manifest.inputs:
-            seen = inputs.setdefault(entry["path"], {**entry, "lines": 0})
+            times[entry["path"]] += 1
+            key = entry["path"], times[entry["path"]]
+            seen = inputs.setdefault(key, {**entry, "lines": 0})
             seen["lines"] += entry["lines"]
     return replace(
         manifests[0],

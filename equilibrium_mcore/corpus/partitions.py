@@ -15,10 +15,11 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from equilibrium_mcore.corpus.finished import Request, find_finished
+from equilibrium_mcore.corpus.finished import Request, differences_from, find_finished
 from equilibrium_mcore.corpus.indexed_writer import (
     complete_publication,
     publication_cut_short,
@@ -66,19 +67,17 @@ def preprocess_in_partitions(
     overwrite = settings.get("overwrite", False)
     prefixes = output_prefixes(output, keys)
     request = _request(settings)
-    inputs = [[str(item.path), item.size] for item in request.inputs]
-    fingerprint = request.tokenizer_sha256
     if overwrite:  # before hours of work, and not after
         for prefix in prefixes.values():
             refuse_existing_dataset(prefix, overwrite=True)
     found = {} if overwrite else _find_merged(prefixes, request)
     if len(found) == len(prefixes):
-        _remove_parts(output, partitions, inputs, fingerprint, settings)
+        _remove_parts(output, partitions, request, keys)
         return summary_of(prefixes, found, time.perf_counter() - started, found=True)
     missing = [
         number
         for number in range(1, partitions + 1)
-        if not _is_made(_part(output, number, partitions), inputs, fingerprint, settings)
+        if not _is_made(output, number, partitions, request, keys, overwrite=overwrite)
     ]
     _make(missing, output, partitions, settings)
     for key, prefix in prefixes.items():
@@ -86,8 +85,11 @@ def preprocess_in_partitions(
             output_prefixes(_part(output, number, partitions), keys)[key]
             for number in range(1, partitions + 1)
         ]
-        merge_datasets(prefixes=parts, output_prefix=prefix, overwrite=overwrite)
-    _remove_parts(output, partitions, inputs, fingerprint, settings)
+        # Two shares of a monotonous input may hold the same.
+        merge_datasets(
+            prefixes=parts, output_prefix=prefix, overwrite=overwrite, allow_repeats=True
+        )
+    _remove_parts(output, partitions, request, keys)
     manifests = {key: read_manifest(prefix) for key, prefix in prefixes.items()}
     return summary_of(prefixes, manifests, time.perf_counter() - started)
 
@@ -95,7 +97,7 @@ def preprocess_in_partitions(
 def _request(settings: dict[str, Any]) -> Request:
     tokenizer = load_tokenizer(settings["tokenizer"])
     return Request(
-        inputs=list_inputs(settings["inputs"]),
+        inputs=list_inputs(settings["inputs"], allow_repeats=settings.get("allow_repeats", False)),
         tokenizer_sha256=tokenizer.fingerprint,
         eod=tokenizer.eod,
         append_eod=settings.get("append_eod", False),
@@ -112,15 +114,13 @@ def _find_merged(prefixes: dict[str, Path], request: Request) -> dict[str, Manif
     return find_finished(prefixes, request)
 
 
-def _remove_parts(
-    output: Path, partitions: int, inputs: list, fingerprint: str, settings: dict[str, Any]
-) -> None:
+def _remove_parts(output: Path, partitions: int, request: Request, keys: Sequence[str]) -> None:
     """Parts of this run; the .idx goes first, so that no half part looks whole."""
     for number in range(1, partitions + 1):
-        part = _part(output, number, partitions)
-        for prefix in output_prefixes(part, settings["json_keys"]).values():
+        wanted = _of_part(request, number, partitions)
+        for prefix in output_prefixes(_part(output, number, partitions), keys).values():
             binary, index, description = dataset_paths(prefix)
-            if description.exists() and not _is_same(prefix, inputs, fingerprint, settings):
+            if description.exists() and _differences(prefix, wanted):
                 continue
             for path in (index, binary, description):
                 path.unlink(missing_ok=True)
@@ -130,29 +130,40 @@ def _part(output_prefix: Path, partition: int, partitions: int) -> Path:
     return Path(f"{output_prefix}_part-{partition}-of-{partitions}")
 
 
-def _is_made(part: Path, inputs: list, fingerprint: str, settings: dict[str, Any]) -> bool:
+def _of_part(request: Request, number: int, partitions: int) -> Request:
+    return replace(request, partition=f"{number} of {partitions}")
+
+
+def _is_made(
+    output: Path,
+    number: int,
+    partitions: int,
+    request: Request,
+    keys: Sequence[str],
+    *,
+    overwrite: bool,
+) -> bool:
     """Whether a part is there. Raises ValueError if it is there and made of something else."""
-    for prefix in output_prefixes(part, settings["json_keys"]).values():
+    wanted = _of_part(request, number, partitions)
+    for prefix in output_prefixes(_part(output, number, partitions), keys).values():
         if not dataset_paths(prefix)[1].exists():
             return False
-        same = _is_same(prefix, inputs, fingerprint, settings)
-        if not same and not settings.get("overwrite", False):
+        differences = _differences(prefix, wanted)
+        if differences and not overwrite:
             raise ValueError(
-                f"{prefix} is a part of another run: its inputs, tokenizer or --append-eod "
-                f"differ. Remove it, or pass --overwrite to make it again"
+                f"{prefix} is a part of another run: {'; '.join(differences[:4])}. Remove it, or "
+                f"pass --overwrite to make it again"
             )
-        if not same:
+        if differences:
             return False
     return True
 
 
-def _is_same(prefix: Path, inputs: list, fingerprint: str, settings: dict[str, Any]) -> bool:
+def _differences(prefix: Path, wanted: Request) -> list[str]:
     manifest = read_manifest(prefix)
-    return manifest is not None and (
-        manifest.tokenizer_sha256 == fingerprint
-        and manifest.append_eod == settings.get("append_eod", False)
-        and [[entry["path"], entry["bytes"]] for entry in manifest.inputs] == inputs
-    )
+    if manifest is None:
+        return ["no manifest says what it is"]
+    return differences_from(prefix, manifest, wanted)
 
 
 def _make(missing: Sequence[int], output: Path, partitions: int, settings: dict[str, Any]) -> None:

@@ -66,6 +66,7 @@ def preprocess(
     workers: int | None = None,
     encoder: EncoderChoice = "auto",
     skip_bad_lines: bool = False,
+    allow_repeats: bool = False,
     overwrite: bool = False,
     restart: bool = False,
     partition: int = 1,
@@ -77,6 +78,7 @@ def preprocess(
 
     Args:
         workers: processes; None takes the cores that this process may use.
+        allow_repeats: a file may be given more than once; else that is refused as a mistake.
         restart: forget what a stopped run left, instead of resuming from it.
         partition, partitions: write only the lines of part K of N, counted from 1.
 
@@ -88,7 +90,7 @@ def preprocess(
     started = time.perf_counter()
     workers = available_cores() if workers is None else workers
     _check_arguments(json_keys, workers, partition, partitions)
-    items = list_inputs(inputs)
+    items = list_inputs(inputs, allow_repeats=allow_repeats)
     prefixes = output_prefixes(output_prefix, json_keys)
     written = [path for prefix in prefixes.values() for path in dataset_paths(prefix)]
     refuse_sources(written, [*inputs, tokenizer.model], option="--output-prefix")

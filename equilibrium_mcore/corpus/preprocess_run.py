@@ -131,7 +131,12 @@ class PreprocessRun:
             dtype=writer.dtype.name,
             skipped_lines=self.bad.count,
             inputs=[
-                {"path": str(item.path), "bytes": item.size, "lines": self.lines.get(number, 0)}
+                {
+                    "path": str(item.path),
+                    "bytes": item.size,
+                    "modified_ns": item.modified_ns,
+                    "lines": self.lines.get(number, 0),
+                }
                 for number, item in enumerate(self.inputs)
             ],
             partition=request.partition,

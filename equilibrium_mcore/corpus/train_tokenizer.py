@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from equilibrium_mcore.data.compression import refuse_pipe
 from equilibrium_mcore.data.jsonl import parse_object, texts_of
 from equilibrium_mcore.data.text_files import lines_of
 from equilibrium_mcore.files.replace import refuse_existing, refuse_sources
@@ -139,6 +140,8 @@ def _is_model(path: Path) -> bool:
 
 def _sample(inputs: Sequence[Path], key: str, max_bytes: float, seed: int) -> list[str]:
     """About `max_bytes` of text, the same share of documents from each input, in shuffled order."""
+    for path in inputs:
+        refuse_pipe(path)
     missing = [str(path) for path in inputs if not path.is_file()]
     if missing:
         raise FileNotFoundError(f"--input: no such file: {', '.join(missing)}")

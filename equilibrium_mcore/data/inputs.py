@@ -8,18 +8,13 @@ read like any other. A Range ends with the position after it, from which a later
 
 from __future__ import annotations
 
-import os
-import stat
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from equilibrium_mcore.data.compression import compression_of, decompressed_blocks
 
 RANGE_BYTES = 4 << 20
-READ_BYTES = 1 << 18  # of a compressed file at a time
-MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd"}
-SUFFIXES = {".gz": "gzip", ".zst": "zstd"}
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # of UTF-8, which some editors put in front of a file
 
 Position = tuple[int, int]  # number of the input, byte of its (decompressed) content
@@ -74,43 +69,42 @@ class Range:
     encode: bool = True
 
 
-def list_inputs(paths: Sequence[Path]) -> list[Input]:
-    """Look at every input once. Raises FileNotFoundError and ValueError that name the files."""
+def list_inputs(paths: Sequence[Path], *, allow_repeats: bool = False) -> list[Input]:
+    """Look at every input once.
+
+    Raises FileNotFoundError and ValueError that name the files, also for a file that is given
+    twice, by one name or by two (a link), unless `allow_repeats`.
+    """
     items: list[Input] = []
     missing: list[str] = []
+    repeats: list[str] = []
+    seen: dict[tuple[int, int], Path] = {}
     for path in paths:
         try:
-            items.append(_look_at(path))
+            item, identity = _look_at(path)
         except (FileNotFoundError, IsADirectoryError):
             missing.append(str(path))
+            continue
+        items.append(item)
+        if (first := seen.setdefault(identity, path)) is not path:
+            repeats.append(str(path) if first == path else f"{path} (which is {first})")
     if missing:
         more = f" and {len(missing) - 5:,} more" if len(missing) > 5 else ""
         raise FileNotFoundError(f"--input: no such file: {', '.join(missing[:5])}{more}")
-    if len(set(paths)) < len(paths):
-        seen: set[Path] = set()
-        double = sorted({str(path) for path in paths if path in seen or seen.add(path)})
-        raise ValueError(f"--input names {', '.join(double[:5])} more than once")
+    if repeats and not allow_repeats:
+        raise ValueError(
+            f"--input names {', '.join(repeats[:5])} more than once: its documents would count "
+            f"twice. Name each file once, or say that it is meant with --allow-repeats"
+        )
     return items
 
 
-def _look_at(path: Path) -> Input:
-    mode = path.stat().st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise ValueError(
-            f"--input {path} is no file but a pipe or a device, which can be read only once: a run "
-            f"reads its inputs in pieces and may have to resume. Write it to a file first"
-        )
-    with path.open("rb", buffering=0) as stream:
-        status = os.fstat(stream.fileno())
-        head = stream.read(4)
-    found = next((name for name, magic in MAGIC.items() if head.startswith(magic)), None)
-    promised = SUFFIXES.get(path.suffix)
-    if promised != found and promised is not None and head:
-        raise ValueError(
-            f"{path} is not {promised}, as its name says: it starts with {head.hex(' ')}. Give it "
-            f"the name of what it is, or download it again"
-        )
-    return Input(path, status.st_size, status.st_mtime_ns, found)
+def _look_at(path: Path) -> tuple[Input, tuple[int, int]]:
+    """An input, and which file of the file system it is."""
+    compression = compression_of(path)
+    status = path.stat()
+    item = Input(path, status.st_size, status.st_mtime_ns, compression)
+    return item, (status.st_dev, status.st_ino)
 
 
 def read_span(span: InputSlice) -> bytes:
@@ -126,52 +120,6 @@ def read_span(span: InputSlice) -> bytes:
             f"{span.end:,} are not there any more. Start again when it has stopped changing"
         )
     return data
-
-
-# ------------------------------------------------------------------------------------ compressed
-
-
-def _decompressor(compression: str) -> Any:
-    if compression == "gzip":
-        return zlib.decompressobj(wbits=31)
-    import zstandard
-
-    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-
-
-def decompressed_blocks(path: Path, compression: str) -> Iterator[tuple[bytes, int]]:
-    """The content of a compressed file in blocks, each with the bytes read from disk so far.
-
-    Members and frames one after the other are one content. Raises ValueError that names the file
-    if it is damaged or cut short.
-    """
-    import zstandard
-
-    stage = None
-    done = read = 0
-    try:
-        with path.open("rb") as stream:
-            while chunk := stream.read(READ_BYTES):
-                read += len(chunk)
-                while chunk:
-                    if stage is None and not chunk.strip(b"\0"):
-                        break  # padding after the last member, as tapes and some tools leave it
-                    stage = stage or _decompressor(compression)
-                    block = stage.decompress(chunk)
-                    done += len(block)
-                    yield block, read
-                    chunk = stage.unused_data if stage.eof else b""
-                    stage = None if stage.eof else stage
-    except (zlib.error, zstandard.ZstdError) as error:
-        raise ValueError(
-            f"{path} is damaged: {compression} cannot read on after {done:,} bytes of content "
-            f"({error}). Copy it again"
-        ) from None
-    if stage is not None:
-        raise ValueError(
-            f"{path} is cut short: its {compression} stream has no end after {done:,} bytes of "
-            f"content. Copy it again"
-        )
 
 
 # ------------------------------------------------------------------------------------ ranges

@@ -13,6 +13,7 @@ from typing import Any
 
 import orjson
 
+from equilibrium_mcore.data.compression import refuse_pipe
 from equilibrium_mcore.data.text_files import lines_of
 
 
@@ -87,6 +88,7 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
     Raises FileNotFoundError, and ValueError that names the line which is no JSON object.
     """
+    refuse_pipe(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give a JSONL file, plain, .gz or .zst")
     for number, line in lines_of(path):

@@ -5,7 +5,7 @@ No torch and no megatron here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -17,12 +17,14 @@ from equilibrium_mcore.data.indexed_files import (
     IndexHeader,
     Manifest,
     dataset_paths,
+    fingerprint,
     largest_token_sampled,
     open_tokens,
     read_header,
     read_manifest,
     tokens_before,
 )
+from equilibrium_mcore.data.repeats import same_values
 from equilibrium_mcore.data.tokenizer import Tokenizer
 from equilibrium_mcore.data.verify import check_sample, hashed_files
 
@@ -69,10 +71,12 @@ def check_sources(
     `needed` gives the samples wanted of each split; `seed` chooses which blocks of the files are
     compared with their hashes, and `say` gets at most one line of text. Raises one ConfigError with
     all problems: missing or damaged files, files that are not those that were written, another
-    tokenizer than the dataset's, ids beyond the model's vocabulary, a split without documents.
+    tokenizer or end of document than the dataset's, ids beyond the model's vocabulary, a split
+    without documents, sources of which only some end their documents, the same data twice.
     """
     problems: list[str] = []
     headers: dict[str, IndexHeader] = {}
+    ends: dict[str, bool] = {}
     files: dict[str, list[FileBlocks]] = {}
     vocab_size = model_vocab_size or tokenizer.vocab_size
     sample_bytes = min(SAMPLE_BYTES, SEARCHED_BYTES // len(data.sources))
@@ -89,12 +93,17 @@ def check_sources(
             _check_tokenizer(source, manifest, tokenizer)
             _check_ids(source, header, manifest, vocab_size, sample_bytes)
             _check_splits(source, header, data.split, needed or {})
+            if manifest:
+                ends[source.name] = manifest.append_eod
             if manifest and manifest.hashes:
                 files[source.name] = hashed_files(source.prefix, header, manifest.hashes)
         except (ValueError, OSError) as error:
             problems.append(f"data source {source.name!r}: {error}")
         else:
             headers[source.name] = header
+    problems += _ends_of_documents(ends)
+    if not data.allow_repeated_sources:
+        problems += _repeated(data.sources, headers)
     problems += check_sample(files, seed=seed)
     if problems:
         raise ConfigError(problems, source=f"data {data.name!r}")
@@ -123,7 +132,15 @@ def read_split_tokens(
 
 
 def _check_tokenizer(source: SourceConfig, manifest: Manifest | None, tokenizer: Tokenizer) -> None:
-    if manifest is None or manifest.tokenizer_sha256 == tokenizer.fingerprint:
+    if manifest is None:
+        return
+    if manifest.tokenizer_sha256 == tokenizer.fingerprint:
+        if manifest.append_eod and manifest.eod != tokenizer.eod:
+            raise ValueError(
+                f"{source.prefix} ends its documents with the id {manifest.eod}, the run with "
+                f"{tokenizer.eod}: set tokenizer.end_of_document to the token of that id, or "
+                f"preprocess the text again with this one (--end-of-document)"
+            )
         return
     raise ValueError(
         f"{source.prefix} was made with another tokenizer than {tokenizer.path} (its manifest "
@@ -132,6 +149,31 @@ def _check_tokenizer(source: SourceConfig, manifest: Manifest | None, tokenizer:
         f"{tokenizer.vocab_size:,} tokens, {tokenizer.fingerprint[:12]}...): name that tokenizer "
         f"in tokenizer.model, or preprocess the text again with this one"
     )
+
+
+def _ends_of_documents(ends: dict[str, bool]) -> list[str]:
+    """A problem where some sources end their documents with a token and others do not."""
+    ending, open_ended = ([name for name in ends if ends[name] is state] for state in (True, False))
+    if not ending or not open_ended:
+        return []
+    return [
+        f"{', '.join(open_ended)}: made without --append-eod, {', '.join(ending)} with it: the "
+        f"model would learn two ways in which a document ends. Preprocess one of them again"
+    ]
+
+
+def _repeated(sources: Sequence[SourceConfig], headers: dict[str, IndexHeader]) -> list[str]:
+    """A problem for sources that hold the same data; their names and places do not matter."""
+    prints = {
+        source.name: fingerprint(source.prefix, headers[source.name])
+        for source in sources
+        if source.name in headers
+    }
+    return [
+        f"{pair} hold the same data: leave one out and give its weight to the other, or say that "
+        f"it is meant with data.allow_repeated_sources=true"
+        for pair in same_values(prints)
+    ]
 
 
 def _check_ids(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from equilibrium_mcore.data.inputs import BYTE_ORDER_MARK, SUFFIXES, decompressed_blocks
+from equilibrium_mcore.data.compression import compression_of, decompressed_blocks
+from equilibrium_mcore.data.inputs import BYTE_ORDER_MARK
 
 BLOCK_BYTES = 1 << 20
 
@@ -27,9 +28,9 @@ def lines_of_range(path: Path, start: int, end: int) -> Iterator[tuple[int, byte
 
 
 def lines_of_compressed(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, line) of a .gz or .zst file; raises ValueError when it is damaged."""
+    """(line number from 1, line) of a compressed file; raises ValueError when it is damaged."""
     number, rest = 0, []
-    for block, _ in decompressed_blocks(path, SUFFIXES[path.suffix]):
+    for block, _ in decompressed_blocks(path, compression_of(path) or ""):
         first, *more = block.split(b"\n")
         rest.append(first)
         for part in more:
@@ -41,8 +42,8 @@ def lines_of_compressed(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, line) of a plain or compressed file, by the file's name."""
-    if path.suffix in SUFFIXES:
+    """(line number from 1, line) of a file, plain or compressed. Raises ValueError for a pipe."""
+    if compression_of(path) is not None:
         yield from lines_of_compressed(path)
     else:
         lines = lines_of_range(path, 0, path.stat().st_size)

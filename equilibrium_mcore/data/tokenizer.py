@@ -11,7 +11,7 @@ import json
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from equilibrium_mcore.config.data import TokenizerConfig
 from equilibrium_mcore.config.installation import command
@@ -30,6 +30,7 @@ COMPANION_FILES = (
     "tokenizer.model",
 )
 SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character
+PLAIN_MARK = b"\0space_mark=space"  # hashed with a model whose texts are encoded so
 
 
 class Tokenizer(ABC):
@@ -100,8 +101,17 @@ class SentencePieceTokenizer(Tokenizer):
 
     kind = "SentencePieceTokenizer"
 
-    def __init__(self, path: Path, end_of_document: str | None = None) -> None:
-        """Load; raises ValueError for a file that SentencePiece cannot read or without an eod."""
+    def __init__(
+        self,
+        path: Path,
+        end_of_document: str | None = None,
+        space_mark: Literal["kept", "space"] = "kept",
+    ) -> None:
+        """Load; raises ValueError for a file that SentencePiece cannot read or without an eod.
+
+        `space_mark`: "kept" encodes U+2581 as its bytes, where the model has bytes; "space" as the
+        library does, as a space.
+        """
         import sentencepiece
 
         super().__init__(path)
@@ -121,7 +131,10 @@ class SentencePieceTokenizer(Tokenizer):
             self.pad_id = next(filter(None, map(self._id_of, PADDING_NAMES)), None)
         self.eod = _find_eod(path, self._id_of, self.eos_id, end_of_document)
         mark = processor.piece_to_id([f"<0x{byte:02X}>" for byte in SPACE_MARK.encode()])
-        self._mark_ids = mark if all(map(processor.is_byte, mark)) else None
+        self.keeps_space_mark = space_mark == "kept" and all(map(processor.is_byte, mark))
+        self._mark_ids = mark if self.keeps_space_mark else None
+        # A model without bytes gives the same ids either way.
+        self._plain_mark = space_mark == "space" and all(map(processor.is_byte, mark))
 
     def _id_of(self, piece: str) -> int | None:
         index = self.processor.piece_to_id(piece)
@@ -138,6 +151,12 @@ class SentencePieceTokenizer(Tokenizer):
                 ids.extend(self._mark_ids)
             ids.extend(self.processor.encode(part))
         return ids
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """See Tokenizer. With plain space marks another one: the same text has other ids."""
+        content = self.path.read_bytes() + (PLAIN_MARK if self._plain_mark else b"")
+        return hashlib.sha256(content).hexdigest()
 
     def encode_batch(self, texts: list[str], *, threads: int) -> list[list[int]]:
         """`encode` of each text, on several threads."""
@@ -244,7 +263,15 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
             f"tokenizer file {path} is not what {config.type} reads ({usual_name}). "
             f"{_other_type(config.type, path.parent)}"
         )
-    return tokenizer_class(path, config.end_of_document)  # type: ignore[call-arg]
+    more = {}
+    if issubclass(tokenizer_class, SentencePieceTokenizer):
+        more = {"space_mark": config.space_mark}
+    elif config.space_mark != "kept":
+        raise ValueError(
+            f"tokenizer.space_mark={config.space_mark!r} is for SentencePiece models, and {path} "
+            f"is none: leave it out"
+        )
+    return tokenizer_class(path, config.end_of_document, **more)  # type: ignore[call-arg]
 
 
 def _known(index: int) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,11 +43,15 @@ MODELLING_FILES = ("configuration_equilibrium.py", "modeling_equilibrium.py")
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written: where, of which checkpoint, how much."""
+    """What was written: where, of which checkpoint, how much.
+
+    `notes`: what differs from the files of the tokenizer, so that it gives training's ids.
+    """
 
     directory: Path
     checkpoint: Path
     weights: WeightsReport
+    notes: tuple[str, ...] = ()
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -109,6 +114,7 @@ def export_hugging_face(
     plan(config.model, reader.names())  # raises before a folder is begun
     loaded = _load_tokenizer(config, tokenizer)
     renderer = _renderer(config, loaded, chat_template)
+    notes: list[str] = []
     with whole_folder(target, check=check) as folder:
         weights = write_model(
             folder,
@@ -119,10 +125,11 @@ def export_hugging_face(
             renderer=renderer,
             max_shard_bytes=max_shard_bytes,
             progress=progress,
+            say=notes.append,
         )
         _write_card(folder, config, checkpoint, weights)
         mark_folder(folder)
-    return ExportReport(output_directory, checkpoint, weights)
+    return ExportReport(output_directory, checkpoint, weights, tuple(notes))
 
 
 def write_model(
@@ -135,6 +142,7 @@ def write_model(
     renderer: Renderer | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress | None = None,
+    say: Callable[[str], object] = lambda text: None,
 ) -> WeightsReport:
     """Everything that transformers loads, into a folder that is there: code, settings, weights.
 
@@ -143,6 +151,7 @@ def write_model(
         config: of the run that the model is of.
         tokenizer: the one that the run's config names if not given.
         renderer: of its chat template, if it gets one.
+        say: told what differs from the tokenizer's own files.
 
     See `export_hugging_face` for the others. Raises ValueError where source, tokenizer and config
     do not fit.
@@ -150,7 +159,8 @@ def write_model(
     rows = plan(config.model, source.names())
     tokenizer = tokenizer or _load_tokenizer(config)
     values = _write_settings(folder, config, tokenizer, dtype)
-    write_tokenizer(tokenizer, folder, renderer=renderer)
+    for note in write_tokenizer(tokenizer, folder, renderer=renderer):
+        say(note)
     return write_weights(
         folder,
         source=source,

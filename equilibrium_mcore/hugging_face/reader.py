@@ -56,6 +56,10 @@ class CheckpointReader:
         """Names of the model's tensors."""
         return list(self._entries)
 
+    def key_of(self, name: str) -> str:
+        """What the checkpoint calls the tensor `name`: another name where it is a main weight."""
+        return self._entries[name][0] if name in self._entries else name
+
     def read(self, name: str) -> Tensor:
         """The whole tensor `name`, on the CPU, in the dtype it was saved in."""
         key, entry = self._entries[name]

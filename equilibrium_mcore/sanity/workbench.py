@@ -36,6 +36,8 @@ TWIN_HIDDEN_SIZE = 128
 LONGEST_SEQUENCE = 256
 # Building the order of the data of a long run takes minutes; the checks need its start.
 MOST_SAMPLES = 200_000
+# What the checks read, whatever the run does: some steps of eight, and text to learn by heart.
+LEAST_SAMPLES, LEAST_TOKENS = 64, 4096
 _ONE_RANK = {**dict.fromkeys(DIMENSIONS, 1), "sequence": False}
 _ONE_RANK |= {"world_size": 1, "overlap_grad_reduce": False}
 
@@ -68,6 +70,12 @@ def sanity_config(
         samples = MOST_SAMPLES
         if config.data.type == "indexed" and config.data.order == "megatron":
             changes.append(f"the order of the data is made for {samples:,} sequences only")
+    least = max(LEAST_SAMPLES, -(-LEAST_TOKENS // length))
+    if samples < least:
+        changes.append(f"{least:,} sequences instead of the run's {samples:,}, which are too few")
+        samples = least
+        for source in values["data"]["sources"]:
+            source.pop("max_epochs", None)  # it holds for the run, not for the checks
     if config.data.type == "indexed":
         values["data"]["train_samples"] = samples
     elif length < config.training.sequence_length:

@@ -43,7 +43,8 @@ def work(prefix, stop):
         preprocess_in_partitions(output_prefix=prefix, partitions=2, **settings)
     elif what == "merge":
         stop()
-        merge_datasets(prefixes=[folder / "one_text_document"] * 2, output_prefix=prefix)
+        twice = [folder / "one_text_document"] * 2
+        merge_datasets(prefixes=twice, output_prefix=prefix, allow_repeats=True)
     else:
         stop()
         preprocess(output_prefix=prefix, **settings)
@@ -128,11 +129,13 @@ def test_killed_at_every_step_of_the_end(tmp_path, settings, kill_at_every_step,
 
 def test_merges_killed_at_every_step(tmp_path, settings, kill_at_every_step, capsys):
     one = preprocess(output_prefix=tmp_path / "one", **settings).prefixes["text"]
-    merge_datasets(prefixes=[one, one], output_prefix=tmp_path / "whole")
+    merge_datasets(prefixes=[one, one], output_prefix=tmp_path / "whole", allow_repeats=True)
     kills = kill_at_every_step("merge")
     assert kills >= 3
     for number in range(1, kills + 1):
-        merge_datasets(prefixes=[one, one], output_prefix=tmp_path / f"set{number}")
+        merge_datasets(
+            prefixes=[one, one], output_prefix=tmp_path / f"set{number}", allow_repeats=True
+        )
         assert files_of(tmp_path / f"set{number}") == files_of(tmp_path / "whole")
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".partial")]
 
@@ -173,6 +176,16 @@ def test_finished_work_is_found_and_nothing_else_is(tmp_path, settings, texts, c
             preprocess(output_prefix=prefix, **(settings | changes))
     source = settings["inputs"][0]
     os.utime(source, ns=(0, (tmp_path / "set_text_document.json").stat().st_mtime_ns + 1))
+    with pytest.raises(FileExistsError, match=f"{source} is another file than it was"):
+        preprocess(output_prefix=prefix, **settings)
+    manifests = sorted(tmp_path.glob("set*.json"))
+    for path in manifests:  # of a version that did not note when an input was changed
+        content = json.loads(path.read_text())
+        for entry in content["inputs"]:
+            del entry["modified_ns"]
+        path.write_text(json.dumps(content))
+    later = max(path.stat().st_mtime_ns for path in manifests) + 1
+    os.utime(source, ns=(0, later))
     with pytest.raises(FileExistsError, match=f"{source} was changed after it"):
         preprocess(output_prefix=prefix, **settings)
     assert not preprocess(output_prefix=prefix, overwrite=True, **settings).found
@@ -201,8 +214,8 @@ def test_a_merge_that_is_there_is_compared_byte_for_byte(tmp_path, settings, cap
     done = preprocess(output_prefix=tmp_path / "one", **settings)
     one, more = done.prefixes["text"], tmp_path / "more"
     preprocess(output_prefix=more, **(settings | {"append_eod": False}))
-    merge_datasets(prefixes=[one, one], output_prefix=tmp_path / "both")
-    merge_datasets(prefixes=[one, one], output_prefix=tmp_path / "both")
+    merge_datasets(prefixes=[one, one], output_prefix=tmp_path / "both", allow_repeats=True)
+    merge_datasets(prefixes=[one, one], output_prefix=tmp_path / "both", allow_repeats=True)
     assert "there already" in capsys.readouterr().err
     with pytest.raises(FileExistsError, match="--overwrite"):
         merge_datasets(prefixes=[one], output_prefix=tmp_path / "both")
@@ -210,5 +223,5 @@ def test_a_merge_that_is_there_is_compared_byte_for_byte(tmp_path, settings, cap
     data[-1] ^= 1
     (tmp_path / "both.bin").write_bytes(data)
     with pytest.raises(FileExistsError, match="--overwrite"):
-        merge_datasets(prefixes=[one, one], output_prefix=tmp_path / "both")
+        merge_datasets(prefixes=[one, one], output_prefix=tmp_path / "both", allow_repeats=True)
     assert read_manifest(tmp_path / "both").documents == 2 * done.documents

@@ -56,6 +56,44 @@ def test_parts_of_several_hosts(tmp_path, settings):
     assert not list(tmp_path.glob("*part*"))
 
 
+def test_parts_are_compared_by_all_that_a_journal_compares(tmp_path, settings):
+    """Each change leaves paths and sizes as they were."""
+    place = {"output_prefix": tmp_path / "set", "partitions": 2}
+    preprocess_in_partitions(partition=1, **place, **settings)
+    source = settings["inputs"][0]
+    content, times = source.read_bytes(), source.stat()
+    other_eod = settings["tokenizer"].model_copy(update={"end_of_document": "<|padding|>"})
+    with pytest.raises(ValueError, match="part of another run: its end-of-document id was 1"):
+        preprocess_in_partitions(**place, **{**settings, "tokenizer": other_eod})
+    source.write_bytes(content.replace(b"e", b"a"))
+    os.utime(source, (1e9, 1e9))  # another file of the same size, and older than the part
+    with pytest.raises(ValueError, match=rf"another run: {source} is another file than it was"):
+        preprocess_in_partitions(**place, **settings)
+    source.write_bytes(content)
+    os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
+    part = preprocess_in_partitions(partition=2, **place, **settings).prefixes["more"]
+    manifest = json.loads(part.with_name(f"{part.name}.json").read_text())
+    for name, value in (("skipped_lines", 3), ("partition", "2 of 3")):
+        part.with_name(f"{part.name}.json").write_text(json.dumps({**manifest, name: value}))
+        with pytest.raises(ValueError, match="part of another run: .*(3 bad lines|2 of 3)"):
+            preprocess_in_partitions(**place, **settings)
+    assert not (tmp_path / "set_text_document.idx").exists()
+
+
+def test_a_file_that_is_meant_to_come_twice(tmp_path, settings):
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(settings["inputs"][0])
+    twice = {**settings, "inputs": [settings["inputs"][0], link, settings["inputs"][0]]}
+    with pytest.raises(ValueError, match=r"link\.jsonl \(which is .*more than once"):
+        preprocess(output_prefix=tmp_path / "no", **twice)
+    twice["allow_repeats"] = True
+    whole = preprocess(output_prefix=tmp_path / "whole", **twice)
+    parts = preprocess_in_partitions(output_prefix=tmp_path / "set", partitions=3, **twice)
+    for key in ("text", "more"):
+        assert files_of(parts.prefixes[key]) == files_of(whole.prefixes[key])
+    assert whole.documents == 3 * 150
+
+
 def test_more_parts_than_lines(tmp_path, settings):
     source = tmp_path / "few.jsonl"
     source.write_text('{"text": "one", "more": ""}\n{"text": "two", "more": ""}\n')
@@ -163,6 +201,9 @@ def test_tools(tmp_path, settings, repository):
     assert files_of(tmp_path / "parts_text_document") == files_of(whole)
     merge = [sys.executable, repository / "tools" / "merge_datasets.py", "--input", whole, whole]
     merge += ["--output-prefix", tmp_path / "twice"]
+    refused = subprocess.run(merge, env=environment, capture_output=True, text=True)
+    assert refused.returncode == 1 and "hold the same data" in refused.stderr
+    merge.append("--allow-repeats")
     done = subprocess.run(merge, env=environment, check=True, capture_output=True, text=True)
     assert read_manifest(tmp_path / "twice").tokens == 2 * read_manifest(whole).tokens
     assert f"{tmp_path / 'twice'}: " in done.stdout

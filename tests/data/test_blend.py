@@ -45,6 +45,11 @@ def build(data, **changes):
     return build_datasets(data, **arguments)
 
 
+def repeating(data, **changes):
+    """The same data may stand in it under several names."""
+    return data.model_copy(update={"allow_repeated_sources": True, **changes})
+
+
 def source_of(sample):
     """0 for source a, 1 for b: their ids do not overlap."""
     return int(sample["tokens"][0] >= 103)
@@ -115,7 +120,7 @@ def test_many_sources_and_few_samples(two_sources):
             SourceConfig(name=f"s{i}", prefix=(a, b)[i % 2].prefix, weight=w)
             for i, w in enumerate([90.0, 1.0, 3.0, 5.0, 0.5, 0.5])
         ]
-        data = two_sources.model_copy(update={"sources": sources})
+        data = repeating(two_sources, sources=sources)
         datasets = build(data, train_samples=count, validation_samples=count, test_samples=1)
         assert len(datasets.train) >= count and len(datasets.validation) >= count
         assert datasets.test[0]["tokens"].shape == (SEQUENCE,)
@@ -128,7 +133,7 @@ def test_rounding_never_oversamples_a_source(two_sources, tmp_path, write_datase
         sources = [
             SourceConfig(name=f"s{i}", prefix=prefix, weight=w) for i, w in enumerate(weights)
         ]
-        data = two_sources.model_copy(update={"sources": sources, "split": "1,0,0"})
+        data = repeating(two_sources, sources=sources, split="1,0,0")
         for count in (1, 10, 33):
             train = build(data, train_samples=count, validation_samples=0).train
             assert len(train) >= count
@@ -149,7 +154,8 @@ def test_a_dataset_made_anew_is_read_anew(two_sources, write_dataset):
     for source in two_sources.sources:
         write_dataset(source.prefix, [np.full(70, 250) for _ in range(120)])
     assert cache_directory(two_sources) != before
-    train = build(two_sources).train
+    refused(two_sources, "b and a hold the same data", "data.allow_repeated_sources=true")
+    train = build(repeating(two_sources)).train
     assert all(train[i]["tokens"].eq(250).all() for i in range(200))
 
 
@@ -229,6 +235,14 @@ def test_another_tokenizer_than_the_manifests(two_sources, tokenizer):
     path = Path(f"{two_sources.sources[0].prefix}.json")
     path.write_text(json.dumps(manifest))
     build(two_sources)
+    path.write_text(json.dumps(manifest | {"eod": 2}))
+    refused(two_sources, "source 'a'", "documents with the id 2, the run with 1", "end_of_document")
+    path.write_text(json.dumps(manifest | {"eod": 2, "append_eod": False}))
+    build(two_sources)  # no document of it ends with that id
+    other = Path(f"{two_sources.sources[1].prefix}.json")
+    other.write_text(json.dumps(manifest))
+    refused(two_sources, "a: made without --append-eod, b with it")
+    other.unlink()
     path.write_text(json.dumps(manifest | {"tokenizer_sha256": "0123456789abcdef"}))
     refused(two_sources, "source 'a'", "another tokenizer", str(tokenizer.path), "0123456789ab")
     path.write_text("{}")

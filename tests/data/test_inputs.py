@@ -3,19 +3,28 @@
 import gzip
 import itertools
 import os
+import random
+import struct
 
 import pytest
 import zstandard
 
+from equilibrium_mcore.config.mixture import DatasetConfig
+from equilibrium_mcore.corpus.filters.optional import require_file
+from equilibrium_mcore.corpus.mixtures.readers import local_files
+from equilibrium_mcore.corpus.train_tokenizer import train_tokenizer
+from equilibrium_mcore.data.chat.conversations import read_conversations
+from equilibrium_mcore.data.compression import decompressed_blocks
 from equilibrium_mcore.data.inputs import (
     Input,
     RangeCutter,
-    decompressed_blocks,
     line_start,
     list_inputs,
     partition_windows,
     read_span,
 )
+from equilibrium_mcore.data.jsonl import read_objects
+from equilibrium_mcore.data.text_files import lines_of
 
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
 CONTENTS = (b"", b"a", b"a\n", b"aaaa\nb\n\ncc", b"x" * 50 + b"\n" + b"y\n" * 9, b"\n" * 5 + b"z")
@@ -150,9 +159,63 @@ def test_missing_and_double_inputs(tmp_path):
         list_inputs([tmp_path / "a", *(tmp_path / f"b{n}" for n in range(8))])
     with pytest.raises(ValueError, match="more than once"):
         list_inputs([tmp_path / "a", tmp_path / "a"])
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    os.link(tmp_path / "a", tmp_path / "hard")
+    for other in ("link", "hard"):
+        both = [tmp_path / "a", tmp_path / other]
+        with pytest.raises(ValueError, match=rf"{other} \(which is .*/a\) more than once.*--allow"):
+            list_inputs(both)
+        assert [item.path for item in list_inputs(both, allow_repeats=True)] == both
+
+
+def skippable(content: bytes) -> bytes:
+    """A frame that readers of Zstandard pass over."""
+    return struct.pack("<II", 0x184D2A57, len(content)) + content
+
+
+@pytest.mark.parametrize("size", [1, 100, 60_000])
+def test_skippable_frames_of_zstandard(tmp_path, cut, size):
+    generator = random.Random(size)
+    lines = b"".join(b"%d\n" % generator.getrandbits(64) for _ in range(size))
+    frame, path = COMPRESS[".zst"](lines), tmp_path / "a.jsonl.zst"
+    path.write_bytes(skippable(b"index") + frame + skippable(b"") + frame + skippable(b"end"))
+    (item,) = list_inputs([path])
+    assert item.compression == "zstd"
+    assert joined(cut([item], range_bytes=40_000), 0) == lines * 2
+    assert [line for _, line in lines_of(path)] == lines.split() * 2
+    path.write_bytes(skippable(b"index") + frame + skippable(b"end")[:-1])
+    with pytest.raises(ValueError, match="cut short"):
+        list(lines_of(path))
+
+
+def test_lines_of_a_compressed_file_with_a_plain_name(tmp_path):
+    path = tmp_path / "plain.jsonl"
+    for ending in (".gz", ".zst"):
+        path.write_bytes(COMPRESS[ending](b"one\n") + COMPRESS[ending](b"two\n"))
+        assert list(lines_of(path)) == [(1, b"one"), (2, b"two")]
+
+
+def test_whatever_reads_text_refuses_a_pipe(tmp_path):
+    pipe = tmp_path / "pipe.jsonl"
+    os.mkfifo(pipe)  # opening it would wait for a writer
+    mixed = DatasetConfig(name="a", source=str(pipe), mix_ratio=1)
+    readers = {
+        "lines": lambda: list(lines_of(pipe)),
+        "objects": lambda: list(read_objects(pipe)),
+        "conversations": lambda: list(read_conversations(pipe)),
+        "references": lambda: require_file(pipe, wanted_by="f", key="k", advice="a"),
+        "mixture": lambda: local_files(mixed),
+        "tokenizer": lambda: train_tokenizer(
+            inputs=[pipe], output=tmp_path / "a.model", vocab_size=600
+        ),
+    }
+    for name, read in readers.items():
+        with pytest.raises(ValueError, match=r"pipe\.jsonl is no file but a pipe"):
+            read()
+            pytest.fail(name)
 
 
 def test_a_pipe_is_refused_by_name(tmp_path):
     os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer
-    with pytest.raises(ValueError, match=f"--input {tmp_path / 'pipe'} is no file but a pipe"):
+    with pytest.raises(ValueError, match=f"{tmp_path / 'pipe'} is no file but a pipe"):
         list_inputs([tmp_path / "pipe"])

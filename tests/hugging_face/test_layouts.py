@@ -42,6 +42,10 @@ def test_main_weights_are_the_unrounded_ones(ranks, data, tmp_path):
     assert len(differing) > len(low) / 2
     for name in differing:
         assert torch.equal(low[name], high[name].bfloat16().float()), name
+    assert verify_export(run, exact, main_weights=True) <= TOLERANCE
+    assert verify_export(run, rounded) <= TOLERANCE
+    with pytest.raises(ValueError, match="computes other logits"):
+        verify_export(run, exact)
     # No tensor is found only among the optimizer's.
     names = CheckpointReader(checkpoint).names()
     assert CheckpointReader(checkpoint, main_weights=True).names() == names

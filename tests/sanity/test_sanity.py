@@ -59,6 +59,17 @@ def test_a_sound_run_passes_every_check(data, tmp_path):
     assert not list(tmp_path.iterdir()), "the ladder leaves nothing in the output directory"
 
 
+@pytest.mark.parametrize(("steps", "batch"), [(1, 1), (3, 8)])
+def test_a_run_of_few_sequences_passes(data, tmp_path, steps, batch):
+    """Fewer than the checks read: they take more from the same data."""
+    training = {"steps": steps, "global_batch_size": batch, "micro_batch_size": 1}
+    schedule = {"kind": "constant", "warmup_steps": 0, "decay_steps": 0}
+    config = tiny_run(data, tmp_path, training=training, optimizer={"schedule": schedule})
+    report = run_ladder(config)
+    assert not report.failed, [check.text() for check in report.failed]
+    assert any(f"instead of the run's {steps * batch}" in change for change in report.changes)
+
+
 def test_attention_with_tied_embeddings_passes(data, tmp_path):
     report = run_ladder(tiny_run(data, tmp_path, model={**MODEL, **ATTENTION}), only=NEEDS_STEPS)
     assert report.named("router").verdict == "SKIPPED"
@@ -309,22 +320,23 @@ def test_the_tool_exits_with_1_and_writes_json(data, tmp_path):
     assert [c["verdict"] for c in written["checks"]] == ["PASS", "FAIL"]
 
 
-def test_a_fine_tuning_run_by_epochs_is_checked_too(data, tmp_path):
-    """Conversations: no end of document, packed, their validation in files of its own."""
-    rows = [{"messages": messages_of(turns)} for turns in random_chats(200, seed=5)]
+def fine_tuning(data, tmp_path, *, chats: int):
+    """A run of two epochs over made-up conversations, a tenth of them for validation."""
+    rows = [{"messages": messages_of(turns)} for turns in random_chats(chats, seed=5)]
+    held_out = max(1, chats // 10)
     files = {
         part: [str(write_rows(tmp_path / f"{part}.jsonl", part_rows))]
-        for part, part_rows in (("train", rows[:180]), ("validation", rows[180:]))
+        for part, part_rows in (("train", rows[held_out:]), ("validation", rows[:held_out]))
     }
-    chats = {
+    values = {
         "type": "conversations",
         "name": "chats",
         "tokenizer": data["tokenizer"],
         "sources": [{"name": "random", **files}],
         "too_long": "cut",
     }
-    config = tiny_run(
-        chats,
+    return tiny_run(
+        values,
         tmp_path / "run",
         stage="sft",
         model={**MODEL, "moe": {**MODEL["moe"], "load_balancing": "none"}},
@@ -336,6 +348,18 @@ def test_a_fine_tuning_run_by_epochs_is_checked_too(data, tmp_path):
             "epochs": 2.0,
         },
     )
+
+
+def test_a_fine_tuning_run_of_few_conversations_passes(data, tmp_path):
+    """Their second epoch packs them alike, and the checks read many epochs."""
+    wanted = ["batch_statistics", "data_order", "validation_split", "gradients", "precision"]
+    report = run_ladder(fine_tuning(data, tmp_path, chats=6), only=wanted)
+    assert not report.failed, [check.text() for check in report.failed]
+
+
+def test_a_fine_tuning_run_by_epochs_is_checked_too(data, tmp_path):
+    """Conversations: no end of document, packed, their validation in files of its own."""
+    config = fine_tuning(data, tmp_path, chats=200)
     wanted = ["schedule", "batch_statistics", "data_order", "validation_split", "alignment"]
     report = run_ladder(config, only=wanted)
     assert [check.name for check in report.checks] == wanted and not report.failed

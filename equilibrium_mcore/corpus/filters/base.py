@@ -34,6 +34,10 @@ class DocumentFilter(ABC):
     def apply(self, text: str, fields: Mapping[str, Any]) -> str | Dropped:
         """The text to continue with, or why the document goes. `fields` is the whole record."""
 
+    def notes(self) -> list[str]:
+        """What the user should know of the filter's own files, once, before any document."""
+        return []
+
 
 class SeenIndex(ABC):
     """What a filter across documents remembers while documents pass in reading order."""
@@ -109,6 +113,15 @@ class FilterChain:
         self.filters = tuple(filters)
         self._corpus_stages = [
             stage for stage, part in enumerate(self.filters) if isinstance(part, CorpusFilter)
+        ]
+
+    def notes(self) -> list[str]:
+        """What its filters say of themselves, each with its name."""
+        return [
+            f"{part.name}: {note}"
+            for part in self.filters
+            if isinstance(part, DocumentFilter)
+            for note in part.notes()
         ]
 
     @property

@@ -1,9 +1,9 @@
 """Decontamination: documents that share a long run of words with an evaluation set go.
 
-Texts are simplified first (case, digits, punctuation, accents), cut into words, and compared by
-hashes of n-grams; GPT-3, arXiv 2005.14165, appendix C, took n = 13. A reference with fewer words
-is looked for as a whole, down to `min_words`. Memory: 11 to 27 bytes for each n-gram of the
-references, in every worker.
+Texts lose first what `ignore` names, are cut into words, and are compared by hashes of n-grams;
+GPT-3, arXiv 2005.14165, appendix C, took n = 13. A reference with fewer words is looked for as a
+whole, down to `min_words`. Memory: 11 to 27 bytes for each n-gram of the references, in every
+worker.
 
 datatrove's own decontamination wants an index that lighteval makes from tasks that it downloads;
 here the references are files that the user has.
@@ -20,8 +20,9 @@ import numpy as np
 
 from equilibrium_mcore.config.filters import DecontaminationConfig
 from equilibrium_mcore.corpus.filters.base import DocumentFilter, Dropped
+from equilibrium_mcore.corpus.filters.comparable import comparable_words
 from equilibrium_mcore.corpus.filters.hash_set import HashSet64
-from equilibrium_mcore.corpus.filters.ngram_hashes import hash_ngrams, hash_words, simplified
+from equilibrium_mcore.corpus.filters.ngram_hashes import hash_ngrams, hash_words
 from equilibrium_mcore.corpus.filters.optional import require_file
 from equilibrium_mcore.data.jsonl import read_texts
 
@@ -37,21 +38,22 @@ class DecontaminationFilter(DocumentFilter):
         Raises FileNotFoundError, and ValueError for a line without text, a file without any n-gram
         to look for; MissingLibraryError when datatrove is missing.
         """
-        self._min_matches = config.min_matches
+        self._min_matches, self._ignore = config.min_matches, config.ignore
         self._sets: dict[Path, dict[int, HashSet64]] = {}
-        self.left_out: dict[Path, int] = {}
+        self._notes: list[str] = []
         for path in config.references:
             self._read(path, config)
 
     def _read(self, path: Path, config: DecontaminationConfig) -> None:
         by_length: dict[int, list[np.ndarray]] = defaultdict(list)
-        left_out = 0
+        too_short = count = 0
         require_file(path, wanted_by=self.name, key="references", advice="give an existing JSONL")
         for text in read_texts(path, config.fields):
-            words = hash_words(simplified(text, wanted_by=self.name).split())
+            count += 1
+            words = self._hashed_words(text)
             n = min(config.ngram_words, words.size)
             if n < config.min_words:
-                left_out += 1
+                too_short += 1
             else:
                 by_length[n].append(hash_ngrams(words, n))
         if not by_length:
@@ -60,12 +62,16 @@ class DecontaminationFilter(DocumentFilter):
                 f"min_words={config.min_words} words under {', '.join(config.fields)}; name its "
                 "fields, or lower min_words"
             )
-        self.left_out[path] = left_out
+        if too_short:
+            self._notes.append(
+                f"{path}: {too_short:,} of {count:,} references have fewer than "
+                f"min_words={config.min_words} words and are not looked for"
+            )
         self._sets[path] = {n: _set_of(found) for n, found in sorted(by_length.items())}
 
     def apply(self, text: str, fields: Mapping[str, Any]) -> str | Dropped:
         """See DocumentFilter."""
-        words = hash_words(simplified(text, wanted_by=self.name).split())
+        words = self._hashed_words(text)
         ngrams: dict[int, np.ndarray] = {}
         for path, sets in self._sets.items():
             matches = 0
@@ -77,6 +83,13 @@ class DecontaminationFilter(DocumentFilter):
             if matches >= self._min_matches:
                 return Dropped(f"found in {path.name}")
         return text
+
+    def notes(self) -> list[str]:
+        """See DocumentFilter: how many references of a file are too short to be looked for."""
+        return list(self._notes)
+
+    def _hashed_words(self, text: str) -> np.ndarray:
+        return hash_words(comparable_words(text, self._ignore, wanted_by=self.name))
 
 
 def _set_of(ngrams: list[np.ndarray]) -> HashSet64:

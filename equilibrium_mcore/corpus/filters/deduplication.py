@@ -16,14 +16,13 @@ import numpy as np
 
 from equilibrium_mcore.config.filters import DeduplicationConfig
 from equilibrium_mcore.corpus.filters.base import CorpusFilter, SeenIndex
-from equilibrium_mcore.corpus.filters.hash_set import HashSet64
-from equilibrium_mcore.corpus.filters.ngram_hashes import (
-    hash_ngrams,
-    hash_text,
-    hash_words,
-    mix,
-    simplified,
+from equilibrium_mcore.corpus.filters.comparable import (
+    comparable,
+    comparable_words,
+    normalization,
 )
+from equilibrium_mcore.corpus.filters.hash_set import HashSet64
+from equilibrium_mcore.corpus.filters.ngram_hashes import hash_ngrams, hash_text, hash_words, mix
 from equilibrium_mcore.corpus.filters.optional import require
 
 NAME = "deduplication"
@@ -53,16 +52,16 @@ class ExactDeduplication(CorpusFilter):
     signature_size = 1
 
     def __init__(self, config: DeduplicationConfig) -> None:
-        self._normalize = config.normalize
+        self._normalize, self._ignore = config.normalize, config.ignore
         if config.normalize == "simplified":
-            simplified("", wanted_by=NAME)  # a missing library is reported now
+            comparable("", config.ignore, wanted_by=NAME)  # a missing library is reported now
 
     def signature(self, text: str) -> np.ndarray:
         """See CorpusFilter."""
         if self._normalize == "whitespace":
             text = " ".join(text.split())
         elif self._normalize == "simplified":
-            text = simplified(text, wanted_by=NAME)
+            text = comparable(text, self._ignore, wanted_by=NAME)
         return np.array([hash_text(text)], np.uint64)
 
     def start(self) -> SeenIndex:
@@ -85,6 +84,7 @@ class MinHashDeduplication(CorpusFilter):
         hashing = require("datatrove.utils.hashing", wanted_by=NAME)
         words = require("equilibrium_mcore.corpus.filters.words", wanted_by=NAME)
         self.signature_size = config.bands
+        self._ignore = config.ignore
         self._band_numbers = mix(np.arange(1, config.bands + 1, dtype=np.uint64))
         self._step = minhash.MinhashDedupSignature(
             output_folder=".",  # nothing is written: only the step's functions are used
@@ -93,9 +93,10 @@ class MinHashDeduplication(CorpusFilter):
                 num_buckets=config.bands,
                 hashes_per_bucket=config.rows,
                 seed=config.seed,
+                norm_config=normalization(frozenset(config.ignore), NAME),
                 hash_config=hashing.HashConfig(precision=64, hash_fc="sha1"),
             ),
-            language=words.UNICODE_WORDS,
+            language=words.WORDS_BY_SCRIPT,
         )
 
     def signature(self, text: str) -> np.ndarray:
@@ -104,7 +105,7 @@ class MinHashDeduplication(CorpusFilter):
         text = text.encode("utf-8", "replace").decode("utf-8")
         shingles = self._step.get_shingles(text)
         if not len(shingles):
-            whole = hash_text(simplified(text, wanted_by=NAME))
+            whole = hash_text(comparable(text, self._ignore, wanted_by=NAME))
             shingles = np.array([[whole]], np.uint64)
         chunks = range(0, len(shingles), MINHASH_CHUNK)
         smallest = np.min(
@@ -133,11 +134,12 @@ class SimHashDeduplication(CorpusFilter):
         """Raises MissingLibraryError when datatrove is missing."""
         self._words = config.simhash_words
         self._distance = config.max_distance_bits
-        simplified("", wanted_by=NAME)
+        self._ignore = config.ignore
+        comparable("", config.ignore, wanted_by=NAME)  # a missing library is reported now
 
     def signature(self, text: str) -> np.ndarray:
         """See CorpusFilter."""
-        words = simplified(text, wanted_by=NAME).split()
+        words = comparable_words(text, self._ignore, wanted_by=NAME)
         ngrams = hash_ngrams(hash_words(words), min(self._words, max(len(words), 1)))
         bits = np.unpackbits(ngrams.view(np.uint8).reshape(-1, 8), axis=1)
         majority = 2 * bits.sum(axis=0, dtype=np.int64) > len(ngrams)

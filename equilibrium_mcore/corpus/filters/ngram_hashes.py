@@ -6,8 +6,6 @@ import hashlib
 
 import numpy as np
 
-from equilibrium_mcore.corpus.filters.optional import require
-
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that the product loses nothing
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
@@ -16,14 +14,6 @@ def hash_text(text: str) -> int:
     """64 bits of BLAKE2b. Half of a surrogate pair, which is no text, is hashed as it stands."""
     data = text.encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-
-
-def simplified(text: str, *, wanted_by: str) -> str:
-    """datatrove's simple form: lower case, digits as 0, no punctuation or accents, single spaces.
-
-    Raises MissingLibraryError when datatrove is missing.
-    """
-    return require("datatrove.utils.text", wanted_by=wanted_by).simplify_text(text)
 
 
 def hash_words(words: list[str]) -> np.ndarray:

@@ -6,6 +6,8 @@ import importlib
 from pathlib import Path
 from types import ModuleType
 
+from equilibrium_mcore.data.compression import refuse_pipe
+
 # The extra of pyproject.toml that has these libraries; the extra `data` includes it.
 INSTALL = "pip install -e '.[filters]'"
 
@@ -32,6 +34,7 @@ def require(
 
 def require_file(path: Path, *, wanted_by: str, key: str, advice: str) -> Path:
     """The path. Raises FileNotFoundError that names the filter, its setting, and a way out."""
+    refuse_pipe(path)
     if not path.is_file():
         raise FileNotFoundError(f"filter {wanted_by}: {key}={path} does not exist; {advice}")
     return path

@@ -70,6 +70,7 @@ class Trial:
     stages: list[FilterStage]
     kept: int
     characters_kept: int
+    notes: list[str] = field(default_factory=list)
 
     @property
     def looks_across_a_sample(self) -> bool:
@@ -112,6 +113,7 @@ def try_filters(
         stages=stages,
         kept=len(going),
         characters_kept=sum(len(text) for text, _ in going),
+        notes=chain.notes(),
     )
 
 

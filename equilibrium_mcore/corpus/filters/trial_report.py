@@ -73,6 +73,7 @@ def as_json(trial: Trial) -> str:
         "kept": trial.kept,
         "characters_kept": trial.characters_kept,
         "filters": stages,
+        "notes": trial.notes,
     }
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
@@ -108,7 +109,8 @@ def _headline(trial: Trial) -> str:
 
 
 def _notes(trial: Trial) -> list[str]:
-    return ["", SAMPLE_NOTE] if trial.looks_across_a_sample else []
+    notes = [*trial.notes, *([SAMPLE_NOTE] if trial.looks_across_a_sample else [])]
+    return [line for note in notes for line in ("", note)]
 
 
 def _by_size(stage: FilterStage) -> list:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import regex
 from datatrove.utils.word_tokenizers import WordTokenizer, load_word_tokenizer
 
+from equilibrium_mcore.corpus.filters.comparable import by_script
+
 _LETTERS = r"[\p{L}\p{N}\p{M}_]+"
 _JOINT = r"['’](?=\p{L})|\.(?=[\p{N}_\p{Ll}])|(?<=\p{Lu})\.(?=\p{Lu})|(?<=\p{N})[,:](?=\p{N})"
 _WORD = regex.compile(rf"{_LETTERS}(?:(?:{_JOINT}){_LETTERS})*|([^\s\p{{L}}\p{{N}}\p{{M}}_])\1*")
@@ -45,7 +47,16 @@ class UnicodeWords(WordTokenizer):
         return [sentence for sentence in sentences if sentence]
 
 
+class WordsByScript(UnicodeWords):
+    """The same, with a word for each character of a script that has no spaces."""
+
+    def word_tokenize(self, text: str) -> list[str]:
+        """See `comparable.by_script`."""
+        return by_script(super().word_tokenize(text))
+
+
 UNICODE_WORDS = UnicodeWords()
+WORDS_BY_SCRIPT = WordsByScript()
 
 
 def word_tokenizer(name: str) -> WordTokenizer:

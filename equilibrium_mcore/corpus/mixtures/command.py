@@ -42,7 +42,11 @@ def run(
     if sample is not None and sample < 1:
         raise ConfigError(f"--sample {sample}: at least 1 row is needed")
     if dry_run:
-        plan = open_sources(make_plan(config), ask_hub=False)
+        plan = open_sources(
+            make_plan(config),
+            ask_hub=False,
+            skip_bad_rows=bool(options.get("skip_bad_rows")),
+        )
         note = _hub_note(config, [s.dataset.name for s in plan.sources if s.hub])
         return f"{plan.text()}\n{note}nothing was prepared (--dry-run)"
     manifest = prepare(

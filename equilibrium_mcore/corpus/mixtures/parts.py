@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+
+from equilibrium_mcore.data.text_files import line_number
 
 
 @dataclass(frozen=True)
@@ -21,4 +24,17 @@ class SourcePart:
 
 
 class BadRowError(ValueError):
-    """A row that is no document; the message names the file, the row and what is wrong."""
+    """A row that is no document. As a row of `readers.rows_of` its text says what is wrong; as an
+    error that is raised, also the dataset, the file, the row and a way out.
+    """
+
+
+@dataclass(frozen=True)
+class LinePlace:
+    """A line of a plain file, by its byte. To tell its number means to read up to there."""
+
+    path: str
+    offset: int
+
+    def __str__(self) -> str:
+        return f"{self.path}, line {line_number(Path(self.path), self.offset):,}"

@@ -20,10 +20,13 @@ from equilibrium_mcore.corpus.mixtures.documents import (
 )
 from equilibrium_mcore.corpus.mixtures.parts import BadRowError, SourcePart
 from equilibrium_mcore.corpus.mixtures.readers import is_hub, local_files, parts_of, rows_of
+from equilibrium_mcore.data.repeats import same_text, same_values
 from equilibrium_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from equilibrium_mcore.files.tables import terminal_table
 
 PROBED_ROWS = 20
+MOST_PROBED_ROWS = 1000  # with --skip-bad-rows, up to the first good one
+HUB_KEYS = ("source", "subset", "revision", "data_files", "splits")
 CHARACTERS_PER_TOKEN = 3  # for the disk alone, and low: more tokens need more room
 # Held-out documents are not of average length; so much more is taken, lest training lack it.
 SURPLUS = 0.01
@@ -53,11 +56,12 @@ class SourcePlan:
 
 @dataclass(frozen=True)
 class MixturePlan:
-    """All datasets' parts."""
+    """All datasets' parts. `notes`: what their filters say of the files that they were built of."""
 
     mixture: MixtureConfig
     sources: list[SourcePlan]
     total: int | None
+    notes: list[str] = field(default_factory=list)
 
     def text(self) -> str:
         """A table of the plan, and its arithmetic."""
@@ -75,6 +79,7 @@ class MixturePlan:
         head = ("dataset", "mix_ratio", "share", unit, "to take", "estimate", "epochs", "source")
         lines.append(terminal_table(head, map(_row, self.sources), align="lrrrrrrl"))
         lines += [_sampling_line(s.dataset) for s in self.sources if _sampling_line(s.dataset)]
+        lines += self.notes
         return "\n".join(lines)
 
 
@@ -91,28 +96,31 @@ def make_plan(mixture: MixtureConfig) -> MixturePlan:
     return MixturePlan(mixture, sources, total)
 
 
-def open_sources(plan: MixturePlan, *, ask_hub: bool) -> MixturePlan:
+def open_sources(plan: MixturePlan, *, ask_hub: bool, skip_bad_rows: bool = False) -> MixturePlan:
     """The plan with files and parts, each source's first rows read as the work will read them.
 
     Raises ConfigError with every problem: tokenizer, filters, files, fields. The Hub is asked only
     when all local sources are good, since that may download.
     """
     problems: list[str] = []
+    notes: list[str] = []
     tokenizer = _tokenizer(plan.mixture, problems)
     if not problems:
-        problems += _filter_problems(plan.mixture.datasets, tokenizer)
+        problems += _filter_problems(plan.mixture.datasets, tokenizer, notes)
     opened = {source.dataset.name: source for source in plan.sources}
     for wanted in (False, True):
         for source in plan.sources:
             if source.hub != wanted or (wanted and (problems or not ask_hub)):
                 continue
             try:
-                opened[source.dataset.name] = _open(source, plan.mixture.kind)
+                opened[source.dataset.name] = _open(source, plan.mixture.kind, skip_bad_rows)
             except (OSError, ValueError, ImportError) as error:
                 problems.append(str(error))
+    if not plan.mixture.allow_repeated_sources:
+        problems += _repeated(opened.values())
     if problems:
         raise ConfigError(dict.fromkeys(problems), source=plan.mixture.name)
-    return MixturePlan(plan.mixture, list(opened.values()), plan.total)
+    return MixturePlan(plan.mixture, list(opened.values()), plan.total, notes)
 
 
 def check_disk(plan: MixturePlan, output: Path, *, bytes_per_token: int) -> str:
@@ -163,23 +171,42 @@ def _tokenizer(mixture: MixtureConfig, problems: list[str]) -> Tokenizer | None:
         return None
 
 
-def _filter_problems(datasets: Iterable[DatasetConfig], tokenizer: Tokenizer | None) -> list[str]:
+def _filter_problems(
+    datasets: Iterable[DatasetConfig], tokenizer: Tokenizer | None, notes: list[str]
+) -> list[str]:
+    """What keeps filters from being built; `notes` gets what those that were built say."""
     problems = []
     for place, dataset in enumerate(datasets):
         try:
-            build_filters(dataset.filters, tokenizer=tokenizer)
+            chain = build_filters(dataset.filters, tokenizer=tokenizer)
+            notes += [f"{dataset.name}: {note}" for note in chain.notes()]
         except ConfigError as error:
             problems += [f"datasets.{place}.{text} ({dataset.name})" for text in error.problems]
     return problems
 
 
-def _open(source: SourcePlan, kind: Kind) -> SourcePlan:
+def _repeated(sources: Iterable[SourcePlan]) -> list[str]:
+    """A problem for each pair of datasets that read the same, by content and not by name."""
+    hub, local = {}, []
+    for source in sources:
+        dataset = source.dataset
+        if source.hub:
+            hub[dataset.name] = tuple(str(getattr(dataset, key)) for key in HUB_KEYS)
+        for entry in [] if source.hub else source.inputs:
+            local += [(dataset.name, file) for file in _files_in(Path(entry["path"]))]
+    return [
+        f"{pair} read the same data: leave one out, or say that it is meant with "
+        f"allow_repeated_sources: true"
+        for pair in [*same_values(hub), *same_text(local)]
+    ]
+
+
+def _open(source: SourcePlan, kind: Kind, skip_bad_rows: bool) -> SourcePlan:
     dataset = source.dataset
     parts = parts_of(dataset)
-    _probe(dataset, kind, parts)
+    _probe(dataset, kind, parts, skip_bad_rows)
     if source.hub:
-        keys = ("source", "subset", "revision", "data_files", "splits", "streaming")
-        where = {key: getattr(dataset, key) for key in keys}
+        where = {key: getattr(dataset, key) for key in (*HUB_KEYS, "streaming")}
         inputs = [{**where, "path": dataset.source, "bytes": 0, "parts": len(parts)}]
     else:
         inputs = [_facts(path) for path in local_files(dataset)]
@@ -187,8 +214,7 @@ def _open(source: SourcePlan, kind: Kind) -> SourcePlan:
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    states = [file.stat() for file in files]
+    states = [file.stat() for file in _files_in(path)]
     return {
         "path": str(path),
         "bytes": sum(state.st_size for state in states),
@@ -196,28 +222,53 @@ def _facts(path: Path) -> dict[str, Any]:
     }
 
 
-def _probe(dataset: DatasetConfig, kind: Kind, parts: list[SourcePart]) -> None:
-    """Read the first rows; raises ValueError when there are none, or a field is not there."""
-    seen = 0
-    for part in parts:
-        for place, row in rows_of(dataset, part):
-            if not isinstance(row, BadRowError):
-                try:
-                    to_document(kind, dataset, row)
-                    if dataset.sampling.method != "uniform":
-                        number_of(row, str(dataset.sampling.field))
-                except SkippedRowError:
-                    pass
-                except RowError as error:
-                    raise ValueError(
-                        f"{dataset.name}: {place}: {error}. Correct text_field, text_template, "
-                        f"columns or sampling.field of the dataset"
-                    ) from None
-            seen += 1
-            if seen == PROBED_ROWS:
-                return
+def _files_in(path: Path) -> list[Path]:
+    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+
+
+def _probe(
+    dataset: DatasetConfig, kind: Kind, parts: list[SourcePart], skip_bad_rows: bool
+) -> None:
+    """Read the first rows; raises ValueError when there are none, or one is no document.
+
+    With `skip_bad_rows` they are read up to one that is a document: settings that fit no row are
+    told now all the same.
+    """
+    seen, first_bad, good = 0, "", False
+    for place, row in (pair for part in parts for pair in rows_of(dataset, part)):
+        if seen >= (PROBED_ROWS if good or not skip_bad_rows else MOST_PROBED_ROWS):
+            break
+        seen += 1
+        problem = _problem_of(dataset, kind, row)
+        good = good or not problem
+        first_bad = first_bad or (f"{place}: {problem}" if problem else "")
+        if problem and not skip_bad_rows:
+            raise ValueError(
+                f"{dataset.name}: {first_bad}, or leave such rows out with --skip-bad-rows"
+            )
     if not seen:
         raise ValueError(f"{dataset.name}: source {dataset.source} is empty: it has no row to read")
+    if not good:
+        raise ValueError(
+            f"{dataset.name}: none of the first {seen:,} rows is a document, the first: {first_bad}"
+        )
+
+
+def _problem_of(dataset: DatasetConfig, kind: Kind, row: Any) -> str:
+    """What keeps a row from being a document, and what to do; empty for one that is."""
+    if isinstance(row, BadRowError):
+        return f"{row}. Repair the row"
+    try:
+        to_document(kind, dataset, row)
+        if dataset.sampling.method != "uniform":
+            number_of(row, str(dataset.sampling.field))
+    except SkippedRowError:
+        pass
+    except RowError as error:
+        return (
+            f"{error}. Correct text_field, text_template, columns or sampling.field of the dataset"
+        )
+    return ""
 
 
 def _row(source: SourcePlan) -> tuple[str, ...]:

@@ -99,7 +99,7 @@ def prepare(
     if options.workers < 1:
         raise ValueError(f"--workers {options.workers}: at least 1 is needed")
     with ShardWorkers(options.workers) as workers:
-        plan = open_sources(make_plan(mixture), ask_hub=True)
+        plan = open_sources(make_plan(mixture), ask_hub=True, skip_bad_rows=options.skip_bad_rows)
         say(plan.text())
         encoder = plan_encoder(mixture.tokenizer) if mixture.kind == "text" else None
         request = _fingerprint(

@@ -15,10 +15,10 @@ from typing import Any
 
 from equilibrium_mcore.config.mixture import DatasetConfig
 from equilibrium_mcore.corpus.mixtures.hub import hub_parts, stream_rows
-from equilibrium_mcore.corpus.mixtures.parts import BadRowError, SourcePart
-from equilibrium_mcore.data.inputs import SUFFIXES
+from equilibrium_mcore.corpus.mixtures.parts import BadRowError, LinePlace, SourcePart
+from equilibrium_mcore.data.compression import SUFFIXES, compression_of, refuse_pipe
 from equilibrium_mcore.data.jsonl import parse_object
-from equilibrium_mcore.data.text_files import line_number, lines_of_compressed, lines_of_range
+from equilibrium_mcore.data.text_files import lines_of_compressed, lines_of_range
 
 # Parts are read in a seeded order, so a source of many parts is sampled more evenly.
 PARTS_WANTED = 64
@@ -53,6 +53,7 @@ def local_files(dataset: DatasetConfig) -> list[Path]:
     Raises FileNotFoundError when there are none, ValueError when their format is not known.
     """
     source = Path(dataset.source)
+    refuse_pipe(source)
     if _is_saved_dataset(source):
         return [source]
     if source.is_file():
@@ -94,10 +95,10 @@ def parts_of(dataset: DatasetConfig) -> list[SourcePart]:
 
 def rows_of(
     dataset: DatasetConfig, part: SourcePart, *, skip: int = 0
-) -> Iterator[tuple[str, Any]]:
-    """(place, row) of a part from row `skip` on; a row is a mapping, or a BadRowError to raise.
+) -> Iterator[tuple[object, Any]]:
+    """(place, row) of a part from row `skip` on; a row is a mapping, or a BadRowError.
 
-    Raises ValueError for a file that is damaged.
+    `str` of a place names file and row.     Raises ValueError for a file that is damaged.
     """
     return _ROWS[part.kind](dataset, part, skip)
 
@@ -106,7 +107,7 @@ def rows_of(
 
 
 def _jsonl_parts(dataset: DatasetConfig, path: Path) -> list[SourcePart]:
-    if path.suffix in SUFFIXES:
+    if compression_of(path) is not None:
         return [SourcePart("compressed", str(path))]
     size = path.stat().st_size
     step = _step(size, RANGE_BYTES)
@@ -120,19 +121,16 @@ def _step(size: int, limits: tuple[int, int]) -> int:
     return max(limits[0], min(limits[1], size // PARTS_WANTED))
 
 
-def _jsonl_rows(dataset: DatasetConfig, part: SourcePart, skip: int) -> Iterator[tuple[str, Any]]:
+def _jsonl_rows(
+    dataset: DatasetConfig, part: SourcePart, skip: int
+) -> Iterator[tuple[object, Any]]:
     path, count = Path(part.path), 0
     for offset, line in lines_of_range(path, part.begin, part.end):
         if not line.strip():
             continue
         count += 1
         if count > skip:
-            row = _object_or_error(line)
-            if isinstance(row, ValueError):
-                place = f"{path}, line {line_number(path, offset):,}"
-                yield place, BadRowError(f"{place}: {row}")
-            else:
-                yield f"{path}, byte {offset:,}", row
+            yield LinePlace(part.path, offset), _object_or_error(line)
 
 
 def _compressed_rows(
@@ -144,15 +142,14 @@ def _compressed_rows(
             continue
         count += 1
         if count > skip:
-            row, place = _object_or_error(line), f"{part.path}, line {number:,}"
-            yield place, BadRowError(f"{place}: {row}") if isinstance(row, ValueError) else row
+            yield f"{part.path}, line {number:,}", _object_or_error(line)
 
 
-def _object_or_error(line: bytes) -> dict[str, Any] | ValueError:
+def _object_or_error(line: bytes) -> dict[str, Any] | BadRowError:
     try:
         return parse_object(line)
     except ValueError as error:
-        return error
+        return BadRowError(str(error))
 
 
 # ---------------------------------------------------------------------------- Parquet and Arrow

@@ -42,7 +42,7 @@ from equilibrium_mcore.files.whole import whole_file, write_whole
 SHARD_CHARACTERS = 16 << 20
 SHARD_ROWS = 50_000
 CHANGES_TURNS = ("pii_removal",)  # filters that are applied to every turn by itself
-FORMAT_VERSION = 1  # raise it when the same rows would give other shards
+FORMAT_VERSION = 2  # raise it when the same rows would give other shards
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class _Draft:
             or self.facts.characters_in >= self.spec.shard_characters
         )
 
-    def add(self, place: str, row: Any) -> None:
+    def add(self, place: object, row: Any) -> None:
         """Take a row. Raises BadRowError unless bad rows are to be left out."""
         self.facts.rows += 1
         self.facts.next_row += 1
@@ -245,15 +245,14 @@ class _Draft:
                 raise SkippedRowError("weight 0")
         return value
 
-    def _note_bad(self, place: str, error: Exception) -> None:
-        text = str(error) if isinstance(error, BadRowError) else f"{place}: {error}"
+    def _note_bad(self, place: object, error: Exception) -> None:
         if not self.spec.skip_bad_rows:
             raise BadRowError(
-                f"{self.spec.dataset.name}: {text}. Repair the row or the mixture's settings, or "
-                f"leave such rows out with --skip-bad-rows"
+                f"{self.spec.dataset.name}: {place}: {error}. Repair the row or the "
+                f"mixture's settings, or leave such rows out with --skip-bad-rows"
             )
         self.facts.bad += 1
-        self.facts.first_bad = self.facts.first_bad or text
+        self.facts.first_bad = self.facts.first_bad or f"{place}: {error}"
 
     def _reason(self, reason: str) -> int:
         if reason not in self.facts.reasons:

@@ -13,6 +13,7 @@ from equilibrium_mcore.data.chat.examples import Examples
 from equilibrium_mcore.data.chat.order import Packing
 from equilibrium_mcore.data.chat.render import Renderer, build_renderer
 from equilibrium_mcore.data.chat.store import load_or_encode
+from equilibrium_mcore.data.repeats import same_text
 from equilibrium_mcore.data.tokenizer import load_tokenizer
 
 Part = Literal["train", "validation"]
@@ -95,8 +96,20 @@ def _examples(
             f"max_tokens={config.max_tokens:,} is more than training.sequence_length="
             f"{sequence_length:,}: an example lies in one sequence; lower it, or leave it out"
         )
+    if not config.allow_repeated_sources:
+        _refuse_repeats(config, part)
     examples, report = load_or_encode(config, renderer, part=part, max_tokens=longest)
     return renderer, examples, report
+
+
+def _refuse_repeats(config: ConversationsConfig, part: Part) -> None:
+    files = [(source.name, path) for source in config.sources for path in getattr(source, part)]
+    if pairs := same_text((name, path) for name, path in files if path.is_file()):
+        raise ConfigError(
+            f"{part}: {'; '.join(pairs[:5])} hold the same conversations: name each file once, or "
+            "say that it is meant with data.allow_repeated_sources=true",
+            source=f"data {config.name!r}",
+        )
 
 
 def _plan(config: ConversationsConfig, sequence_length: int, seed: int) -> dict[str, Any]:

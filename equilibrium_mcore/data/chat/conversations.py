@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.data.chat.segments import ROLE_NAMES, Turn
+from equilibrium_mcore.data.compression import refuse_pipe
 from equilibrium_mcore.data.jsonl import parse_object
 from equilibrium_mcore.data.text_files import lines_of
 
@@ -46,6 +47,10 @@ def read_conversations(path: Path) -> Iterator[Conversation]:
     Raises ConfigError that names file, line and key of all bad rows, up to twenty.
     """
     problems: list[str] = []
+    try:
+        refuse_pipe(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; name the JSONL files of the conversations")
     for number, line in lines_of(path):

@@ -35,8 +35,12 @@ def ask(reason, references, text, **more):
 
 def test_a_run_of_thirteen_words_is_found_in_any_dress(reason, references):
     run = QUESTION.split()[3:16]
-    inside = f"Long before. {' '.join(run).upper().replace('17', '23')}!! And after."
+    inside = f"Long before. {' '.join(run).upper()}!! And after."
     assert ask(reason, references, inside) == "found in exam.jsonl"
+    other = f"{' '.join(QUESTION.split()[:14]).replace('17', '23')} And after."
+    assert ask(reason, references, other) is None
+    prose = ["case", "numbers", "punctuation", "accents"]
+    assert ask(reason, references, other, ignore=prose) == "found in exam.jsonl"
     for twelve in (run[1:], run[:-1], [*run[:6], "old", *run[6:]]):
         assert ask(reason, references, f"Long before. {' '.join(twelve)} and after.") is None
     assert ask(reason, references, f"Before {' '.join(run[1:])}", ngram_words=12) is not None
@@ -47,6 +51,25 @@ def test_short_references_are_found_as_a_whole(reason, references):
     assert ask(reason, references, "Which planet is closest to the sun?") is None
     assert ask(reason, references, f"Quiz: {SHORT}", min_words=9) is None
     assert ask(reason, references, f"{TINY} nine sheep") is None
+
+
+CHINESE = "下列关于光合作用的说法中哪一项是正确的请选择一个最合适的答案并且说明理由"
+
+
+def test_text_without_spaces_is_found(chain, tmp_path):
+    path = tmp_path / "exam_zh.jsonl"
+    texts = [CHINESE, "对还是错？", SHORT, TINY]
+    path.write_text("".join(json.dumps({"question": text}) + "\n" for text in texts))
+    filters = chain(type="decontamination", references=[str(path)], fields=["question"])
+    inside = filters.process(f"网页上的一段文字，{CHINESE}。后面也有别的内容。", {})
+    assert inside.dropped is not None
+    assert (
+        filters.process(f"网页上的一段文字，{CHINESE[:12]}。后面也有别的内容。", {}).dropped is None
+    )
+    assert filters.notes() == [
+        f"decontamination: {path}: 2 of 4 references have fewer than min_words=8 words and are not "
+        "looked for"
+    ]
 
 
 def test_matches_needed(reason, references):

@@ -7,13 +7,9 @@ import random
 import numpy as np
 import pytest
 
+from equilibrium_mcore.corpus.filters.comparable import comparable_words
 from equilibrium_mcore.corpus.filters.hash_set import HashSet64
-from equilibrium_mcore.corpus.filters.ngram_hashes import (
-    hash_ngrams,
-    hash_text,
-    hash_words,
-    simplified,
-)
+from equilibrium_mcore.corpus.filters.ngram_hashes import hash_ngrams, hash_text, hash_words
 
 
 def vocabulary(size: int, generator: random.Random) -> list[str]:
@@ -33,20 +29,62 @@ def jaccard(first: str, second: str, n: int = 5) -> float:
     """Of the sets of n words in a row, exactly."""
     sets = []
     for text in (first, second):
-        words = simplified(text, wanted_by="test").split()
+        words = comparable_words(text, ["case", "punctuation", "accents"], wanted_by="test")
         sets.append({tuple(words[i : i + n]) for i in range(len(words) - n + 1)})
     return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
 
 
 @pytest.mark.parametrize(
-    ("normalize", "stay"),
-    [("none", [0, 1, 2, 3, 5]), ("whitespace", [0, 2, 3, 5]), ("simplified", [0, 5])],
+    ("settings", "stay"),
+    [
+        ({"normalize": "none"}, [0, 1, 2, 3, 5]),
+        ({"normalize": "whitespace"}, [0, 2, 3, 5]),
+        ({"normalize": "simplified"}, [0, 3, 5]),
+        ({"normalize": "simplified", "ignore": ["punctuation"]}, [0, 2, 3, 5]),
+        (
+            {"normalize": "simplified", "ignore": ["case", "punctuation", "numbers"]},
+            [0, 5],
+        ),
+    ],
 )
-def test_exact(normalize, stay, chain, kept):
+def test_exact(settings, stay, chain, kept):
     texts = ["One text, 12.", "One  text,\n12. ", "one text, 12.", "One text: 34", "One text, 12."]
     texts.append("Another text, 12.")
-    filters = chain(type="deduplication", normalize=normalize)
+    filters = chain(type="deduplication", **settings)
     assert kept(filters, texts) == stay
+
+
+def sums(seed: int) -> str:
+    """Twenty lines of arithmetic with numbers of their own."""
+    draw = random.Random(seed).randrange
+    return "\n".join(f"{draw(10, 99)} + {draw(10, 99)} = {draw(100, 200)}" for _ in range(20))
+
+
+@pytest.mark.parametrize("method", ["exact", "minhash", "simhash"])
+def test_numbers_count_unless_a_setting_ignores_them(method, chain, kept):
+    texts = [sums(seed) for seed in range(12)]
+    settings = dict(type="deduplication", method=method, normalize="simplified")
+    assert kept(chain(**settings), [*texts, texts[3]]) == list(range(12))
+    prose = dict(ignore=["case", "numbers", "punctuation", "accents"])
+    assert kept(chain(**settings, **prose), texts) == [0]
+    fullwidth = ["\uff11\uff10 + \uff12 = \uff13", "\uff10 + \uff12 = \uff13"]
+    assert kept(chain(**settings), fullwidth) == [0, 1]
+
+
+@pytest.mark.parametrize("method", ["exact", "minhash", "simhash"])
+def test_punctuation_alone_is_not_all_the_same(method, chain, kept):
+    settings = dict(type="deduplication", method=method, normalize="simplified")
+    assert kept(chain(**settings), ["(((((", "-----", "?!?!", "((((("]) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("method", ["minhash", "simhash"])
+def test_text_without_spaces_is_compared_by_its_characters(method, chain, kept):
+    generator = random.Random(4)
+    draw = lambda: "".join(chr(0x4E00 + generator.randrange(3000)) for _ in range(400))  # noqa: E731
+    texts = [draw() for _ in range(5)]
+    changed_in_one = [f"{text[:200]}\u6c34{text[201:]}" for text in texts]
+    filters = chain(type="deduplication", method=method)
+    assert kept(filters, [*texts, *changed_in_one]) == list(range(5))
 
 
 def test_the_first_in_reading_order_stays_whoever_computed_it(chain):

@@ -1,5 +1,6 @@
 """From sources to indexed datasets and a blend: every format, budgets, splits, kills, errors."""
 
+import gzip
 import hashlib
 import json
 import random
@@ -295,7 +296,7 @@ def test_sample_is_a_trial_without_a_budget(tmp_path, rows, write_rows, mixture,
     [
         (lambda p: p.unlink(), r"a: source .*a\.jsonl: no such file or folder.*--local a=PATH"),
         (lambda p: p.write_text(""), r"a: source .* is empty: it has no row"),
-        (lambda p: p.write_text('{"body": "x"}\n'), r"a: .*byte 0: no field 'text'.*'body'"),
+        (lambda p: p.write_text('{"body": "x"}\n'), r"a: .*line 1: no field 'text'.*'body'"),
         (lambda p: p.write_text('{"text": 3}\n'), r"field 'text' is not text but int"),
     ],
 )
@@ -331,6 +332,53 @@ def test_a_bad_row_stops_or_is_counted(tmp_path, rows, write_rows, mixture, run)
     (facts,) = run(config, skip_bad_rows=True).datasets
     assert (facts.bad, facts.empty, facts.documents) == (2, 1, len(rows) - 2)
     assert "line 78" in facts.first_bad
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_bad_rows_at_the_beginning(tmp_path, rows, write_rows, mixture, run, ending):
+    """The rows that settings are tried on are counted and left out like any other."""
+    source = write_rows(tmp_path / f"a.jsonl{ending}", rows)
+    opened = gzip.open if ending else open
+    with opened(source, "rb") as stream:
+        lines = stream.read().splitlines(keepends=True)
+    bad = [b'{"text": "half\n', b'{"text": 5}\n', b'{"body": "x"}\n'] * 10
+    with opened(source, "wb") as stream:
+        stream.writelines([lines[0], *bad, *lines[1:]])
+    config = mixture(("a", source, 1.0, {"max_epochs": 1e6}), total_tokens=ALL)
+    with pytest.raises(ConfigError, match=r"line 2: not JSON .*Repair.*--skip-bad-rows"):
+        run(config)
+    (facts,) = run(config, skip_bad_rows=True).datasets
+    assert (facts.bad, facts.documents) == (len(bad), len(rows))
+    assert f"{source.name}, line 2: not JSON" in facts.first_bad
+    with opened(source, "wb") as stream:
+        stream.writelines(bad)
+    with pytest.raises(ConfigError, match=r"none of the first 30 rows is a document, the first"):
+        run(config, skip_bad_rows=True, overwrite=True)
+
+
+def test_rows_are_named_by_their_line(tmp_path, rows, write_rows, mixture, run):
+    source = write_rows(tmp_path / "a.jsonl", rows)
+    lines = source.read_bytes().splitlines(keepends=True)
+    lines[30:31] = [b"\n", b'{"text": 5}\n']
+    source.write_bytes(b"".join(lines))
+    with pytest.raises(BadRowError, match=r"a: .*a\.jsonl, line 32: field 'text' is not text"):
+        run(mixture(("a", source, 1.0, {"max_epochs": 1e6}), total_tokens=ALL))
+
+
+def test_the_same_rows_under_two_names(tmp_path, rows, write_rows, mixture, run):
+    source = write_rows(tmp_path / "a.jsonl", rows)
+    (tmp_path / "copy.jsonl").write_bytes(source.read_bytes())
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/link.jsonl").symlink_to(source)
+    for other in ("copy.jsonl", "folder"):
+        datasets = [
+            (n, p, 0.5, {"max_epochs": 1e6})
+            for n, p in zip("ab", (source, tmp_path / other), strict=True)
+        ]
+        with pytest.raises(ConfigError, match=r"b \(.*\) and a \(.*\) read the same data"):
+            run(mixture(*datasets, total_tokens=ALL))
+    meant = mixture(*datasets, total_tokens=ALL, allow_repeated_sources=True)
+    assert [facts.rows for facts in run(meant).datasets] == [len(rows)] * 2
 
 
 def test_too_small_a_disk_is_told(tmp_path, rows, write_rows, mixture, run):

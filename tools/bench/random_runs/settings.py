@@ -161,6 +161,7 @@ EXEMPT: dict[str, str] = {
     "data.prefetch_factor": _TOKENS,
     "data.tokenizer": _TOKENS,
     "data.sources": _TOKENS,
+    "data.allow_repeated_sources": "what is refused: tests/data/test_repeats.py",
     "data.split": _TOKENS,
     "data.order": _TOKENS,
     "data.train_samples": _TOKENS,
