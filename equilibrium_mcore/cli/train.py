@@ -60,8 +60,8 @@ def run(options: argparse.Namespace) -> int:
     check, changes = given.pop("check"), given.pop("overrides")
     host = None if check else describe_host()
     config = load_named_run(ExperimentNames(**given), changes, host=host)
-    tell_of_the_export(config)
     if not check:
         return start(config, command_line())
+    tell_of_the_export(config)
     sys.stdout.write(to_yaml(config.model_dump(mode="json")))
     return 0
