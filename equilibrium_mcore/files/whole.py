@@ -133,10 +133,11 @@ def _put_in_place(folder: Path, target: Path) -> None:
     doomed = _temporary_name(target, REMOVED)
     os.replace(target, doomed)
     try:
-        rename_durably(folder, target)
+        os.replace(folder, target)
     except BaseException:
         os.replace(doomed, target)
         raise
+    sync_directory(target.parent)
     shutil.rmtree(doomed)
 
 

@@ -17,6 +17,7 @@ from equilibrium_mcore.data.chat.examples import Examples
 from equilibrium_mcore.data.ledger.dataset import LedgerDataset
 from equilibrium_mcore.data.ledger.source import DocumentSlice, SourceDocuments
 from equilibrium_mcore.data.tokenizer import Tokenizer
+from equilibrium_mcore.files.tables import terminal_table
 from equilibrium_mcore.sanity.verdict import Check, judged, skipped
 from equilibrium_mcore.sanity.workbench import Observed
 from equilibrium_mcore.training.run_data import build_run_datasets
@@ -105,16 +106,16 @@ def _decoded(first: dict[str, Tensor], tokenizer: Tokenizer | None) -> list[str]
     if tokenizer and tokenizer.eod in tokens[ROWS_SHOWN:-2]:
         end = tokens.index(tokenizer.eod, ROWS_SHOWN)
         places += [None, *range(end - 2, end + 3)]
-    lines = [f"{'i':>5} {'position':>8} {'token':>7} {'text':<16} {'label':>7} text"]
+    rows = []
     for i in places:
         if i is None or i >= len(tokens):
-            lines.append("  ...")
+            rows.append(("...", "", "", "", "", ""))
             continue
         mark = "" if i + 1 >= len(tokens) or labels[i] == tokens[i + 1] else "  <- not tokens[i+1]"
-        lines.append(
-            f"{i:>5} {positions[i]:>8} {tokens[i]:>7} {_text(tokenizer, tokens, i):<16} "
-            f"{labels[i]:>7} {_text(tokenizer, labels, i)}{mark}"
-        )
+        token, label = _text(tokenizer, tokens, i), _text(tokenizer, labels, i)
+        rows.append((i, positions[i], tokens[i], token, labels[i], label + mark))
+    head = ("i", "position", "token", "text", "label", "text")
+    lines = terminal_table(head, rows, align="rrrlrl").splitlines()
     if tokenizer:
         lines.append(f"text: {tokenizer.decode(tokens)[:240]!r}")
     return lines

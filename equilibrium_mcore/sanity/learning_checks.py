@@ -11,6 +11,7 @@ from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.blend import Datasets
 from equilibrium_mcore.data.samples import Samples
 from equilibrium_mcore.data.tokenizer import Tokenizer
+from equilibrium_mcore.files.tables import terminal_table
 from equilibrium_mcore.optim.schedule import learning_rate_factor
 from equilibrium_mcore.parallel.host import describe_host
 from equilibrium_mcore.sanity.verdict import Check, judged
@@ -225,9 +226,11 @@ def show_schedule(config: RunConfig) -> Check:
         for name in OPTIMIZERS
         if name in (REST, config.optimizer.matrices)
     }
-    lines = [f"{'step':>9}  " + "  ".join(f"{name:>10}" for name in peaks)]
-    for step, factor in zip(steps, factors, strict=True):
-        lines.append(f"{step:>9}  " + "  ".join(f"{p * factor:>10.2e}" for p in peaks.values()))
+    rows = [
+        (step, *(f"{peak * factor:.2e}" for peak in peaks.values()))
+        for step, factor in zip(steps, factors, strict=True)
+    ]
+    lines = terminal_table(("step", *peaks), rows, align="r").splitlines()
     problems = []
     if max(factors) < 0.99:
         problems.append(f"the peak rate is never reached: at most {max(factors):.0%} of it")

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
 from equilibrium_mcore.files.paths import expand_path
-from equilibrium_mcore.files.whole import REMOVED, remove_tree, whole_file, write_whole
+from equilibrium_mcore.files.whole import (
+    REMOVED,
+    remove_tree,
+    rename_durably,
+    whole_file,
+    write_whole,
+)
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -17,6 +24,45 @@ def test_a_file_is_replaced_whole(tmp_path):
     write_whole(path, b"second\n")
     assert path.read_bytes() == b"second\n"
     assert os.listdir(path.parent) == ["facts.json"]
+
+
+@pytest.fixture
+def order(monkeypatch) -> list[str]:
+    """What is synced and renamed, in order: by the names of files and folders."""
+    seen: list[str] = []
+    sync, rename = os.fsync, os.replace
+
+    def synced(descriptor):
+        seen.append(f"sync {Path(f'/proc/self/fd/{descriptor}').resolve().name}")
+        sync(descriptor)
+
+    def renamed(source, target):
+        seen.append(f"rename {Path(target).name}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    return seen
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="names of open files are Linux's")
+def test_content_is_on_the_disk_before_its_name_and_then_the_name(tmp_path, order):
+    folder = tmp_path / "new"
+    write_whole(folder / "facts.json", "first")
+    content, name, names = order
+    assert content.startswith("sync .facts.json.") and content.endswith(".tmp")
+    assert (name, names) == ("rename facts.json", "sync new")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="names of open files are Linux's")
+def test_a_rename_into_another_folder_is_on_the_disk_in_both(tmp_path, order):
+    for name in ("from", "to"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "from" / "step").write_text("x")
+    rename_durably(tmp_path / "from" / "step", tmp_path / "to" / "step")
+    assert order == ["rename step", "sync to", "sync from"]
+    with pytest.raises(FileNotFoundError):
+        rename_durably(tmp_path / "from" / "step", tmp_path / "to" / "step")
 
 
 def test_a_failing_writer_changes_nothing(tmp_path):
