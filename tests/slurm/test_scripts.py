@@ -32,6 +32,7 @@ def job(tmp_path: Path):
     programs.mkdir()
     (programs / "srun").write_text(SRUN)
     (programs / "scontrol").write_text("#!/usr/bin/env bash\necho node1\n")
+    (programs / "sleep").write_text("#!/usr/bin/env bash\n")
     for program in programs.iterdir():
         program.chmod(0o755)
     spool = tmp_path / "spool"
@@ -91,6 +92,15 @@ def test_what_is_wrong_is_told_by_the_script_that_was_submitted(job, tmp_path, s
     config = "configs/runs/quickstart.yaml"
     failed = job(script, RUN_CONFIG=config, OUTPUT_DIRECTORY=out, SRUN_STATUS="3")
     assert failed.returncode == 1 and "the run failed with status 3" in failed.stderr
+
+
+@pytest.mark.parametrize("script", ["train.sh", "pretrain_3b.sh"])
+def test_a_signal_before_the_first_step_requeues(job, tmp_path, script):
+    run = {"RUN_CONFIG": "configs/runs/quickstart.yaml", "OUTPUT_DIRECTORY": str(tmp_path / "out")}
+    done = job(script, SRUN_STATUS="143", **run)
+    assert done.returncode == 0, done.stderr
+    assert "job 7: stopped by a signal before the first step; back into the queue" in done.stdout
+    assert job(script, SRUN_STATUS="138", **run).returncode == 1
 
 
 def test_train_needs_a_run_and_a_folder(job, tmp_path):
