@@ -25,7 +25,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from equilibrium_mcore import __version__
-from equilibrium_mcore.cli.command import WRONG, run_subcommand
+from equilibrium_mcore.cli.command import WRONG, prepare_signals, run_subcommand
 from equilibrium_mcore.config.installation import COMMANDS, PROGRAM
 
 GROUPS = {
@@ -64,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return WRONG
+    if arguments is None:
+        prepare_signals(words[0])
     return run_subcommand(words[0], words[1:], program=f"{PROGRAM} {words[0]}")
 
 

@@ -21,17 +21,27 @@ from importlib import import_module
 
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.installation import COMMANDS, PROGRAM
+from equilibrium_mcore.training.signals import take_signals_at_once
 
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
 # What is told in a line. Anything else is a fault of ours, and has a traceback.
 TOLD = (ValueError, OSError, ImportError)
+
+TRAINS = ("train", "run", "resume")
 
 Options = argparse.Namespace
 
 
 def run_tool(name: str) -> int:
     """The file in tools/ of a sub-command: the same, under its own name."""
+    prepare_signals(name)
     return run_subcommand(name, sys.argv[1:], program=f"python {COMMANDS[name]}")
+
+
+def prepare_signals(name: str) -> None:
+    """Of a process that trains: until there is something to save, a stop signal ends it at once."""
+    if name in TRAINS:
+        take_signals_at_once()
 
 
 def run_subcommand(name: str, arguments: Sequence[str], *, program: str) -> int:

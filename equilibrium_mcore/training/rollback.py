@@ -15,6 +15,7 @@ from equilibrium_mcore.checkpoint.lineage import Lineage
 from equilibrium_mcore.checkpoint.manifest import DamagedCheckpointError
 from equilibrium_mcore.checkpoint.opened import OpenedCheckpoint
 from equilibrium_mcore.checkpoint.together import on_first_rank
+from equilibrium_mcore.config.installation import command
 from equilibrium_mcore.training.anomalies import Anomaly
 from equilibrium_mcore.training.run_data import build_run_datasets, documents_at
 from equilibrium_mcore.training.setup import Run, resume
@@ -42,7 +43,7 @@ def stop(run: Run, anomaly: Anomaly) -> AnomalyError:
     )
     read = documents(run, anomaly)
     return AnomalyError(
-        f"step {anomaly.step}: {anomaly.what}. Nothing was updated. {why}. {read} "
+        f"step {anomaly.step}: {anomaly.what}. Nothing was updated. {why}. {read}. "
         "Resume from the latest checkpoint with policy=skip or rollback, with a lower learning "
         "rate, or without these samples: training.left_out="
         f"{(run.left_out + anomaly.ranges).as_lists()}"
@@ -54,11 +55,8 @@ def documents(run: Run, anomaly: Anomaly) -> str:
     ((first, count),) = anomaly.ranges
     named = documents_at(run.datasets.train, first, count)
     more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
-    command = (
-        f"python tools/data_ledger.py {run.config.output_directory} --position {first} "
-        f"--count {count} --show"
-    )
-    return f"It read {', '.join(named[:NAMED])}{more}; their text: {command}." if named else ""
+    shown = f"{command('ledger')} {run.config.output_directory} --position {first} --count {count}"
+    return f"It read {', '.join(named[:NAMED])}{more}; their text: {shown} --show" if named else ""
 
 
 def go_back(run: Run, anomaly: Anomaly) -> list[str]:
