@@ -14,7 +14,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from equilibrium_mcore.data.compression import refuse_pipe
+from equilibrium_mcore.data.compression import (
+    compression_of,
+    decompressed_blocks,
+    refuse_pipe,
+)
 from equilibrium_mcore.data.jsonl import parse_object, texts_of
 from equilibrium_mcore.data.text_files import lines_of
 from equilibrium_mcore.files.replace import refuse_existing, refuse_sources
@@ -145,7 +149,7 @@ def _sample(inputs: Sequence[Path], key: str, max_bytes: float, seed: int) -> li
     missing = [str(path) for path in inputs if not path.is_file()]
     if missing:
         raise FileNotFoundError(f"--input: no such file: {', '.join(missing)}")
-    total = sum(path.stat().st_size for path in inputs)
+    total = sum(map(_content_bytes, inputs))
     keep = min(1.0, max_bytes / max(1, total))
     generator = random.Random(seed)
     documents: list[str] = []
@@ -162,6 +166,14 @@ def _sample(inputs: Sequence[Path], key: str, max_bytes: float, seed: int) -> li
                 ) from None
     generator.shuffle(documents)
     return documents
+
+
+def _content_bytes(path: Path) -> int:
+    """Bytes of a file's text, of which a compressed one has more than the file."""
+    compression = compression_of(path)
+    if compression is None:
+        return path.stat().st_size
+    return sum(len(block) for block, _ in decompressed_blocks(path, compression))
 
 
 def _pieces(documents: Sequence[str]) -> Iterator[str]:

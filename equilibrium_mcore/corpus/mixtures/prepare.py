@@ -107,7 +107,7 @@ def prepare(
             _inputs(plan),
             options.sample_rows,
             options.skip_bad_rows,
-            encoder and encoder.fingerprint,
+            _ids_of(encoder),
         )
         read = [Path(str(entry["path"])) for source in plan.sources for entry in source.inputs]
         refuse_sources(_final_places(options.output), read, option="--output")
@@ -270,7 +270,7 @@ def _work_spec(
     values = source.dataset.model_dump(mode="json", exclude=NOT_IN_SHARDS)
     values["sampling"] = {k: v for k, v in values["sampling"].items() if k not in NOT_IN_SAMPLING}
     rows = min(options.sample_rows or SHARD_ROWS, SHARD_ROWS)
-    tokenizer = encoder.fingerprint if encoder else None
+    tokenizer = _ids_of(encoder)
     sizes = (rows, options.shard_characters, options.skip_bad_rows, FORMAT_VERSION)
     state = _fingerprint(
         values, source.inputs, mixture.kind, mixture.validation.seed, tokenizer, sizes
@@ -300,6 +300,14 @@ def _in_seeded_order(source: SourcePlan, seed: int) -> list[tuple[int, SourcePar
 def _fingerprint(*values: object) -> str:
     text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _ids_of(encoder: EncoderPlan | None) -> tuple[str, int] | None:
+    """What decides the ids of a text: the tokenizer, and the token that ends a document.
+
+    The latter may be named in a file beside the tokenizer, which its hash does not see.
+    """
+    return None if encoder is None else (encoder.fingerprint, encoder.eod)
 
 
 def _inputs(plan: MixturePlan) -> list:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from equilibrium_mcore.config.data import DataConfig
 from equilibrium_mcore.config.errors import ConfigError
@@ -379,6 +380,20 @@ def test_the_same_rows_under_two_names(tmp_path, rows, write_rows, mixture, run)
             run(mixture(*datasets, total_tokens=ALL))
     meant = mixture(*datasets, total_tokens=ALL, allow_repeated_sources=True)
     assert [facts.rows for facts in run(meant).datasets] == [len(rows)] * 2
+
+
+def test_shards_of_another_end_of_document_are_not_used_again(
+    tmp_path, rows, write_rows, mixture, run, tokenizer
+):
+    source = write_rows(tmp_path / "a.jsonl", rows[:40])
+    config = mixture(("a", source, 1.0, {"max_epochs": 1e6}), total_tokens=ALL)
+    run(config, keep_work=True)
+    other = config.tokenizer.model_copy(update={"end_of_document": "<|padding|>"})
+    config = config.model_copy(update={"tokenizer": other})
+    (facts,) = run(config, keep_work=True, overwrite=True).datasets
+    prefix = tmp_path / "out" / facts.outputs[0].prefix
+    ends = {int(document[-1]) for document in IndexedDataset(str(prefix))}
+    assert ends == {tokenizer.pad_id} and read_manifest(prefix).eod == tokenizer.pad_id
 
 
 def test_too_small_a_disk_is_told(tmp_path, rows, write_rows, mixture, run):
