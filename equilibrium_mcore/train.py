@@ -35,6 +35,7 @@ def run_stage(config: RunConfig) -> int:
 
     Raises ConfigError for an output directory that the run cannot have.
     """
+    take_signals_at_once()  # whatever command it is called by
     rank_info = rank_info_from_environment(os.environ)
     if rank_info is None or rank_info.rank == 0:
         check_run_folder(config)  # before libraries take their seconds to import
