@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from equilibrium_mcore.training.metrics import METRICS_FILE, read_metrics
 from tests.support.runs import MODEL, make_data, tiny_run
 
 ROOT = Path(__file__).parents[2]
-STEPS, SAVE_EVERY = 12, 3
+STEPS, SAVE_EVERY, BATCH = 12, 3, 2
+TRAIN = ("-m", "equilibrium_mcore.pretrain")
 PATIENCE_SECONDS = 300  # only a hang takes so long, on however slow a machine
 SMALL = {**MODEL, "layer_pattern": "ME|+E", "hidden_size": 32}
 
@@ -75,10 +76,21 @@ class Bench:
         self._jobs = 0
         say("a run to which nothing happens")
         reference = self.new_run("reference")
-        job = self.start(reference)
+        began, job = time.monotonic(), self.start(reference)
+        wait_until(lambda: logged_steps(reference) or job.process.poll() is not None, "it trains")
+        self.start_seconds = time.monotonic() - began
         expect(job.wait() == 0, "a run to which nothing happens ends with 0", job.text())
         self.curve = curve(reference)
         expect(list(self.curve) == list(range(1, STEPS + 1)), "every step is logged", self.curve)
+
+    def curve_without(self, first: int, count: int) -> dict[int, float]:
+        """The curve of a run that is told from the start to leave samples out."""
+        output = self.folder / f"without_{first}_{count}"
+        if not output.exists():
+            self.new_run(output.name)
+            job = self.start(output, f"training.left_out=[[{first},{count}]]")
+            expect(job.wait() == 0, "a run without some samples ends with 0", job.text())
+        return curve(output)
 
     def new_run(self, name: str, **changes: Any) -> Path:
         """The output directory of a new run, with its config beside it."""
@@ -88,15 +100,15 @@ class Bench:
             output,
             model=SMALL,
             parallelism={"world_size": 2, "tensor": 2, "sequence": True, "expert": 2},
-            training={"steps": STEPS, "global_batch_size": 2},
+            training={"steps": STEPS, "global_batch_size": BATCH},
             checkpoint={"save_interval_steps": SAVE_EVERY, "keep_last": 3},
             **changes,
         )
         save_config(config, output.with_suffix(".yaml"))
         return output
 
-    def start(self, output: Path, *overrides: str) -> Job:
-        """Start the run of `output` as a person would."""
+    def start(self, output: Path, *overrides: str, program: Sequence[str] = TRAIN) -> Job:
+        """Start the run of `output` as a person would; `program` is what takes the arguments."""
         self._jobs += 1
         log = self.folder / f"job_{self._jobs}.txt"
         with log.open("wb") as stream:
@@ -105,8 +117,7 @@ class Bench:
                     sys.executable,
                     "-W",
                     "ignore",
-                    "-m",
-                    "equilibrium_mcore.pretrain",
+                    *program,
                     str(output.with_suffix(".yaml")),
                     *overrides,
                 ],
@@ -118,17 +129,23 @@ class Bench:
             )
         return Job(process, log)
 
-    def finish(self, output: Path, *overrides: str) -> Job:
+    def finish(
+        self,
+        output: Path,
+        *overrides: str,
+        program: Sequence[str] = TRAIN,
+        expected: dict[int, float] | None = None,
+    ) -> Job:
         """Run to the end, and hold the curve against that of the run to which nothing happened."""
-        job = self.start(output, *overrides)
+        job = self.start(output, *overrides, program=program)
         expect(job.wait() == 0, "the same command resumes and ends with 0", job.text())
-        self.check_curve(output)
+        self.check_curve(output, expected)
         return job
 
-    def check_curve(self, output: Path) -> None:
+    def check_curve(self, output: Path, expected: dict[int, float] | None = None) -> None:
         """Each step once, and every loss equal to the bit."""
-        found = curve(output)
-        apart = {s: (found.get(s), loss) for s, loss in self.curve.items() if found.get(s) != loss}
+        found, expected = curve(output), expected or self.curve
+        apart = {s: (found.get(s), loss) for s, loss in expected.items() if found.get(s) != loss}
         expect(not apart, "the curve is bit for bit the straight one", apart)
 
     def check_left(self, pids: set[int]) -> None:

@@ -9,16 +9,32 @@ from __future__ import annotations
 import contextlib
 import random
 import signal
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
 
-from equilibrium_mcore.checkpoint.directory import checkpoints_directory, list_checkpoints
-from tests.faults.bench import STEPS, Bench, Job, expect, logged_steps, wait_until
+from equilibrium_mcore.checkpoint.directory import (
+    checkpoints_directory,
+    list_checkpoints,
+    read_state,
+)
+from tests.faults.bench import BATCH, STEPS, Bench, Job, expect, logged_steps, wait_until
 from tests.faults.damage import DAMAGES, Damage
 
 Scenario = Callable[[Bench, random.Random, str], str]
+# The training command, with a step that spikes wherever it is met.
+SPIKES = """
+import sys
+from equilibrium_mcore.parallel import accelerator
+accelerator.quiet_libraries()
+accelerator.install()
+from equilibrium_mcore.train import main
+from tools.bench.measure.rollback import damaged_at
+with damaged_at({position}):
+    sys.exit(main(sys.argv[1:]))
+"""
 
 
 def parent_killed(bench: Bench, rng: random.Random, name: str) -> str:
@@ -125,6 +141,72 @@ def newest_damaged_and_wanted(bench: Bench, rng: random.Random, name: str) -> st
     return f"{damage.name}, {file}"
 
 
+def killed_saving_beside_training(bench: Bench, rng: random.Random, name: str) -> str:
+    """SIGKILL within an asynchronous save, to the command, a rank or a process that writes."""
+    run, beside = bench.new_run(name), "checkpoint.asynchronous=true"
+    job = bench.start(run, beside)
+    saves = rng.randint(0, 2)
+    wait_until(
+        lambda: len(list_checkpoints(run)) >= saves and _saves(run) or _ended([job]),
+        "the run saves",
+    )
+    family = job.family()
+    pids = {process.pid for process in family}
+    kind = rng.choice(("command", "rank", "writer"))
+    killed = _kill_one(family, kind, rng)
+    status = job.wait()
+    if killed and status != 0 and kind == "writer":  # 0: it was through already
+        expect("ended by signal 9" in job.text(), "what ended the writer is told", job.text())
+    bench.finish(run, beside)
+    bench.check_left(pids)
+    return f"{kind if killed else 'nobody'} killed after {saves} saves or more, status {status}"
+
+
+def stopped_while_starting(bench: Bench, rng: random.Random, name: str) -> str:
+    """A stop signal at any moment of the start: the run ends by it, or has saved."""
+    run = bench.new_run(name)
+    job = bench.start(run)
+    seconds = rng.uniform(0, 1.2) * bench.start_seconds  # sometimes in the first steps
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        job.process.wait(seconds)
+    pids = {process.pid for process in job.family()}
+    number = rng.choice((signal.SIGTERM, signal.SIGUSR1))
+    job.process.send_signal(number)
+    status = job.wait()
+    expect(status in (0, -number, 128 + number), "the status is the signal's", job.text())
+    expect("Traceback" not in job.text(), "a stop is no failure", job.text())
+    if status == 0:
+        steps = [int(path.name.removeprefix("step_")) for path in list_checkpoints(run)]
+        expect(logged_steps(run) in steps, "the step that ran was saved", (steps, job.text()))
+    bench.finish(run)
+    bench.check_left(pids)
+    return f"{number.name} after {seconds:.1f} s, status {status}"
+
+
+def spike_killed_and_resumed(bench: Bench, rng: random.Random, name: str) -> str:
+    """A spike takes the run back; a kill follows, and the same command, where it spikes again."""
+    run, position = bench.new_run(name), BATCH * (rng.randint(6, STEPS - 2) - 1)
+    expected = bench.curve_without(position, BATCH)
+    anomalies = "{policy: rollback, window_steps: 4}"
+    words = (
+        f"training.anomalies={anomalies}",
+        f"checkpoint.asynchronous={rng.choice(('true', 'false'))}",
+    )
+    program = ("-c", SPIKES.format(position=position))
+    job = bench.start(run, *words, program=program)
+    wait_until(lambda: "| rollback:" in job.text() or _ended([job]), "the run goes back")
+    moment = _wait_for_a_moment(run, job, rng)
+    pids = {process.pid for process in job.family()}
+    job.process.kill()
+    job.process.wait()
+    expect("| rollback:" in job.text(), "the run goes back", job.text())
+    bench.finish(run, *words, program=program, expected=expected)
+    left_out = read_state(list_checkpoints(run)[-1])["left_out"]
+    expect(left_out == [[position, BATCH]], "the samples of the spike are left out", left_out)
+    bench.check_left(pids)
+    return f"spike at position {position}, killed {moment}"
+
+
 SCENARIOS: dict[str, Scenario] = {
     scenario.__name__: scenario
     for scenario in (
@@ -134,6 +216,9 @@ SCENARIOS: dict[str, Scenario] = {
         two_runs,
         newest_damaged,
         newest_damaged_and_wanted,
+        killed_saving_beside_training,
+        stopped_while_starting,
+        spike_killed_and_resumed,
     )
 }
 
@@ -145,16 +230,33 @@ def _ended(jobs: Sequence[Job]) -> bool:
     return all(job.process.poll() is not None for job in jobs)
 
 
+def _saves(run: Path) -> bool:
+    partial = checkpoints_directory(run)
+    return partial.is_dir() and any(p.name.endswith(".partial") for p in partial.iterdir())
+
+
+def _kill_one(family: Sequence[psutil.Process], kind: str, rng: random.Random) -> bool:
+    """SIGKILL to the command, a rank or a process that writes; False where there is none."""
+    writers, ranks = [], []
+    for process in family[1:]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any("writer_process" in word for word in process.cmdline()):
+                writers.append(process)
+            elif process.ppid() != family[0].pid:  # not the helper, which forks the ranks
+                ranks.append(process)
+    victims = {"command": family[:1], "rank": ranks, "writer": writers}[kind]
+    if not victims:
+        return False
+    with contextlib.suppress(psutil.NoSuchProcess):
+        rng.choice(victims).kill()
+    return True
+
+
 def _wait_for_a_moment(run: Path, job: Job, rng: random.Random, *, late: bool = True) -> str:
     """Wait for a moment that is drawn: early, at a step, or in the middle of a save."""
     step = rng.randint(0, STEPS if late else 3)
     if late and rng.random() < 0.4:
-        partial = checkpoints_directory(run)
-
-        def saving() -> bool:
-            return partial.is_dir() and any(p.name.endswith(".partial") for p in partial.iterdir())
-
-        wait_until(lambda: saving() or job.process.poll() is not None, "the run saves")
+        wait_until(lambda: _saves(run) or job.process.poll() is not None, "the run saves")
         return "while saving"
     wait_until(
         lambda: logged_steps(run) >= step or job.process.poll() is not None, f"step {step} comes"

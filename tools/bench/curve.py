@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _compare(folder: Path, before: Path, options: argparse.Namespace) -> int:
-    settings = [*_make_data(before, folder), *options.overrides, f"training.steps={options.steps}"]
+    settings = [*make_data(before, folder), *options.overrides, f"training.steps={options.steps}"]
     expected = _train(before, folder / "before", settings)
     if options.resume:
         half = f"training.stop_after_steps={options.steps // 2}"
@@ -84,7 +84,7 @@ def _compare(folder: Path, before: Path, options: argparse.Namespace) -> int:
     return 0
 
 
-def _make_data(tree: Path, folder: Path) -> list[str]:
+def make_data(tree: Path, folder: Path) -> list[str]:
     """Make what examples/quickstart.sh makes, smaller; the settings that name it.
 
     By the tools of `tree`, the earlier one: a later version reads what an earlier one wrote.
