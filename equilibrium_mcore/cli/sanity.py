@@ -8,7 +8,7 @@ Examples:
     {prog} my_run.yaml optimizer.muon.learning_rate=1e-3 --only gradients overfit
     {prog} configs/runs/pretrain_3b.yaml --made-up-tokens --json sanity.json
 
-Exit status: 0 no check failed, 1 one did or could not be made, 2 a config that cannot be.
+Exit status: 0 no check failed, 1 one did, 2 the config or the data cannot be read at all.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 
 from equilibrium_mcore.cli.command import FAILED
+from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.files.paths import report_path, user_path
 
 
@@ -40,12 +41,17 @@ def run(options: argparse.Namespace) -> int:
     accelerator.install()  # before megatron-core is imported
     from equilibrium_mcore.sanity.ladder import run_ladder
 
-    report = run_ladder(
-        config,
-        only=options.only,
-        made_up_tokens=options.made_up_tokens,
-        show=lambda text: print(text, flush=True),
-    )
+    try:
+        report = run_ladder(
+            config,
+            only=options.only,
+            made_up_tokens=options.made_up_tokens,
+            show=lambda text: print(text, flush=True),
+        )
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:  # of the data: no check failed, none could be made
+        raise ConfigError(str(error), source=options.config) from None
     print(f"\n{report.table()}")
     if options.json:
         report.write_json(options.json)

@@ -38,6 +38,19 @@ def test_a_rank_of_a_job_is_no_world_of_its_own():
         assert torch.distributed.is_initialized()  # the groups that were there stay
 
 
+def test_a_deeper_model_may_follow():
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    for layers in (1, 2):
+        with one_rank(seed=5):
+            loss = torch.tensor(1.0)
+            get_moe_metrics_tracker().record("balance", loss, layers, layers)
+            (entry,) = get_moe_metrics_tracker().metrics.values()
+            assert entry.values.tolist() == [0.0] * (layers - 1) + [1.0]
+            MoEAuxLossAutoScaler.set_loss_scale(torch.ones([] if layers == 1 else [1]))
+
+
 def test_a_run_of_one_rank_closes_its_data(data, tmp_path):
     config = tiny_run(data, tmp_path, parallelism={"world_size": 1})
     closed = []

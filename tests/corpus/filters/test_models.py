@@ -235,9 +235,9 @@ def test_other_files_are_refused(kind, chain, tmp_path, classifier, perplexity):
     half = tmp_path / "half.safetensors"
     half.write_bytes(other.read_bytes()[:100])
     cases = {
-        tmp_path / "gone.safetensors": "does not exist; train one with tools/train_",
-        other: "is no model that tools/train_",
-        half: "is no model that tools/train_",
+        tmp_path / "gone.safetensors": "does not exist; train one with python tools/train_",
+        other: "is no model that `python tools/train_",
+        half: "is no model that `python tools/train_",
         tmp_path / "model.pkl": "does not exist",
     }
     for path, message in cases.items():
