@@ -19,7 +19,7 @@ from typing import NoReturn, Protocol
 
 from equilibrium_mcore.checkpoint.data_files import DataFile, WrittenFile, write_data_file
 from equilibrium_mcore.checkpoint.shared_buffer import SharedBuffer
-from equilibrium_mcore.checkpoint.writer_jobs import FileJob, Job, Removal, Reservation
+from equilibrium_mcore.checkpoint.writer_jobs import FileToWrite, Removal, Reservation, WriteJob
 
 HELD_BACK = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -101,7 +101,7 @@ class Background:
     def take(self, files: Sequence[DataFile]) -> None:
         slots = iter(self._buffer.copy_in([t for file in files for _, t in file.tensors]))
         jobs = [
-            FileJob(
+            FileToWrite(
                 str(file.path),
                 file.name,
                 file.objects,
@@ -109,7 +109,7 @@ class Background:
             )
             for file in files
         ]
-        self._send(Job(jobs, self._buffer.size))
+        self._send(WriteJob(jobs, self._buffer.size))
 
     def is_done(self) -> bool:
         return self._pipe.poll()  # also where it has ended: there is an end to read
@@ -129,7 +129,7 @@ class Background:
         self._pipe.close()
         self._buffer.close()
 
-    def _send(self, message: Job | Removal | Reservation | None) -> None:
+    def _send(self, message: WriteJob | Removal | Reservation | None) -> None:
         try:
             self._pipe.send(message)
         except OSError:

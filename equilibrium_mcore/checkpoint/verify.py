@@ -14,7 +14,7 @@ from equilibrium_mcore.files.tables import terminal_table
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CheckpointVerdict:
     """What was found of one checkpoint."""
 
     path: Path
@@ -34,7 +34,7 @@ class Verdict:
         return self.path.name, files, gib, f"{self.seconds:.2f}", verdict, self.note
 
 
-def verify_directory(path: Path, *, workers: int) -> list[Verdict]:
+def verify_directory(path: Path, *, workers: int) -> list[CheckpointVerdict]:
     """Every checkpoint of the run whose output directory is `path`, or the one that `path` is.
 
     Raises FileNotFoundError where there is none.
@@ -50,13 +50,13 @@ def verify_directory(path: Path, *, workers: int) -> list[Verdict]:
     return [_verdict(checkpoint, _note(checkpoint, path), workers) for checkpoint in found]
 
 
-def _verdict(checkpoint: Path, note: str, workers: int) -> Verdict:
+def _verdict(checkpoint: Path, note: str, workers: int) -> CheckpointVerdict:
     start, opened, damages = time.perf_counter(), None, []
     try:
         opened = open_checkpoint(checkpoint, needs_state=True, workers=workers)
     except DamagedCheckpointError as error:
         damages = error.damages
-    return Verdict(checkpoint, opened, damages, time.perf_counter() - start, note)
+    return CheckpointVerdict(checkpoint, opened, damages, time.perf_counter() - start, note)
 
 
 def _note(checkpoint: Path, run_directory: Path) -> str:
@@ -71,7 +71,7 @@ def _note(checkpoint: Path, run_directory: Path) -> str:
     return "" if Lineage.after(facts).holds(directory.peek_state(checkpoint)) else "another branch"
 
 
-def as_text(verdicts: list[Verdict]) -> str:
+def as_text(verdicts: list[CheckpointVerdict]) -> str:
     """A table of the checkpoints, and a line for each damage."""
     head = ("checkpoint", "files", "GiB", "seconds", "verdict", "")
     lines = [terminal_table(head, [v.row for v in verdicts], align="lrrrl")]

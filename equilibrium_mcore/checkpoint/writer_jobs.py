@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 from equilibrium_mcore.checkpoint.shared_buffer import Slot
 
 
-class FileJob(NamedTuple):
+class FileToWrite(NamedTuple):
     """A `DataFile` whose tensors lie in the shared buffer."""
 
     path: str
@@ -19,10 +19,10 @@ class FileJob(NamedTuple):
     slots: Sequence[tuple[WriteItem, Slot]]
 
 
-class Job(NamedTuple):
+class WriteJob(NamedTuple):
     """The files of one save, and the size of the buffer that holds their tensors."""
 
-    files: Sequence[FileJob]
+    files: Sequence[FileToWrite]
     buffer_bytes: int
 
 

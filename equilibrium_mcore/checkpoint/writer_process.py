@@ -17,7 +17,7 @@ from pathlib import Path
 from equilibrium_mcore.checkpoint.data_files import DataFile, WrittenFile, write_data_file
 from equilibrium_mcore.checkpoint.shared_buffer import SharedBuffer
 from equilibrium_mcore.checkpoint.together import as_sent
-from equilibrium_mcore.checkpoint.writer_jobs import FileJob, Job, Removal, Reservation
+from equilibrium_mcore.checkpoint.writer_jobs import FileToWrite, Removal, Reservation, WriteJob
 from equilibrium_mcore.processes.parents import end_with_parent
 
 
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
             connection.send(_answer(message, buffer))
 
 
-def _answer(job: Job, buffer: SharedBuffer) -> list[WrittenFile] | Exception:
+def _answer(job: WriteJob, buffer: SharedBuffer) -> list[WrittenFile] | Exception:
     try:
         buffer.map_first(job.buffer_bytes)
         return [write_data_file(_data_file(file, buffer)) for file in job.files]
@@ -52,7 +52,7 @@ def _answer(job: Job, buffer: SharedBuffer) -> list[WrittenFile] | Exception:
         return as_sent(error)
 
 
-def _data_file(file: FileJob, buffer: SharedBuffer) -> DataFile:
+def _data_file(file: FileToWrite, buffer: SharedBuffer) -> DataFile:
     tensors = [(item, buffer.tensor(slot)) for item, slot in file.slots]
     return DataFile(Path(file.path), file.name, file.objects, tensors)
 

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print the report."""
-    from equilibrium_mcore.corpus.mixtures.cost_report import report
+    from equilibrium_mcore.corpus.mixtures.cost_report import mixture_report
 
     given = vars(options)
-    print(report(given.pop("subject"), given.pop("overrides"), **given), end="")
+    print(mixture_report(given.pop("subject"), given.pop("overrides"), **given), end="")

@@ -34,11 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Read the ledger, print."""
-    from equilibrium_mcore.data.ledger.report import as_text, report
+    from equilibrium_mcore.data.ledger.report import as_text, ledger_report
 
     if options.show and options.step is None and options.position is None:
         raise wrong_command_line("--show needs --step N or --position P: whose text is shown")
-    values = report(
+    values = ledger_report(
         options.run,
         step=options.step,
         compare=options.compare,

@@ -37,7 +37,7 @@ def has_nvidia_apex() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("apex", "amp_C"))
 
 
-def report() -> str:
+def host_report() -> str:
     """A readable list of devices, packages and what will be used."""
     import torch
 
@@ -68,4 +68,4 @@ def _version(name: str) -> str:
 
 
 if __name__ == "__main__":
-    print(report())
+    print(host_report())

@@ -16,7 +16,7 @@ from equilibrium_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from equilibrium_mcore.files.temporary import temporary_folder
 from equilibrium_mcore.processes.threads import one_thread
 from equilibrium_mcore.sanity import data_checks, learning_checks, model_checks
-from equilibrium_mcore.sanity.verdict import Check, SanityReport, Verdict, skipped
+from equilibrium_mcore.sanity.verdict import Check, CheckVerdict, SanityReport, skipped
 from equilibrium_mcore.sanity.workbench import observe, sanity_config, varied
 from equilibrium_mcore.training.run_data import build_run_datasets, with_steps
 from equilibrium_mcore.training.setup import run_alone
@@ -189,7 +189,7 @@ def _raised(name: str, error: Exception) -> Check:
     where = traceback.extract_tb(error.__traceback__)[-1]
     return Check(
         name,
-        Verdict.FAIL,
+        CheckVerdict.FAIL,
         f"raised {lines[0]}",
         details=[*lines[1:], f"at {where.filename}:{where.lineno} in {where.name}"],
     )

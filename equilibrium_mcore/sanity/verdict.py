@@ -12,7 +12,7 @@ from equilibrium_mcore.files.tables import terminal_table
 from equilibrium_mcore.files.whole import write_whole
 
 
-class Verdict(StrEnum):
+class CheckVerdict(StrEnum):
     """How a check ended."""
 
     PASS = "PASS"
@@ -34,7 +34,7 @@ class Check:
     """
 
     name: str
-    verdict: Verdict
+    verdict: CheckVerdict
     summary: str
     details: list[str] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
@@ -49,16 +49,16 @@ class Check:
 def judged(name: str, problems: list[str], good: str, **more: Any) -> Check:
     """FAIL with the problems, or PASS with the line `good` where there are none."""
     if not problems:
-        return Check(name, Verdict.PASS, good, **more)
+        return Check(name, CheckVerdict.PASS, good, **more)
     shown = "; ".join(problems[:3])
     if len(problems) > 3:
         shown += f"; and {len(problems) - 3} more"
-    return Check(name, Verdict.FAIL, shown, **more)
+    return Check(name, CheckVerdict.FAIL, shown, **more)
 
 
 def skipped(name: str, why: str) -> Check:
     """A check that this host, config or data does not allow."""
-    return Check(name, Verdict.SKIPPED, why)
+    return Check(name, CheckVerdict.SKIPPED, why)
 
 
 @dataclass
@@ -71,7 +71,7 @@ class SanityReport:
 
     @property
     def failed(self) -> list[Check]:
-        return [check for check in self.checks if check.verdict is Verdict.FAIL]
+        return [check for check in self.checks if check.verdict is CheckVerdict.FAIL]
 
     def named(self, name: str) -> Check:
         """The check called `name`. Raises KeyError where it did not run."""
@@ -96,10 +96,10 @@ class SanityReport:
         head = ("check", "verdict", "seconds", "finding")
         lines = [terminal_table(head, rows, align="llrl")]
         seconds = sum(check.seconds for check in self.checks)
-        count = {v: sum(check.verdict is v for check in self.checks) for v in Verdict}
+        count = {v: sum(check.verdict is v for check in self.checks) for v in CheckVerdict}
         lines.append(
-            f"{count[Verdict.PASS]} passed, {count[Verdict.FAIL]} failed, "
-            f"{count[Verdict.SKIPPED]} skipped in {seconds:.0f} s"
+            f"{count[CheckVerdict.PASS]} passed, {count[CheckVerdict.FAIL]} failed, "
+            f"{count[CheckVerdict.SKIPPED]} skipped in {seconds:.0f} s"
         )
         return "\n".join(lines)
 

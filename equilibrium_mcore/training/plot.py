@@ -39,7 +39,7 @@ class RunCurves:
         return steps, np.array([np.nan if v is None else v for v in values], dtype=float)
 
 
-def load_run(run: Path) -> RunCurves:
+def load_curves(run: Path) -> RunCurves:
     """The curves of a run's directory, or of a `metrics.jsonl` itself.
 
     Raises FileNotFoundError without the file, ValueError when it holds no training record yet.
@@ -101,11 +101,11 @@ def _half_window(records: int) -> int:
 def plot_runs(runs: Sequence[Path], output: Path | None = None) -> Path:
     """Draw the runs over each other and return the PNG's path.
 
-    `output` defaults to `curves.png` in the first run's directory. Errors: see `load_run`.
+    `output` defaults to `curves.png` in the first run's directory. Errors: see `load_curves`.
     """
     if not runs:
         raise ValueError("no run to plot: name at least one run directory")
-    curves = [load_run(Path(run)) for run in runs]
+    curves = [load_curves(Path(run)) for run in runs]
     if output is None:
         first = Path(runs[0])
         output = (first if first.is_dir() else first.parent) / "curves.png"

@@ -41,13 +41,14 @@ def stop(run: Run, anomaly: Anomaly) -> AnomalyError:
         if settings.policy != "stop"
         else "training.anomalies.policy=stop"
     )
-    read = documents(run, anomaly)
-    return AnomalyError(
-        f"step {anomaly.step}: {anomaly.what}. Nothing was updated. {why}. {read}. "
+    without = (run.left_out + anomaly.ranges).as_lists()
+    lines = [
+        f"step {anomaly.step}: {anomaly.what}. Nothing was updated. {why}.",
+        documents(run, anomaly),
         "Resume from the latest checkpoint with policy=skip or rollback, with a lower learning "
-        "rate, or without these samples: training.left_out="
-        f"{(run.left_out + anomaly.ranges).as_lists()}"
-    )
+        f"rate, or without these samples: training.left_out={without}",
+    ]
+    return AnomalyError("\n".join(filter(None, lines)))
 
 
 def documents(run: Run, anomaly: Anomaly) -> str:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from equilibrium_mcore.config.load import load_model
-from equilibrium_mcore.corpus.mixtures.cost_report import report
+from equilibrium_mcore.corpus.mixtures.cost_report import mixture_report
 from equilibrium_mcore.models.flops import training_flops_per_token
 from equilibrium_mcore.planning.training_cost import Cluster, training_cost
 
@@ -43,7 +43,7 @@ def test_a_cluster_that_cannot_be(values):
 
 def test_report_of_a_mixture_with_its_cost(tmp_path):
     options = {"model": "equilibrium_3b", "gpus": 64, "peak_tflops": 989.0, "price": 2.5}
-    text = report("equilibrium/pretrain", output=tmp_path / "report", **options)
+    text = mixture_report("equilibrium/pretrain", output=tmp_path / "report", **options)
     assert "## Time and cost" in text and (tmp_path / "report/report.md").read_text() == text
     values = json.loads((tmp_path / "report/report.json").read_text())
     cost = values["training_cost"]
@@ -53,8 +53,8 @@ def test_report_of_a_mixture_with_its_cost(tmp_path):
         "report.md", "report.json", "datasets.csv", "shares.png",
     }  # fmt: skip
     with pytest.raises(ValueError, match="--peak-tflops, e.g. 989"):
-        report("equilibrium/pretrain", model="equilibrium_3b")
+        mixture_report("equilibrium/pretrain", model="equilibrium_3b")
     with pytest.raises(ValueError, match="phases that train on tokens"):
-        report("posttrain/sft/general", **options)
-    changed = report("equilibrium/pretrain", ["metadata.total_tokens=1000"], **options)
+        mixture_report("posttrain/sft/general", **options)
+    changed = mixture_report("equilibrium/pretrain", ["metadata.total_tokens=1000"], **options)
     assert "trains on 1,000 tokens" in changed

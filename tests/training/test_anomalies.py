@@ -14,7 +14,7 @@ import pytest
 from equilibrium_mcore.checkpoint import directory
 from equilibrium_mcore.config.anomalies import AnomaliesConfig
 from equilibrium_mcore.config.schema import RunConfig
-from equilibrium_mcore.data.ledger.report import as_text, report
+from equilibrium_mcore.data.ledger.report import as_text, ledger_report
 from equilibrium_mcore.parallel.rank_job import RankError, RankInfo
 from equilibrium_mcore.training.anomalies import FEWEST, Watch
 from equilibrium_mcore.training.metrics import read_metrics
@@ -170,10 +170,10 @@ def test_a_rollback_is_the_run_without_the_bad_samples(ranks, data, tmp_path, wh
 def _ledgers_agree(folder: Path, size: int) -> None:
     for step in range(1, STEPS + 1):
         one, other = (
-            report(folder / name, step=step)["samples"] for name in ("spiking", "without")
+            ledger_report(folder / name, step=step)["samples"] for name in ("spiking", "without")
         )
         assert one == other, step
-    shown = report(folder / "spiking", position=(BAD - 1) * size, count=size, show=True)
+    shown = ledger_report(folder / "spiking", position=(BAD - 1) * size, count=size, show=True)
     assert len(shown["samples"]) == size and "text" in shown["samples"][0]["documents"][0]
     assert as_text(shown)
 

@@ -14,7 +14,7 @@ import pytest
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.ledger.record import open_sources, plans_of, read_segments, segment_of
-from equilibrium_mcore.data.ledger.report import documents_of_step, report
+from equilibrium_mcore.data.ledger.report import documents_of_step, ledger_report
 from equilibrium_mcore.parallel.launch import RankInfo
 from equilibrium_mcore.training.run_data import build_run_datasets
 from equilibrium_mcore.training.run_folder import owned_run_folder
@@ -152,14 +152,14 @@ def test_no_token_came_twice_or_never(eventful):
 
 
 def test_the_report_counts_what_was_fed(eventful):
-    values = report(eventful)
+    values = ledger_report(eventful)
     assert values["step"] == 16
     tokens = sum(fed_in(eventful, step).size for step in range(1, 17))
     assert values["tokens"] == tokens == sum(s["tokens"] for s in values["sources"])
     assert [change["step"] for change in values["changes"]] == [3, 6, 9, 12]
     assert "weight of second 0.8 -> none" in values["changes"][2]["changed"]
     # A figure after an earlier step, which no checkpoint holds.
-    earlier = report(eventful, step=8)
+    earlier = ledger_report(eventful, step=8)
     assert earlier["tokens"] == sum(fed_in(eventful, step).size for step in range(1, 9))
 
 
@@ -202,7 +202,7 @@ def test_two_runs_part_where_their_settings_do(ranks, data, eventful, tmp_path):
     first, _, _ = lives(data, tmp_path)[0]
     training = first.training.model_copy(update={"steps": 6})
     ranks.run(1, train_and_note, first.model_copy(update={"training": training}), None)
-    parting = report(tmp_path, compare=eventful)["parting"]
+    parting = ledger_report(tmp_path, compare=eventful)["parting"]
     assert parting["step"] == 4
     assert parting["because"] == ["sequence_length 64 -> 48"]
 

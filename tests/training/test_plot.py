@@ -46,7 +46,7 @@ def draw():
     figures = []
 
     def draw_runs(*runs: Path):
-        figures.append(plot.draw([plot.load_run(run) for run in runs]))
+        figures.append(plot.draw([plot.load_curves(run) for run in runs]))
         return figures[-1].axes
 
     yield draw_runs
@@ -101,7 +101,7 @@ def test_runs_with_other_batches_get_no_common_token_axis(tmp_path, draw):
 def test_a_spike_does_not_flatten_the_gradient_norm(tmp_path, draw):
     run = write_run(tmp_path / "run")
     with MetricsWriter(run, total_steps=61, tensorboard=False, console=str, resumed_step=60) as w:
-        last = plot.load_run(run).train[-1]
+        last = plot.load_curves(run).train[-1]
         spike = {key: value for key, value in last.items() if key != "kind"}
         w.write(TrainRecord(**(spike | {"step": 61, "gradient_norm": 1000.0})))
     norm = draw(run)[2]

@@ -15,7 +15,7 @@ from equilibrium_mcore.files.whole import write_whole
 from equilibrium_mcore.planning.training_cost import Cluster, TrainingCost, training_cost
 
 
-def report(
+def mixture_report(
     subject: str,
     overrides: Sequence[str] = (),
     *,

@@ -109,7 +109,7 @@ def lengths_of(blocks: Iterator[np.ndarray], *, sequence_length: int) -> Lengths
     )
 
 
-def document_lengths(prefix: Path) -> np.ndarray:
+def all_document_lengths(prefix: Path) -> np.ndarray:
     """Tokens of each document with a token, int32, mapped and not read."""
     count = read_header(prefix).sequences
     return np.memmap(dataset_paths(prefix)[1], np.int32, "r", offset=HEADER_BYTES, shape=(count,))
@@ -117,7 +117,7 @@ def document_lengths(prefix: Path) -> np.ndarray:
 
 def indexed_lengths(prefix: Path) -> Iterator[np.ndarray]:
     """Lengths of an indexed dataset's documents, in blocks."""
-    lengths = document_lengths(prefix)
+    lengths = all_document_lengths(prefix)
     for begin in range(0, lengths.size, BLOCK):
         yield np.asarray(lengths[begin : begin + BLOCK])
 
@@ -125,7 +125,7 @@ def indexed_lengths(prefix: Path) -> Iterator[np.ndarray]:
 def indexed_documents(prefix: Path) -> Iterator[bytes]:
     """Token ids of each document, as bytes."""
     tokens, end = open_tokens(prefix, read_header(prefix)), 0
-    for length in document_lengths(prefix):
+    for length in all_document_lengths(prefix):
         yield tokens[end : end + length].tobytes()
         end += int(length)
 

@@ -29,7 +29,7 @@ TEXT_CHARACTERS = 100
 DECISIVE = ("sequence_length", "global_batch_size", "packing", "document_multiple", "seed", "split")
 
 
-def report(
+def ledger_report(
     run: Path,
     *,
     step: int | None = None,
@@ -242,7 +242,7 @@ def _document(
 
 
 def as_text(values: dict[str, Any]) -> str:
-    """The values of `report` for people."""
+    """The values of `ledger_report` for people."""
     parts = [_consumption_text(values)]
     if values["changes"]:
         lines = [f"  after step {c['step']}: {', '.join(c['changed'])}" for c in values["changes"]]

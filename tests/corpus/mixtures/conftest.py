@@ -14,7 +14,7 @@ from equilibrium_mcore.config.load_mixture import load_mixture
 from equilibrium_mcore.config.mixture import MixtureConfig
 from equilibrium_mcore.config.yaml_io import to_yaml
 from equilibrium_mcore.corpus.mixtures.prepare import Options, prepare
-from equilibrium_mcore.corpus.mixtures.statistics import document_lengths
+from equilibrium_mcore.corpus.mixtures.statistics import all_document_lengths
 from equilibrium_mcore.data.indexed_files import open_tokens, read_header
 
 
@@ -110,7 +110,7 @@ def documents_of(tokenizer) -> Callable[[Path], list[str]]:
 
     def read(prefix: Path) -> list[str]:
         tokens, texts, end = open_tokens(prefix, read_header(prefix)), [], 0
-        for length in document_lengths(prefix):
+        for length in all_document_lengths(prefix):
             ids = tokens[end : end + length].tolist()
             assert ids[-1] == tokenizer.eod
             texts.append(tokenizer.decode(ids[:-1]))

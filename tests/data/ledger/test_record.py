@@ -16,7 +16,7 @@ from equilibrium_mcore.data.ledger.record import (
     read_segments,
     segment_of,
 )
-from equilibrium_mcore.data.ledger.report import as_text, report
+from equilibrium_mcore.data.ledger.report import as_text, ledger_report
 from equilibrium_mcore.data.ledger.trace import readings
 from tests.data.ledger.support import SEED, write_source
 from tools.bench.measure import ledger as benchmark
@@ -126,7 +126,7 @@ def test_no_record_and_steps_that_are_not_there(tmp_path, prefixes):
     Life(tmp_path, settings(prefixes)).train(5)
     for step in (0, 101, -1):
         with pytest.raises(ConfigError, match=f"--step {step}.*1 to 100"):
-            report(tmp_path, step=step)
+            ledger_report(tmp_path, step=step)
 
 
 def test_data_that_was_made_anew_since_is_not_taken_for_it(tmp_path, sources):
@@ -135,16 +135,16 @@ def test_data_that_was_made_anew_since_is_not_taken_for_it(tmp_path, sources):
     Life(run, settings({"a": prefix})).train(5)
     write_source(tmp_path / "data", [7, 6, 5] * 40)
     with pytest.raises(ConfigError, match="'a'.*is not the dataset"):
-        report(run, step=3)
+        ledger_report(run, step=3)
     (tmp_path / "data.bin").unlink()
     with pytest.raises(ConfigError, match=r"data\.bin does not exist"):
-        report(run, step=3)
-    assert report(run)["step"] == 5  # what was consumed needs no data
+        ledger_report(run, step=3)
+    assert ledger_report(run)["step"] == 5  # what was consumed needs no data
 
 
 def test_the_report_names_what_a_step_took(tmp_path, prefixes):
     plans = killed_and_resumed(tmp_path, prefixes)
-    values = report(tmp_path, step=11)
+    values = ledger_report(tmp_path, step=11)
     assert json.loads(json.dumps(values)) == values
     assert len(values["samples"]) == len(plans[11]) == 3
     for sample, plan in zip(values["samples"], plans[11], strict=True):
@@ -159,7 +159,7 @@ def test_the_report_names_what_a_step_took(tmp_path, prefixes):
 def test_epochs_and_documents_are_counted(tmp_path, sources):
     """Of a source of one document of 50 tokens, 15 steps of 4 * 16 tokens are 19.2 epochs."""
     Life(tmp_path, settings({"one": sources.prefixes["one"]})).train(15)
-    (row,) = report(tmp_path)["sources"]
+    (row,) = ledger_report(tmp_path)["sources"]
     assert row["tokens"] == 960 and row["epochs"] == 19.2 and row["documents"] == 20
 
 
@@ -188,7 +188,7 @@ def test_a_document_leads_back_to_its_steps(tmp_path, sources):
             epochs = [piece["epoch"] for piece in read if piece["offset"] == 0]
             assert epochs == list(range(len(epochs)))
     seen = next(document for name, document in expected if name == "middling")
-    assert "was read in" in as_text(report(tmp_path, document=f"middling:{seen}"))
+    assert "was read in" in as_text(ledger_report(tmp_path, document=f"middling:{seen}"))
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_a_document_leads_back_to_its_steps(tmp_path, sources):
 def test_a_document_that_is_not_the_runs_is_an_error(tmp_path, prefixes, document, words):
     Life(tmp_path, settings(prefixes)).train(1)
     with pytest.raises(ConfigError, match=words):
-        report(tmp_path, document=document)
+        ledger_report(tmp_path, document=document)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_a_document_that_is_not_the_runs_is_an_error(tmp_path, prefixes, documen
 def test_two_runs_are_compared(tmp_path, prefixes, change, because):
     for name, changes in (("one", {}), ("other", change)):
         Life(tmp_path / name, settings(prefixes, **changes)).train(10)
-    parting = report(tmp_path / "one", compare=tmp_path / "other")["parting"]
+    parting = ledger_report(tmp_path / "one", compare=tmp_path / "other")["parting"]
     assert (parting and (parting["step"], parting["because"][0])) == (because and (1, because))
 
 
@@ -226,7 +226,7 @@ def test_runs_part_where_one_changed_and_stay_apart(tmp_path, prefixes):
     heavier = settings(prefixes)
     heavier["sources"][0] = {**heavier["sources"][0], "weight": 3.0}
     Life(tmp_path / "other", heavier, **vars(other.saved)).train(5)
-    values = report(tmp_path / "one", compare=tmp_path / "other")
+    values = ledger_report(tmp_path / "one", compare=tmp_path / "other")
     assert values["parting"] == {"step": 6, "because": ["weight of middling 1.0 -> 3.0"]}
     assert "differ from step 6 on" in as_text(values)
     assert life.step == 10
