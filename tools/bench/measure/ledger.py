@@ -235,4 +235,10 @@ def _blend(folder: Path, source: Path, count: int, tokenizer: TokenizerConfig) -
         for ours, theirs in zip(dataset_paths(prefix), dataset_paths(source), strict=True):
             os.link(theirs, ours)
         sources.append(SourceConfig(name=prefix.name, prefix=prefix, weight=1.0 + number % 17))
-    return DataConfig(name=folder.name, tokenizer=tokenizer, sources=sources, split="98,1,1")
+    return DataConfig(
+        name=folder.name,
+        tokenizer=tokenizer,
+        sources=sources,
+        allow_repeated_sources=True,
+        split="98,1,1",
+    )
