@@ -169,10 +169,13 @@ def _repeated(sources: Sequence[SourceConfig], headers: dict[str, IndexHeader]) 
         for source in sources
         if source.name in headers
     }
+    pairs = same_values(prints)
+    if not pairs:
+        return []
+    more = f"; and {len(pairs) - 5:,} more" if len(pairs) > 5 else ""
     return [
-        f"{pair} hold the same data: leave one out and give its weight to the other, or say that "
-        f"it is meant with data.allow_repeated_sources=true"
-        for pair in same_values(prints)
+        f"{'; '.join(pairs[:5])}{more} hold the same data: leave one out and give its weight to "
+        f"the other, or say that it is meant with data.allow_repeated_sources=true"
     ]
 
 

@@ -276,7 +276,8 @@ def _train_without_a_model(rank_info: RankInfo, config: RunConfig) -> None:
 
 def test_data_made_anew_is_refused_before_the_model_is_built(ranks, data, started, tmp_path):
     first, second = data["sources"]
-    swapped = {**data, "sources": [{**first, "prefix": second["prefix"]}, second]}
+    sources = [{**first, "prefix": second["prefix"]}, second]
+    swapped = {**data, "sources": sources, "allow_repeated_sources": True}
     with pytest.raises(RankError, match="'first'.*is not the dataset that the run has read"):
         ranks.run(1, _train_without_a_model, tiny_run(swapped, started, model=SMALL))
 
