@@ -116,7 +116,9 @@ class HybridOptimizer:
         nothing is. Without it a norm that is not finite raises FloatingPointError.
         """
         if self.config.training.compare_replicas:
-            check_replicas(self.parameters, step=self.steps_done + 1)
+            # Schedule-free training makes the model's weights of two, not of the main one alone.
+            owned = () if self.schedule_free is not None else self._owned
+            check_replicas(self.parameters, owned=owned, step=self.steps_done + 1)
         norm = self.gradient_norm()
         if self.scaler is not None:
             norm = norm / self.scaler.scale.item()

@@ -25,14 +25,22 @@ class ReplicaError(RuntimeError):
 
 
 @torch.no_grad()
-def check_replicas(parameters: Iterable[Parameter], *, step: int) -> None:
-    """Raise ReplicaError on every rank where replicas of a parameter differ. Collective."""
+def check_replicas(
+    parameters: Iterable[Parameter], *, owned: Iterable[Parameter] = (), step: int
+) -> None:
+    """Raise ReplicaError on every rank where replicas of a parameter differ. Collective.
+
+    `owned` are those whose main weight was the last thing that their model's weight was made of:
+    it still rounds to it, unless one of the two is damaged.
+    """
+    parameters = list(parameters)
     by_group: dict[ProcessGroup, list[Parameter]] = defaultdict(list)
     for parameter in parameters:
         if parameter.data_group.size() > 1:
             by_group[parameter.data_group].append(parameter)
     wrong = [text for group, members in by_group.items() for text in _differences(group, members)]
-    found = torch.tensor(float(bool(wrong)), device=_device(by_group))
+    wrong += _not_rounded(owned)
+    found = torch.tensor(float(bool(wrong)), device=parameters[0].model.device)
     torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
     if not found.item():
         return
@@ -59,6 +67,20 @@ def _differences(group: ProcessGroup, members: list[Parameter]) -> list[str]:
     return [f"{members[place].name} {_where(sums[:, place].tolist(), ranks)}" for place in places]
 
 
+def _not_rounded(owned: Iterable[Parameter]) -> list[str]:
+    """Parameters whose main weight is not the one that the model's weight was rounded from."""
+    kept = [p for p in owned if p.main is not p.model]
+    if not kept:
+        return []
+    same = [(p.main.to(p.model.dtype) == p.model.data).all() for p in kept]
+    rank = torch.distributed.get_rank()
+    return [
+        f"{parameter.name} on rank {rank}: its main weight is not that of its model"
+        for parameter, equal in zip(kept, torch.stack(same).tolist(), strict=True)
+        if not equal
+    ]
+
+
 def _where(sums: list[int], ranks: list[int]) -> str:
     """Which ranks hold other weights than most; of two ranks nothing says which."""
     (most, count), *_ = Counter(sums).most_common()
@@ -72,9 +94,3 @@ def _where(sums: list[int], ranks: list[int]) -> str:
 def checksum(tensor: Tensor) -> Tensor:
     """A sum of a tensor's bits, an int64 scalar on its device: whole numbers, so in any order."""
     return tensor.view(BITS[tensor.element_size()]).sum(dtype=torch.int64)
-
-
-def _device(by_group: dict[ProcessGroup, list[Parameter]]) -> torch.device:
-    return next(
-        (p.model.device for members in by_group.values() for p in members), torch.device("cpu")
-    )

@@ -54,6 +54,35 @@ def test_a_damaged_replica_is_named(ranks, data, tmp_path, layout, by):
     assert f"{wanted} {where}" in text
 
 
+def _damage_main(rank_info: RankInfo, config: RunConfig, *, wanted: str) -> int:
+    from equilibrium_mcore.training.setup import setup, teardown
+    from equilibrium_mcore.training.step import train_step
+
+    run = setup(config, rank_info)
+    train_step(run)
+    for parameter in run.optimizer.parameters:
+        if parameter.is_owned and parameter.name.endswith(wanted):
+            parameter.main.data.view(-1)[3] *= 1.1  # more than a bfloat16 rounds away
+    train_step(run)
+    teardown(run)
+    return run.progress.step
+
+
+@pytest.mark.parametrize("schedule_free", [False, True])
+def test_a_damaged_main_weight_is_named(ranks, data, tmp_path, schedule_free):
+    changes: dict = {"training": {"precision": "bf16"}, "parallelism": {"world_size": 2}}
+    if schedule_free:  # whose weights are made of two: it is not compared, and not taken for damage
+        schedule = {"kind": "constant", "warmup_steps": 2}
+        changes["optimizer"] = {"schedule_free": {}, "schedule": schedule}
+    config = tiny_run(data, tmp_path, **changes)
+    work = partial(_damage_main, wanted="final_norm.weight")
+    if schedule_free:
+        assert ranks.run(2, work, config) == [2, 2]
+        return
+    with pytest.raises(RankError, match="final_norm.weight on rank .: its main weight is not that"):
+        ranks.run(2, work, config)
+
+
 def test_it_can_be_left_out(ranks, data, tmp_path):
     training = {"compare_replicas": False}
     config = tiny_run(data, tmp_path, parallelism={"world_size": 2}, training=training)
