@@ -86,8 +86,9 @@ def list_inputs(paths: Sequence[Path], *, allow_repeats: bool = False) -> list[I
             missing.append(str(path))
             continue
         items.append(item)
-        if (first := seen.setdefault(identity, path)) is not path:
+        if (first := seen.get(identity)) is not None:
             repeats.append(str(path) if first == path else f"{path} (which is {first})")
+        seen.setdefault(identity, path)
     if missing:
         more = f" and {len(missing) - 5:,} more" if len(missing) > 5 else ""
         raise FileNotFoundError(f"--input: no such file: {', '.join(missing[:5])}{more}")
