@@ -88,7 +88,7 @@ def test_a_chat_template_is_given_or_withheld(fine_tuned, saved, tmp_path, monke
     assert "def fibonacci" in (tmp_path / "silent" / "README.md").read_text()
     missing = ["--checkpoint", fine_tuned.output_directory, "--output", tmp_path / "no"]
     capsys.readouterr()
-    assert run_tool(monkeypatch, *missing, "--chat-template", "lama3") == 1
+    assert run_tool(monkeypatch, *missing, "--chat-template", "lama3") == 2
     assert "one of chatml, llama3, plain" in capsys.readouterr().err
 
 
