@@ -129,7 +129,7 @@ def test_reading_leaves_out_a_cut_last_line_only(tmp_path):
 
 
 def test_reading_a_missing_file_says_what_writes_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"metrics\.jsonl.*equilibrium_mcore\.pretrain"):
+    with pytest.raises(FileNotFoundError, match=r"metrics\.jsonl.*equilibrium_mcore\.train"):
         read_metrics(tmp_path / "metrics.jsonl")
 
 
