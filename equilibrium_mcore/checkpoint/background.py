@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import NoReturn, Protocol
@@ -121,15 +121,19 @@ class Background:
             self._gone()
 
     def remove(self, folder: Path) -> None:
-        self._send(Removal(str(folder)))
+        try:
+            self._pipe.send(Removal(str(folder)))
+        except OSError:  # it has ended, with nothing to write: the next save says so
+            shutil.rmtree(folder)
 
     def close(self) -> None:
-        self._send(None)  # the last word: what it was asked to remove goes first
+        with suppress(OSError):  # nothing is left to write, so its end matters no more
+            self._pipe.send(None)  # the last word: what it was asked to remove goes first
         self._process.wait()
         self._pipe.close()
         self._buffer.close()
 
-    def _send(self, message: WriteJob | Removal | Reservation | None) -> None:
+    def _send(self, message: WriteJob | Reservation) -> None:
         try:
             self._pipe.send(message)
         except OSError:

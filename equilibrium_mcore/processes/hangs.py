@@ -18,14 +18,15 @@ _stream = None
 
 @contextmanager
 def stacks_when_stuck(path: Path, *, seconds: float) -> Iterator[None]:
-    """Inside, write all stacks to `path` whenever `seconds` pass without `progress()`.
+    """Inside, add all stacks to `path` whenever `seconds` pass without `progress()`.
 
     A file that nothing was written to is removed, with its folder if that is empty.
     """
     global _seconds, _stream
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not whole: what a process that hangs has written of its stacks is better than nothing.
-    with path.open("w", encoding="utf-8") as _stream:
+    # What an earlier process wrote, whose run this one resumes, stays.
+    # Not whole: a part of a hanging process's stacks is better than nothing.
+    with path.open("a", encoding="utf-8") as _stream:
         _seconds = seconds
         progress()
         try:

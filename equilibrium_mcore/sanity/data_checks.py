@@ -195,10 +195,10 @@ def check_data_order(run: Run) -> Check:
 
     first = list(ids(run.datasets.train, consumed=0))
     again = list(ids(run.datasets.train, consumed=0))
-    anew = list(ids(build_run_datasets(run.config).train, consumed=0))
+    rebuilt = list(ids(build_run_datasets(run.config).train, consumed=0))
     resumed = list(ids(run.datasets.train, consumed=batch))
     problems = []
-    for what, other in (("a second iterator", again), ("datasets built again", anew)):
+    for what, other in (("a second iterator", again), ("datasets built again", rebuilt)):
         places = [i for i, pair in enumerate(zip(first, other, strict=True)) if not _same(*pair)]
         if places:
             problems.append(f"{what} gives other tokens from micro-batch {places[0]} on")

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from equilibrium_mcore.checkpoint import directory
+from equilibrium_mcore.checkpoint.background import Background
 from equilibrium_mcore.checkpoint.manifest import HASH, read_manifest
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.parallel.rank_job import RankError, RankInfo
@@ -167,6 +168,16 @@ def test_what_the_writer_meets_is_raised_and_names_the_file(ranks, data, tmp_pat
     with pytest.raises(RankError, match=r"No such file.*step_00000002.*distcp"):
         ranks.run(2, _train_of(2, "no folder"), config)
     assert directory.latest_checkpoint(tmp_path) is None
+
+
+def test_a_writer_that_ends_with_nothing_to_write_spoils_nothing(tmp_path):
+    writer, old = Background(), tmp_path / "old"
+    old.mkdir()
+    writer._process.kill()
+    writer._process.wait()
+    writer.remove(old)
+    assert not old.exists()
+    writer.close()
 
 
 def test_a_killed_run_loses_no_more_than_the_interval_and_leaves_no_writer(ranks, data, tmp_path):

@@ -47,3 +47,12 @@ def test_progress_starts_the_clock_again_and_leaves_no_file(tmp_path):
         assert path.exists()
     assert not path.parent.exists()
     progress()  # outside of it, nothing is armed
+
+
+def test_what_an_earlier_run_wrote_stays(tmp_path):
+    path = tmp_path / "stacks" / "rank_00000.txt"
+    path.parent.mkdir()
+    path.write_text("where the run hung that is resumed now\n")
+    with stacks_when_stuck(path, seconds=600):
+        progress()
+    assert path.read_text() == "where the run hung that is resumed now\n"
