@@ -107,8 +107,10 @@ def _refuse_repeats(prefixes: Sequence[Path], headers: Sequence[IndexHeader]) ->
     for prefix, header in zip(prefixes, headers, strict=True):
         if not header.tokens:
             continue
-        known = first.setdefault(fingerprint(prefix, header), prefix)
-        if known is not prefix:
+        content = fingerprint(prefix, header)
+        known = first.get(content)
+        first[content] = prefix
+        if known is not None:
             raise ValueError(
                 f"--input: {prefix} and {known} hold the same data, which would come twice: name "
                 f"one of them, or say that it is meant with --allow-repeats"

@@ -40,10 +40,11 @@ def _repeats_of_size(size: int, entries: list[tuple[str, Path, os.stat_result]])
     for group, path, state in entries:
         content = sampled_hash(path, size)
         other, its_path = first.setdefault(content, (group, path))
-        same_file = links.setdefault((state.st_dev, state.st_ino), path)
+        same_file = links.get((state.st_dev, state.st_ino))
+        links.setdefault((state.st_dev, state.st_ino), path)
         if other != group:
             found.append(f"{group} ({path}) and {other} ({its_path})")
-        elif same_file is not path:
+        elif same_file is not None:
             found.append(f"{group}: {path} and {same_file}")
     return found
 

@@ -214,6 +214,8 @@ def test_a_merge_that_is_there_is_compared_byte_for_byte(tmp_path, settings, cap
     done = preprocess(output_prefix=tmp_path / "one", **settings)
     one, more = done.prefixes["text"], tmp_path / "more"
     preprocess(output_prefix=more, **(settings | {"append_eod": False}))
+    with pytest.raises(ValueError, match="hold the same data, which would come twice"):
+        merge_datasets(prefixes=[one, one], output_prefix=tmp_path / "both")
     merge_datasets(prefixes=[one, one], output_prefix=tmp_path / "both", allow_repeats=True)
     merge_datasets(prefixes=[one, one], output_prefix=tmp_path / "both", allow_repeats=True)
     assert "there already" in capsys.readouterr().err

@@ -58,3 +58,5 @@ def test_files_alike_and_not(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "f")
     shards = [("set", tmp_path / name) for name in ("a", "c", "f", "link")]
     assert same_text(shards) == [f"set: {tmp_path / 'link'} and {tmp_path / 'f'}"]
+    one = tmp_path / "f"
+    assert same_text([("set", one), ("set", one)]) == [f"set: {one} and {one}"]
