@@ -176,7 +176,9 @@ class TrainingConfig(Section):
         "prints them, e.g. embedding.*",
     )
     anomalies: AnomaliesConfig | None = setting(
-        None, "what is done about spikes and values that are not finite; null: see the docs"
+        None,
+        "what is done about a spike; null: steps are not judged, and only a gradient norm that is "
+        "not finite ends the run",
     )
     compare_replicas: bool = setting(
         True, "at every step, whether ranks that should hold the same weights do"
