@@ -96,21 +96,40 @@ read -r -a more_srun_args <<<"${SRUN_ARGS:-}"
 echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $SLURM_NTASKS ranks on" \
   "$SLURM_JOB_NODELIST, meeting at $MASTER_ADDR:$MASTER_PORT, $(date '+%Y-%m-%d %H:%M:%S')"
 
+# srun says how each task ended; tasks' own lines begin with their number (--label).
+failures="$(mktemp)"
+trap 'rm -f "$failures"' EXIT
+keep_failures() {
+  local line
+  while IFS= read -r line || [ -n "$line" ]; do
+    printf '%s\n' "$line"
+    case "$line" in
+      *": Terminated" | *": Exited with exit code 143") ;;  # by the signal, or by another's failure
+      "srun: error: "*": task "*": "* | "srun: error: "*": tasks "*": "*)
+        printf '%s\n' "$line" >>"$failures" ;;
+    esac
+  done
+}
 status=0
-srun "${srun_args[@]}" ${more_srun_args[@]+"${more_srun_args[@]}"} \
-  "$python" -m equilibrium_mcore.train "$RUN_CONFIG" "$@" \
-  "output_directory=$OUTPUT_DIRECTORY" || status=$?
+{
+  srun "${srun_args[@]}" ${more_srun_args[@]+"${more_srun_args[@]}"} \
+    "$python" -m equilibrium_mcore.train "$RUN_CONFIG" "$@" \
+    "output_directory=$OUTPUT_DIRECTORY" 2>&1 >&3 3>&- | keep_failures >&2 3>&-
+} 3>&1 || status=$?
 requeue() {
   echo "job $SLURM_JOB_ID: $1; back into the queue"
   scontrol requeue "$SLURM_JOB_ID"
   sleep 60  # Slurm ends this script; its end of its own would complete the job
 }
-# 128 + SIGTERM: a signal ended the run before its first step, where there is nothing to save.
-if [ "$status" -eq 143 ]; then
+failed="$(head -n 1 "$failures")"
+# 128 + SIGTERM: a signal ended the run before its first step, where there is nothing to save. When a
+# rank fails, though, Slurm sends the same signal to the others, and 143 is the highest status.
+if [ "$status" -eq 143 ] && [ ! -s "$failures" ]; then
   requeue "stopped by a signal before the first step"
   exit 0
 fi
-[ "$status" -eq 0 ] || fail "the run failed with status $status; it is not queued again."
+[ "$status" -eq 0 ] || fail "the run failed with status $status; it is not queued again." \
+  ${failed:+"$failed"}
 
 # The last attempt's events: a signal among them means that the run saved and stopped because of it.
 stopped_by_signal() {

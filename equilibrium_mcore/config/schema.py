@@ -181,7 +181,9 @@ class TrainingConfig(Section):
         "not finite ends the run",
     )
     compare_replicas: bool = setting(
-        True, "at every step, whether ranks that should hold the same weights do"
+        True,
+        "at every step, whether ranks that should hold the same weights do, and whether no element "
+        "changed by more than its optimizer can change it",
     )
     left_out: list[tuple[NonNegativeInt, PositiveInt]] = setting(
         [],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from equilibrium_mcore.config.optimizers import AdamWConfig
@@ -37,3 +39,16 @@ class AdamW(torch.optim.AdamW):
                         "exp_avg": torch.zeros_like(main),
                         "exp_avg_sq": torch.zeros_like(main),
                     }
+
+
+def largest(config: AdamWConfig, step: int) -> float:
+    """The most that a step changes an element, at a learning rate of 1 and without decay.
+
+    By Cauchy and Schwarz: a momentum is the sum of (1 - beta1) beta1^i g_i, a second moment that of
+    (1 - beta2) beta2^i g_i^2, over the same `step` gradients; epsilon only makes it less.
+    """
+    beta1, beta2 = config.beta1, config.beta2
+    ratio = beta1**2 / beta2
+    total = float(step) if ratio == 1 else (1 - ratio**step) / (1 - ratio)
+    momentum = (1 - beta1) / (1 - beta1**step)
+    return momentum * math.sqrt(total * (1 - beta2**step) / (1 - beta2))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from equilibrium_mcore.config.optimizers import ByOptimizer, OptimizerConfig
+from equilibrium_mcore.optim import adamw, cosmos, muon
 from equilibrium_mcore.optim.adamw import AdamW
 from equilibrium_mcore.optim.cosmos import Cosmos
 from equilibrium_mcore.optim.muon import Muon
@@ -25,10 +27,14 @@ class BuildRow(NamedTuple):
         state: names of the tensors of a parameter's shape that it keeps: what is saved and loaded.
             Some settings, and schedule-free training, leave one out.
         whole_state: names of the tensors of a whole map that it keeps.
+        largest: the most that step number n (from 1) can change an element of a parameter, at a
+            learning rate of 1 and without weight decay, whatever the gradients were. Infinite where
+            nothing bounds it.
     """
 
     build: Callable[[list[Parameter], OptimizerConfig], torch.optim.Optimizer]
     state: tuple[str, ...]
+    largest: Callable[[Parameter, OptimizerConfig, int], float]
     whole_state: tuple[str, ...] = ()
 
 
@@ -58,14 +64,25 @@ def _adamw(parameters: list[Parameter], settings: OptimizerConfig) -> torch.opti
 
 _SIDES = ("left_preconditioner", "left_basis", "right_preconditioner", "right_basis")
 BUILDS: ByOptimizer[BuildRow] = {
-    "muon": BuildRow(_muon, state=("momentum",)),
-    "soap": BuildRow(_soap, state=("momentum",), whole_state=("second_moment", *_SIDES)),
+    "muon": BuildRow(_muon, state=("momentum",), largest=lambda p, s, _: muon.largest(p, s.muon)),
+    "soap": BuildRow(
+        _soap,
+        state=("momentum",),
+        whole_state=("second_moment", *_SIDES),
+        # A basis that turns meets second moments of another direction: only epsilon bounds it.
+        largest=lambda parameter, settings, step: math.inf,
+    ),
     "cosmos": BuildRow(
         _cosmos,
         state=("momentum",),
         whole_state=("subspace", "subspace_moment", "second_moment"),
+        largest=lambda p, s, _: cosmos.largest(p, s.cosmos),
     ),
-    "adamw": BuildRow(_adamw, state=("exp_avg", "exp_avg_sq")),
+    "adamw": BuildRow(
+        _adamw,
+        state=("exp_avg", "exp_avg_sq"),
+        largest=lambda _, s, step: adamw.largest(s.adamw, step),
+    ),
 }
 """In the order of their steps: all ranks gather in it."""
 

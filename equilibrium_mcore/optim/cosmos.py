@@ -94,3 +94,11 @@ def unit_rms(stack: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(stack, dim=(-2, -1), keepdim=True)
     elements = stack.size(-2) * stack.size(-1)
     return stack * (elements**0.5 / norm.clamp_min(1e-30))
+
+
+def largest(parameter: Parameter, config: CosmosConfig) -> float:
+    """The most that a step changes an element, at a learning rate of 1 and without decay.
+
+    An update has a fixed root mean square, which a single element could have to itself.
+    """
+    return config.update_rms * max(rows * columns for rows, columns in parameter.part_shapes) ** 0.5

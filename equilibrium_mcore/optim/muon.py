@@ -13,7 +13,7 @@ from torch import Tensor
 
 from equilibrium_mcore.config.optimizers import MuonConfig
 from equilibrium_mcore.optim.matrix import MatrixOptimizer, by_part_shape
-from equilibrium_mcore.optim.newton_schulz import orthogonalise
+from equilibrium_mcore.optim.newton_schulz import largest_singular_value, orthogonalise
 from equilibrium_mcore.optim.parameters import Parameter
 
 
@@ -51,3 +51,13 @@ class Muon(MatrixOptimizer):
             for (main, index), matrix in zip(places, orthogonal, strict=True):
                 parts[main][index] = matrix
         return self.scatter(parts)
+
+
+def largest(parameter: Parameter, config: MuonConfig) -> float:
+    """The most that a step changes an element, at a learning rate of 1 and without decay.
+
+    No element of a matrix is larger than its largest singular value.
+    """
+    scales = [get_muon_scale_factor(*s, mode=config.scale) for s in parameter.part_shapes]
+    singular = largest_singular_value(config.newton_schulz_steps, config.coefficients)
+    return singular * max(scales) * config.extra_scale

@@ -20,12 +20,14 @@ from torch import Tensor
 from equilibrium_mcore.config.optimizers import REST
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.optim.build import BUILDS, build_optimizers
+from equilibrium_mcore.optim.exchange import share_updates
 from equilibrium_mcore.optim.matrix import MatrixOptimizer
-from equilibrium_mcore.optim.ownership import assign_owners, share_updates
+from equilibrium_mcore.optim.ownership import assign_owners
 from equilibrium_mcore.optim.parameters import Parameter, describe_parameters
 from equilibrium_mcore.optim.replicas import check_replicas
 from equilibrium_mcore.optim.schedule import learning_rate_factor
 from equilibrium_mcore.optim.schedule_free import ScheduleFree
+from equilibrium_mcore.optim.update_limit import UpdateLimit
 
 
 @dataclass(frozen=True)
@@ -116,9 +118,12 @@ class HybridOptimizer:
         nothing is. Without it a norm that is not finite raises FloatingPointError.
         """
         if self.config.training.compare_replicas:
-            # Schedule-free training makes the model's weights of two, not of the main one alone.
-            owned = () if self.schedule_free is not None else self._owned
-            check_replicas(self.parameters, owned=owned, step=self.steps_done + 1)
+            check_replicas(
+                self.parameters,
+                owned=self._owned,
+                weights_of=self._training_weights,
+                step=self.steps_done + 1,
+            )
         norm = self.gradient_norm()
         if self.scaler is not None:
             norm = norm / self.scaler.scale.item()
@@ -152,7 +157,11 @@ class HybridOptimizer:
             optimizer.zero_grad(set_to_none=True)
         if self.schedule_free is not None:
             self.schedule_free.update_average(rate)
-        self.write_training_weights()
+        limit = None
+        # A schedule-free average may move by any part of its distance from the fast weights.
+        if self.config.training.compare_replicas and self.schedule_free is None:
+            limit = UpdateLimit(self.settings, rate=rate, step=self.steps_done + 1)
+        self._write(self._training_weights, limit)
         self.steps_done += 1
         return StepResult(gradient_norm=norm, skipped=False)
 
@@ -182,8 +191,12 @@ class HybridOptimizer:
     @torch.no_grad()
     def write_training_weights(self) -> None:
         """Give every rank's model the weights at which the next gradient is taken. Collective."""
-        average = self.schedule_free
-        self._write(lambda p: p.main if average is None else average.training_weights(p))
+        self._write(self._training_weights)
+
+    def _training_weights(self, parameter: Parameter) -> Tensor:
+        if self.schedule_free is None:
+            return parameter.main
+        return self.schedule_free.training_weights(parameter)
 
     @contextlib.contextmanager
     def evaluation_weights(self) -> Iterator[None]:
@@ -201,13 +214,20 @@ class HybridOptimizer:
             self.write_training_weights()
 
     @torch.no_grad()
-    def _write(self, weights_of: Callable[[Parameter], Tensor]) -> None:
+    def _write(
+        self, weights_of: Callable[[Parameter], Tensor], limit: UpdateLimit | None = None
+    ) -> None:
         for parameter in self._owned:
             weights = weights_of(parameter)
-            if weights is not parameter.model:
-                parameter.model.data.copy_(weights)
+            if weights is parameter.model:
+                continue
+            if limit is not None:
+                limit.see(parameter, parameter.model.data.view(-1), weights.view(-1))
+            parameter.model.data.copy_(weights)
         if self.config.parallelism.distributed_optimizer:
-            share_updates(self.parameters)
+            share_updates(self.parameters, see=limit.see_copy if limit is not None else None)
+        if limit is not None:
+            limit.check(self.device)
 
     @torch.no_grad()
     def refresh_main_weights(self) -> None:

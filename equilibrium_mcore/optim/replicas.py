@@ -8,7 +8,7 @@ see. So it is looked for at every step: a sum of the bits of each parameter, com
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -21,39 +21,55 @@ NAMED = 3  # parameters that the error names
 
 
 class ReplicaError(RuntimeError):
-    """Ranks that should hold the same weights hold others; names rank and parameter."""
+    """Weights are not what they should be, by damage; names rank and parameter."""
 
 
 @torch.no_grad()
 def check_replicas(
-    parameters: Iterable[Parameter], *, owned: Iterable[Parameter] = (), step: int
+    parameters: list[Parameter],
+    *,
+    owned: Iterable[Parameter] = (),
+    weights_of: Callable[[Parameter], Tensor] = lambda parameter: parameter.main,
+    step: int,
 ) -> None:
     """Raise ReplicaError on every rank where replicas of a parameter differ. Collective.
 
-    `owned` are those whose main weight was the last thing that their model's weight was made of:
-    it still rounds to it, unless one of the two is damaged.
+    `weights_of` gives what the model's weight of an `owned` parameter was made of: it still rounds
+    to it, unless one of the two is damaged.
     """
-    parameters = list(parameters)
     by_group: dict[ProcessGroup, list[Parameter]] = defaultdict(list)
     for parameter in parameters:
         if parameter.data_group.size() > 1:
             by_group[parameter.data_group].append(parameter)
     wrong = [text for group, members in by_group.items() for text in _differences(group, members)]
-    wrong += _not_rounded(owned)
-    found = torch.tensor(float(bool(wrong)), device=parameters[0].model.device)
+    wrong += _not_rounded(owned, weights_of)
+    raise_everywhere(
+        wrong,
+        parameters[0].model.device,
+        lambda said: (
+            f"step {step}: replicas of weights differ before the update: {said}. The memory of a "
+            "rank or a kernel that wrote to it is damaged; nothing was updated. Resume from the "
+            "latest checkpoint, without that host if it happens again"
+        ),
+    )
+
+
+def raise_everywhere(wrong: list[str], device: torch.device, message: Callable[[str], str]) -> None:
+    """Raise ReplicaError on all ranks if any has found something. Collective.
+
+    Args:
+        wrong: what this rank found.
+        message: of all that was found, put together.
+    """
+    found = torch.tensor(float(bool(wrong)), device=device)
     torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
     if not found.item():
         return
     everywhere: list[list[str]] = [[]] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everywhere, wrong)
     wrong = list(dict.fromkeys(text for texts in everywhere for text in texts))
-    said = "; ".join(wrong[:NAMED])
     more = f"; and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
-    raise ReplicaError(
-        f"step {step}: replicas of weights differ before the update: {said}{more}. The memory of a "
-        "rank or a kernel that wrote to it is damaged; nothing was updated. Resume from the latest "
-        "checkpoint, without that host if it happens again"
-    )
+    raise ReplicaError(message("; ".join(wrong[:NAMED]) + more))
 
 
 def _differences(group: ProcessGroup, members: list[Parameter]) -> list[str]:
@@ -67,12 +83,14 @@ def _differences(group: ProcessGroup, members: list[Parameter]) -> list[str]:
     return [f"{members[place].name} {_where(sums[:, place].tolist(), ranks)}" for place in places]
 
 
-def _not_rounded(owned: Iterable[Parameter]) -> list[str]:
+def _not_rounded(
+    owned: Iterable[Parameter], weights_of: Callable[[Parameter], Tensor]
+) -> list[str]:
     """Parameters whose main weight is not the one that the model's weight was rounded from."""
     kept = [p for p in owned if p.main is not p.model]
     if not kept:
         return []
-    same = [(p.main.to(p.model.dtype) == p.model.data).all() for p in kept]
+    same = [(weights_of(p).to(p.model.dtype) == p.model.data).all() for p in kept]
     rank = torch.distributed.get_rank()
     return [
         f"{parameter.name} on rank {rank}: its main weight is not that of its model"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.parallel.last_collective import last_collectives
 from equilibrium_mcore.parallel.launch import RankInfo
 from equilibrium_mcore.processes.hangs import stacks_when_stuck
 from equilibrium_mcore.training.all_callbacks import build_callbacks
@@ -18,13 +19,14 @@ STACKS_SHARE = 0.9  # of the time-out of a collective: a rank that hangs says wh
 def train_rank(rank_info: RankInfo, *, config: RunConfig) -> None:
     """Train `config` as this rank, from setup to the last step or a stop.
 
-    Where a collective does not return, `stacks/` in the output directory says where each rank was.
+    Where a collective does not return, `stacks/` in the output directory says where each rank
+    was, and in which collective.
     """
     stacks = Path(config.output_directory) / "stacks" / f"rank_{rank_info.rank:05d}.txt"
     patience = STACKS_SHARE * 60 * config.parallelism.timeout_minutes
     with (
         owned_run_folder(config, is_first_rank=rank_info.rank == 0) as lock,
-        stacks_when_stuck(stacks, seconds=patience),
+        stacks_when_stuck(stacks, seconds=patience, more=last_collectives),
     ):
         run = setup(config, rank_info)
         train(run, callbacks=build_callbacks(run.config, lock))

@@ -71,16 +71,64 @@ def _damage_main(rank_info: RankInfo, config: RunConfig, *, wanted: str) -> int:
 @pytest.mark.parametrize("schedule_free", [False, True])
 def test_a_damaged_main_weight_is_named(ranks, data, tmp_path, schedule_free):
     changes: dict = {"training": {"precision": "bf16"}, "parallelism": {"world_size": 2}}
-    if schedule_free:  # whose weights are made of two: it is not compared, and not taken for damage
+    if schedule_free:  # whose weights are made of two
         schedule = {"kind": "constant", "warmup_steps": 2}
         changes["optimizer"] = {"schedule_free": {}, "schedule": schedule}
     config = tiny_run(data, tmp_path, **changes)
     work = partial(_damage_main, wanted="final_norm.weight")
-    if schedule_free:
-        assert ranks.run(2, work, config) == [2, 2]
-        return
     with pytest.raises(RankError, match="final_norm.weight on rank .: its main weight is not that"):
         ranks.run(2, work, config)
+
+
+def _damage_update(rank_info: RankInfo, config: RunConfig, *, wanted: str, what: str) -> int:
+    from equilibrium_mcore.training.setup import setup, teardown
+    from equilibrium_mcore.training.step import train_step
+
+    run = setup(config, rank_info)
+    train_step(run)
+    for parameter in run.optimizer.parameters:
+        if parameter.main is None or not parameter.name.endswith(wanted):
+            continue
+        optimizer = next(o for o in run.optimizer._optimizers if parameter.main in o.state)
+        if what == "state":  # as if a kernel had cleared a part of it
+            optimizer.state[parameter.main]["exp_avg_sq"].view(-1)[1] = 0
+            optimizer.state[parameter.main]["exp_avg"].view(-1)[1] = 1
+        else:
+            _write_after(optimizer, parameter.main)
+    train_step(run)
+    teardown(run)
+    return run.progress.step
+
+
+def _write_after(optimizer, main: torch.Tensor) -> None:
+    """Let the step write an element that no update makes."""
+    step = optimizer.step
+
+    def damaged() -> None:
+        step()
+        main.data.view(-1)[5] += 0.5
+
+    optimizer.step = damaged
+
+
+DAMAGES = {  # precision, layout, what is damaged, in which parameter
+    "state, fp32": ("fp32", {"world_size": 2}, "state", "final_norm.weight"),
+    "state, one rank": ("bf16", {"world_size": 1}, "state", "final_norm.weight"),
+    "update of muon": ("bf16", {"world_size": 2}, "update", "layers.0.mixer.in_proj.weight"),
+    "update, mixed": ("fp32", MIXED, "update", "final_norm.weight"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_an_update_that_no_optimizer_makes_is_named(ranks, data, tmp_path, damage):
+    precision, parallelism, what, wanted = DAMAGES[damage]
+    config = tiny_run(data, tmp_path, parallelism=parallelism, training={"precision": precision})
+    work = partial(_damage_update, wanted=wanted, what=what)
+    with pytest.raises(RankError) as error:
+        ranks.run(parallelism["world_size"], work, config)
+    text = str(error.value)
+    assert "step 2: an element changed by more than its optimizer can change it: " in text
+    assert f"{wanted} of rank " in text and ", where " in text
 
 
 def test_it_can_be_left_out(ranks, data, tmp_path):

@@ -49,6 +49,40 @@ def test_progress_starts_the_clock_again_and_leaves_no_file(tmp_path):
     progress()  # outside of it, nothing is armed
 
 
+def test_more_is_told_once_for_each_stop(tmp_path):
+    path, calls = tmp_path / "stacks" / "rank_00000.txt", []
+
+    def more() -> str:
+        calls.append(True)
+        return f"call {len(calls)}\n"
+
+    def wait_for(number: int) -> None:
+        deadline = time.monotonic() + 300
+        while f"call {number}" not in path.read_text() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    with stacks_when_stuck(path, seconds=0.2, more=more):
+        wait_for(1)
+        time.sleep(0.5)  # it stays stuck: the stacks come again, and nothing more
+        progress()
+        wait_for(2)
+    assert path.read_text().index("test_more_is_told") < path.read_text().index("call 1")
+    assert len(calls) == 2
+
+
+def test_more_that_fails_ends_nothing(tmp_path):
+    path = tmp_path / "stacks" / "rank_00000.txt"
+
+    def more() -> str:
+        raise KeyError("process_group")
+
+    with stacks_when_stuck(path, seconds=0.1, more=more):
+        deadline = time.monotonic() + 300
+        while "KeyError" not in path.read_text() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert "nothing more could be told: KeyError('process_group')" in path.read_text()
+
+
 def test_what_an_earlier_run_wrote_stays(tmp_path):
     path = tmp_path / "stacks" / "rank_00000.txt"
     path.parent.mkdir()

@@ -21,6 +21,7 @@ for word in "$@"; do
   case "$word" in output_directory=*) folder="${word#*=}" ;; esac
 done
 echo '{"kind": "event", "event": "start"}' > "$folder/metrics.jsonl"
+printf '%s' "${SRUN_SAYS:-}" >&2
 exit "${SRUN_STATUS:-0}"
 """
 
@@ -101,6 +102,23 @@ def test_a_signal_before_the_first_step_requeues(job, tmp_path, script):
     assert done.returncode == 0, done.stderr
     assert "job 7: stopped by a signal before the first step; back into the queue" in done.stdout
     assert job(script, SRUN_STATUS="138", **run).returncode == 1
+
+
+@pytest.mark.parametrize(
+    "ended",
+    ["task 1: Exited with exit code 2", "tasks 0-3,7: Killed", "task 1: Segmentation fault"],
+)
+def test_a_rank_that_fails_first_is_no_signal(job, tmp_path, ended):
+    """Slurm ends the other ranks by the same signal, and their status is the highest."""
+    run = {"RUN_CONFIG": "configs/runs/quickstart.yaml", "OUTPUT_DIRECTORY": str(tmp_path / "out")}
+    others = "srun: error: node1: task 0: Terminated\n0: error: node1: task 9: no line of srun's\n"
+    told = f"{others}srun: error: node1: {ended}"
+    done = job("train.sh", SRUN_STATUS="143", SRUN_SAYS=told, **run)
+    assert done.returncode == 1, done.stdout
+    assert told in done.stderr and "it is not queued again" in done.stderr
+    assert done.stderr.splitlines()[-1] == f"train.sh: srun: error: node1: {ended}"
+    done = job("train.sh", SRUN_STATUS="143", SRUN_SAYS=others, **run)
+    assert "back into the queue" in done.stdout
 
 
 def test_train_needs_a_run_and_a_folder(job, tmp_path):

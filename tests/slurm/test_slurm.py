@@ -15,8 +15,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
+from equilibrium_mcore.training.run_folder import LOCK_FILE
 from examples.quickstart_summary import curve_faults
 
 pytestmark = pytest.mark.slurm
@@ -50,6 +52,7 @@ OVERRIDES = (
     "logging.interval_steps=1",
     "logging.tensorboard=false",
 )
+SHORT = ("training.steps=3", "optimizer.schedule.warmup_steps=1")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY")
 
 
@@ -76,7 +79,7 @@ class Cluster:
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 
-    def submit(self, *overrides: str, output_directory: Path) -> str:
+    def submit(self, *overrides: str, output_directory: Path, venv: str = sys.prefix) -> str:
         """Submit the script as a user would; the job's id."""
         return self.call(
             "sbatch",
@@ -87,7 +90,7 @@ class Cluster:
             *overrides,
             RUN_CONFIG="configs/runs/quickstart.yaml",
             OUTPUT_DIRECTORY=str(output_directory),
-            VENV=sys.prefix,
+            VENV=venv,
         )
 
     def facts(self, job: str) -> dict[str, str]:
@@ -171,6 +174,16 @@ def read(run: Path, kind: str) -> list[dict]:
     return [record for record in map(json.loads, whole_lines) if record["kind"] == kind]
 
 
+def ranks_of(run: Path) -> list[int]:
+    """The processes that train into this folder, but for srun."""
+    wanted, found = f"output_directory={run}", []
+    for process in psutil.process_iter(["pid", "name", "cmdline"]):
+        is_rank = process.info["name"].startswith("python")
+        if is_rank and wanted in (process.info["cmdline"] or ()):
+            found.append(process.info["pid"])
+    return found
+
+
 def test_a_preempted_job_is_queued_again_and_resumes(
     cluster: Cluster, dataset: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -203,6 +216,34 @@ def test_a_preempted_job_is_queued_again_and_resumes(
     assert f"job {job}: done" in log
 
 
+def test_a_job_that_is_stopped_while_it_starts_is_queued_again(
+    cluster: Cluster, dataset: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Once while its ranks import, once while they build; nothing is saved by then."""
+    run = tmp_path / "run"
+    job = cluster.submit(*OVERRIDES, *dataset, *SHORT, output_directory=run)
+    moments = {
+        "importing": lambda: len(ranks_of(run)) >= 2,
+        "building": lambda: len(ranks_of(run)) >= 2 and (run / LOCK_FILE).exists(),
+    }
+    for stops, (moment, is_there) in enumerate(moments.items(), start=1):
+        cluster.wait(job, moment, is_there, seconds=300)
+        assert not read(run, "train"), f"{moment}: too late for this test"
+        cluster.call("scancel", "--signal=TERM", f"{job}.0")
+        cluster.wait(
+            job,
+            "queued again",
+            lambda stops=stops: cluster.facts(job).get("Restarts") == str(stops),
+            seconds=180,
+        )
+    cluster.wait(
+        job, "completed", lambda: cluster.facts(job)["JobState"] == "COMPLETED", seconds=300
+    )
+    log = cluster.log(job)
+    assert log.count("stopped by a signal before the first step; back into the queue") == 2, log
+    assert [record["step"] for record in read(run, "train")] == [1, 2, 3]
+
+
 def test_a_failed_run_is_not_queued_again(cluster: Cluster, tmp_path: Path) -> None:
     job = cluster.submit("training.steps=0", output_directory=tmp_path / "run")
     cluster.wait(job, "failed", lambda: cluster.facts(job)["JobState"] == "FAILED", seconds=180)
@@ -210,6 +251,23 @@ def test_a_failed_run_is_not_queued_again(cluster: Cluster, tmp_path: Path) -> N
     log = cluster.log(job)
     assert "training.steps" in log
     assert "it is not queued again" in log
+
+
+def test_a_rank_that_fails_while_others_start_is_no_signal(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """Slurm ends the other rank by SIGTERM, which imports: its status is 143, the job's too."""
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(
+        f'#!/bin/sh\n[ "$SLURM_PROCID" != 1 ] || exit 2\nexec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    job = cluster.submit(*OVERRIDES, output_directory=tmp_path / "run", venv=str(tmp_path))
+    cluster.wait(job, "failed", lambda: cluster.facts(job)["JobState"] == "FAILED", seconds=180)
+    log = cluster.log(job)
+    assert cluster.facts(job)["Restarts"] == "0", log
+    assert "the run failed with status 143; it is not queued again" in log
 
 
 def test_a_cancelled_job_stays_cancelled(
