@@ -84,7 +84,8 @@ from tests.support.pool_work import note_process, wait_for
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     pool = OrderedPool(2, ahead_per_worker=1, start=note_process, arguments=(folder,))
-    next(pool.in_order(wait_for, range(2), folder))
+    jobs = pool.in_order(wait_for, range(2), folder)  # kept: closing it waits for what has begun
+    next(jobs)
     while len(workers := [p.name for p in folder.iterdir() if p.name.isdecimal()]) < 2:
         time.sleep(0.01)
     print(*workers, flush=True)
