@@ -15,6 +15,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from equilibrium_mcore.adapters.merge import adapters_of_weights
 from equilibrium_mcore.checkpoint import structure
 from equilibrium_mcore.checkpoint.choose import open_weights_together
 from equilibrium_mcore.checkpoint.compatibility import check_same_model
@@ -84,11 +85,14 @@ def load_weights(
     if not isinstance(weights, OpenedCheckpoint):
         weights = open_weights_together(weights, verify=config.checkpoint.verify)
     check_same_model(weights.config, config, checkpoint=str(weights.path))
-    wanted = {name: _unwrap(chunk).sharded_state_dict() for name, chunk in _named_chunks(chunks)}
-    with allowed_classes_only():
-        state = dist_checkpointing.load(wanted, str(weights.path))
-    for name, chunk in _named_chunks(chunks):
-        chunk.load_state_dict(state[name])
+    with adapters_of_weights(
+        [chunk for _, chunk in _named_chunks(chunks)], weights.config, groups=groups
+    ):
+        wanted = {name: chunk.sharded_state_dict() for name, chunk in _named_chunks(chunks)}
+        with allowed_classes_only():
+            state = dist_checkpointing.load(wanted, str(weights.path))
+        for name, chunk in _named_chunks(chunks):
+            chunk.load_state_dict(state[name])
     fill_new_rows(chunks, saved=weights.config.model, wanted=config.model, groups=groups)
     if optimizer is not None:
         optimizer.refresh_main_weights()
