@@ -38,6 +38,7 @@ from torch.nn import functional
 
 from equilibrium_mcore.adapters.targets import WEIGHT, Linear, is_target, linears_of
 from equilibrium_mcore.config.adapters import LoraConfig
+from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import ModelConfig
 from equilibrium_mcore.optim.parts import Parts, local_slice, split_rows
 from equilibrium_mcore.optim.table import rule_for
@@ -143,7 +144,15 @@ def attach_adapters(
     groups: ProcessGroupCollection,
     seed: int,
 ) -> None:
-    """Give every target of this rank's chunk an adapter that trains."""
+    """Give every target of this rank's chunk an adapter that trains.
+
+    Raises ConfigError for routed experts whose layers are multiplied at once.
+    """
+    if settings.experts and any("Grouped" in type(m).__name__ for m in chunk.modules()):
+        raise ConfigError(
+            "adapters.experts=True on Transformer Engine's grouped experts, which multiply all "
+            "experts at once: set training.backend=torch, or leave the experts without adapters"
+        )
     for linear in linears_of(chunk):
         if not is_target(linear.name, settings):
             continue

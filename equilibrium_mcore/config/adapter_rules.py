@@ -20,16 +20,6 @@ def adapters_freeze_the_rest(subject: Subject) -> Iterator[str]:
         )
 
 
-@rule("adapters", "checkpoint")
-def adapters_stand_beside_weights(subject: Subject) -> Iterator[str]:
-    config = subject.config
-    if config.adapters is not None and config.checkpoint.initial_weights is None:
-        yield (
-            "adapters without checkpoint.initial_weights: the frozen weights beside them would be "
-            "random; name a run's output directory or one of its checkpoints"
-        )
-
-
 @rule("adapters", "model", "parallelism")
 def adapters_of_experts_are_whole(subject: Subject) -> Iterator[str]:
     config = subject.config

@@ -157,16 +157,23 @@ def _evaluate(rank_info: RankInfo, config: RunConfig) -> float:
 
 def test_weights_with_adapters_start_a_run_as_their_sum(base, tmp_path):
     """Saved on one rank with adapters; loaded without, and beneath new ones, in another layout."""
-    tuned = base.config(MODEL, tmp_path / "tuned", {"world_size": 1})
+    validates = {"validation_interval_steps": 99, "validation_batches": 1}
+    tuned = base.config(MODEL, tmp_path / "tuned", {"world_size": 1}, training=validates)
     base.ranks.run(1, train_steps, tuned, 4, True)
     (with_adapters,) = base.ranks.run(1, _evaluate, tuned)
     weights = {"initial_weights": str(tmp_path / "tuned"), "resume": "never"}
     layout = {"world_size": 2, **MIXED}
     plain = tiny_run(
-        base.data, tmp_path / "next", model=MODEL, parallelism=layout, checkpoint=weights
+        base.data,
+        tmp_path / "next",
+        model=MODEL,
+        parallelism=layout,
+        checkpoint=weights,
+        training=validates,
     )
-    again = base.config(MODEL, tmp_path / "again", layout, checkpoint=weights)
-    (start,) = base.ranks.run(1, _evaluate, base.config(MODEL, tmp_path / "none", {}))
+    again = base.config(MODEL, tmp_path / "again", layout, checkpoint=weights, training=validates)
+    none = base.config(MODEL, tmp_path / "none", {}, training=validates)
+    (start,) = base.ranks.run(1, _evaluate, none)
     for config in (plain, again):
         losses = base.ranks.run(2, _evaluate, config)
         assert losses == pytest.approx([with_adapters] * 2, rel=1e-5)
