@@ -6,6 +6,7 @@ checkpoint of any layout loads in any other.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,12 @@ def load_weights(
     chunks: list[torch.nn.Module],
     groups: ProcessGroupCollection,
     optimizer: HybridOptimizer | None = None,
+    fold: bool = True,
 ) -> None:
     """Load the model's weights alone, and make an optimizer take them as its main weights.
+
+    Adapters among the weights are added to what they stand beside, and the run's own are kept. Not
+    to `fold` takes them for the run's own, which must be of the same settings.
 
     Tokens that the weights have no rows for start with the mean of the others' rows.
 
@@ -85,9 +90,9 @@ def load_weights(
     if not isinstance(weights, OpenedCheckpoint):
         weights = open_weights_together(weights, verify=config.checkpoint.verify)
     check_same_model(weights.config, config, checkpoint=str(weights.path))
-    with adapters_of_weights(
-        [chunk for _, chunk in _named_chunks(chunks)], weights.config, groups=groups
-    ):
+    bare = [chunk for _, chunk in _named_chunks(chunks)]
+    folded = adapters_of_weights(bare, weights.config, groups=groups)
+    with folded if fold else contextlib.nullcontext():
         wanted = {name: chunk.sharded_state_dict() for name, chunk in _named_chunks(chunks)}
         with allowed_classes_only():
             state = dist_checkpointing.load(wanted, str(weights.path))
