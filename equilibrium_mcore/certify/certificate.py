@@ -25,6 +25,7 @@ from equilibrium_mcore.certify.twin import (
 )
 from equilibrium_mcore.certify.verdict import Verdict
 from equilibrium_mcore.certify.witness import CHOICES, NAME
+from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.files.whole import write_whole
 from equilibrium_mcore.parallel import process_groups
@@ -196,6 +197,11 @@ def certify(
     when those of one phase do not end within `time_limit_minutes`; and ConfigError, before anything
     is trained, for a layout that the twin cannot have.
     """
+    if witness and config.adapters is not None:
+        raise ConfigError(
+            "adapters with a witness: transformers' class has none, so there is nothing to compare "
+            "them with; certify the run without the witness"
+        )
     started = time.monotonic()
     certificate = Certificate(config.name, _hash(config))
     training = config.training

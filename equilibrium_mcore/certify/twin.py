@@ -126,6 +126,8 @@ def make_twin(config: RunConfig, layouts: list[Layout], *, folder: Path) -> RunC
     stages = math.lcm(*(pipeline_segments(_parallelism(layout)) for layout in layouts), 1)
     values = config.model_dump(mode="json")
     values["output_directory"] = str(folder)
+    # One that takes the same data and needs no weights: the twin's are random.
+    values["stage"] = "pretrain" if config.data.type == "indexed" else "sft"
     values["model"] = shrink_model(
         config.model, stages=stages, largest=largest, run_tensor=config.parallelism.tensor
     )

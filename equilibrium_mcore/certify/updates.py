@@ -31,7 +31,7 @@ def update_from_given_gradients(run: Run, weights: Path) -> list[TensorShard]:
 
     Replaces the run's weights and optimizer, which are of no use afterwards.
     """
-    load_weights(weights, config=run.config, chunks=run.chunks, optimizer=None, groups=run.groups)
+    load_weights(weights, config=run.config, chunks=run.chunks, groups=run.groups, fold=False)
     optimizer = HybridOptimizer(run.chunks, run.groups, run.config, main_dtype=torch.float64)
     run.optimizer = optimizer
     starts = [parameter.model.detach().clone() for parameter in optimizer.parameters]

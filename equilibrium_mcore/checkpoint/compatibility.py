@@ -122,6 +122,7 @@ def _bound(config: RunConfig) -> dict[str, Any]:
         "training.precision": config.training.precision,
         "training.seed": config.training.seed,
         "stage": config.stage,
+        "adapters": config.model_dump(mode="json", include={"adapters"})["adapters"],
         "data.type": config.data.type,
         **_data_order(config.data),
     }

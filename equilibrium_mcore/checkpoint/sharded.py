@@ -6,6 +6,7 @@ checkpoint of any layout loads in any other.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from equilibrium_mcore.adapters.merge import adapters_of_weights
 from equilibrium_mcore.checkpoint import structure
 from equilibrium_mcore.checkpoint.choose import open_weights_together
 from equilibrium_mcore.checkpoint.compatibility import check_same_model
@@ -73,8 +75,12 @@ def load_weights(
     chunks: list[torch.nn.Module],
     groups: ProcessGroupCollection,
     optimizer: HybridOptimizer | None = None,
+    fold: bool = True,
 ) -> None:
     """Load the model's weights alone, and make an optimizer take them as its main weights.
+
+    Adapters among the weights are added to what they stand beside, and the run's own are kept. Not
+    to `fold` takes them for the run's own, which must be of the same settings.
 
     Tokens that the weights have no rows for start with the mean of the others' rows.
 
@@ -84,11 +90,14 @@ def load_weights(
     if not isinstance(weights, OpenedCheckpoint):
         weights = open_weights_together(weights, verify=config.checkpoint.verify)
     check_same_model(weights.config, config, checkpoint=str(weights.path))
-    wanted = {name: _unwrap(chunk).sharded_state_dict() for name, chunk in _named_chunks(chunks)}
-    with allowed_classes_only():
-        state = dist_checkpointing.load(wanted, str(weights.path))
-    for name, chunk in _named_chunks(chunks):
-        chunk.load_state_dict(state[name])
+    bare = [chunk for _, chunk in _named_chunks(chunks)]
+    folded = adapters_of_weights(bare, weights.config, groups=groups)
+    with folded if fold else contextlib.nullcontext():
+        wanted = {name: chunk.sharded_state_dict() for name, chunk in _named_chunks(chunks)}
+        with allowed_classes_only():
+            state = dist_checkpointing.load(wanted, str(weights.path))
+        for name, chunk in _named_chunks(chunks):
+            chunk.load_state_dict(state[name])
     fill_new_rows(chunks, saved=weights.config.model, wanted=config.model, groups=groups)
     if optimizer is not None:
         optimizer.refresh_main_weights()

@@ -23,6 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=user_path, required=True, help="the folder to write")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (bfloat16)")
     add("--main-weights", action="store_true", help="from the optimizer's float32 copies")
+    adapters = "of a run that has some: added to the weights, or apart as peft loads them, or none"
+    add("--adapters", choices=("merge", "apart", "leave_out"), default="merge", help=adapters)
     template = f"{', '.join(BUILT_IN)}, a Jinja FILE, or none (the run's, if it has conversations)"
     add("--chat-template", metavar="TEMPLATE", help=template)
     add("--overwrite", action="store_true", help="replace what it wrote there before")

@@ -1,8 +1,8 @@
 """List what updates every parameter of a run: its optimizer, rate, decay and maps, and why.
 
 The names are what `optimizer.overrides` matches; layers and experts that are treated alike share a
-line, and --json has every parameter by itself. Nothing is trained: the model is built without
-memory.
+line, and --json has every parameter by itself. Of a run with adapters it says which matrix has one,
+and why another has none. Nothing is trained: the model is built without memory.
 
 Examples:
     {prog} configs/runs/pretrain_3b.yaml
@@ -34,8 +34,9 @@ def run(options: argparse.Namespace) -> None:
 
     accelerator.quiet_libraries()
     accelerator.install()  # before megatron-core is imported
+    from equilibrium_mcore.adapters.report import with_adapters
     from equilibrium_mcore.optim.param_groups import as_text, parameter_rows
 
-    rows = parameter_rows(config)
+    rows = with_adapters(parameter_rows(config), config)
     values = [row.as_dict() for row in rows]
     print(json.dumps(values, indent=2) if options.json else as_text(rows))

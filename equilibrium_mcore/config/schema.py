@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from equilibrium_mcore.config.adapters import LoraConfig
 from equilibrium_mcore.config.anomalies import AnomaliesConfig
 from equilibrium_mcore.config.data_kinds import DataChoice
 from equilibrium_mcore.config.objectives import NextTokenConfig, ObjectiveConfig
@@ -251,7 +252,7 @@ class LoggingConfig(Section):
     )
 
 
-Stage = Literal["pretrain", "midtrain", "sft"]  # `stages.py` says what they are
+Stage = Literal["pretrain", "midtrain", "sft", "lora"]  # `stages.py` says what they are
 
 
 class RunConfig(Section):
@@ -269,6 +270,9 @@ class RunConfig(Section):
     training: TrainingConfig
     objective: ObjectiveConfig = setting(
         NextTokenConfig(), "what is minimized; its `type` says which kind"
+    )
+    adapters: LoraConfig | None = setting(
+        None, "small matrices beside the frozen weights, which alone train"
     )
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()

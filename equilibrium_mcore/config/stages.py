@@ -46,6 +46,17 @@ STAGES: dict[str, StageSettings] = {
         data_folder="posttrain/sft",
         defaults={"objective": {"type": "sft"}, "data": {"type": "conversations"}},
     ),
+    "lora": StageSettings(
+        "as sft, by adapters beside frozen weights",
+        data="conversations",
+        data_folder="posttrain/sft",
+        defaults={
+            "objective": {"type": "sft"},
+            "data": {"type": "conversations"},
+            "adapters": {},
+        },
+        needs_weights=True,
+    ),
 }
 
 MEANINGS = "; ".join(f"{name}: {stage.meaning}" for name, stage in STAGES.items())

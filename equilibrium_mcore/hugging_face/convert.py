@@ -23,9 +23,11 @@ from equilibrium_mcore.data.chat.render import Renderer, build_renderer
 from equilibrium_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from equilibrium_mcore.files.replace import mark_folder, writable_folder
 from equilibrium_mcore.files.whole import whole_folder, write_whole
+from equilibrium_mcore.hugging_face.adapter_files import write_adapters
 from equilibrium_mcore.hugging_face.chat_files import TEMPLATE_FILE
 from equilibrium_mcore.hugging_face.config_json import AUTO_MAP, config_values
 from equilibrium_mcore.hugging_face.mapping import plan
+from equilibrium_mcore.hugging_face.merged import Merged, WithoutAdapters
 from equilibrium_mcore.hugging_face.model_card import model_card
 from equilibrium_mcore.hugging_face.reader import CheckpointReader
 from equilibrium_mcore.hugging_face.source import TensorSource
@@ -38,6 +40,7 @@ from equilibrium_mcore.hugging_face.weights import (
 )
 
 MODELLING_CODE = Path(__file__).parent / "model_code"
+ADAPTERS_FOLDER = "adapters"
 MODELLING_FILES = ("configuration_equilibrium.py", "modeling_equilibrium.py")
 
 
@@ -76,6 +79,7 @@ def export_hugging_face(
     *,
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
     main_weights: bool = False,
+    adapters: Literal["merge", "apart", "leave_out"] = "merge",
     tokenizer: TokenizerConfig | None = None,
     chat_template: TemplateChoice | Literal["of_the_run", "none"] = "of_the_run",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -88,6 +92,8 @@ def export_hugging_face(
         checkpoint: a checkpoint folder, or a run's output directory (its latest is taken).
         dtype: of the weights; `A_log`, `D`, `dt_bias` and expert biases stay float32.
         main_weights: take the optimizer's float32 copies of weights that train in bfloat16.
+        adapters: of a run that trained some: add them to the weights, leave them out, or write them
+            apart beside weights without them, into `adapters/`, as peft loads them.
         tokenizer: instead of the one that the run's config names.
         chat_template: `of_the_run` is that of conversations it was trained on, and else none.
         max_shard_bytes: a .safetensors file holds at most this much, or one tensor.
@@ -111,14 +117,15 @@ def export_hugging_face(
     target = check()
     config = read_run_config(checkpoint)
     reader = CheckpointReader(checkpoint, main_weights=main_weights)
-    plan(config.model, reader.names())  # raises before a folder is begun
+    source = source_of(reader, config, merge=adapters == "merge")
+    plan(config.model, source.names())  # raises before a folder is begun
     loaded = _load_tokenizer(config, tokenizer)
     renderer = _renderer(config, loaded, chat_template)
     notes: list[str] = []
     with whole_folder(target, check=check) as folder:
         weights = write_model(
             folder,
-            source=reader,
+            source=source,
             config=config,
             dtype=dtype,
             tokenizer=loaded,
@@ -127,9 +134,28 @@ def export_hugging_face(
             progress=progress,
             say=notes.append,
         )
+        if config.adapters is not None and adapters == "apart":
+            (folder / ADAPTERS_FOLDER).mkdir()
+            write_adapters(
+                folder / ADAPTERS_FOLDER,
+                source=source,
+                settings=config.adapters,
+                model=config.model,
+                dtype=dtype,
+                base=str(target),
+            )
         _write_card(folder, config, checkpoint, weights)
         mark_folder(folder)
     return ExportReport(output_directory, checkpoint, weights, tuple(notes))
+
+
+def source_of(source: TensorSource, config: RunConfig, *, merge: bool = True) -> TensorSource:
+    """The tensors that Hugging Face's model has: with adapters added to their weights, or not."""
+    if config.adapters is None:
+        return source
+    if merge:
+        return Merged(source, config.adapters, config.model)
+    return WithoutAdapters(source)
 
 
 def write_model(
@@ -156,6 +182,8 @@ def write_model(
     See `export_hugging_face` for the others. Raises ValueError where source, tokenizer and config
     do not fit.
     """
+    if not isinstance(source, WithoutAdapters):
+        source = source_of(source, config)
     rows = plan(config.model, source.names())
     tokenizer = tokenizer or _load_tokenizer(config)
     values = _write_settings(folder, config, tokenizer, dtype)

@@ -74,6 +74,7 @@ def megatron_logits(
     accelerator.install()  # before megatron-core is imported
     from megatron.core import dist_checkpointing
 
+    from equilibrium_mcore.adapters.merge import adapters_of_weights
     from equilibrium_mcore.checkpoint.safe_load import allowed_classes_only
     from equilibrium_mcore.models.provider import build_model, is_kept_in_float32
     from equilibrium_mcore.parallel.process_groups import one_rank
@@ -83,11 +84,12 @@ def megatron_logits(
     )
     with one_rank(seed=0) as groups:
         model = build_model(config.model, ParallelismConfig(), training, groups).eval()
-        wanted = {"model": model.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp})}
-        _take_keys(wanted, CheckpointReader(checkpoint, main_weights=main_weights))
-        with allowed_classes_only():
-            loaded = dist_checkpointing.load(wanted, str(checkpoint))
-        model.load_state_dict(loaded["model"])
+        with adapters_of_weights([model], config, groups=groups):
+            wanted = {"model": model.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp})}
+            _take_keys(wanted, CheckpointReader(checkpoint, main_weights=main_weights))
+            with allowed_classes_only():
+                loaded = dist_checkpointing.load(wanted, str(checkpoint))
+            model.load_state_dict(loaded["model"])
         for name, parameter in model.named_parameters():
             if not is_kept_in_float32(name):
                 parameter.data = parameter.data.to(rounded_to).float()

@@ -44,6 +44,11 @@ def frozen_names(model: ModelConfig, patterns: Sequence[str]) -> frozenset[str]:
     return frozen
 
 
+def all_names(model: ModelConfig) -> frozenset[str]:
+    """Layout-free names of all parameters of `model`."""
+    return frozenset(name for name, _ in layout_free_names(build_on_meta(model)))
+
+
 def check_optimizer_state(saved: RunConfig, wanted: RunConfig, *, checkpoint: str) -> None:
     """Raise ConfigError where a parameter is to train whose optimizer state was not saved.
 

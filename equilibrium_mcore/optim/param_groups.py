@@ -11,7 +11,7 @@ from typing import Any
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.files.tables import terminal_table
 from equilibrium_mcore.models.parameters import build_on_meta
-from equilibrium_mcore.optim.frozen import frozen_names
+from equilibrium_mcore.optim.frozen import all_names, frozen_names
 from equilibrium_mcore.optim.parameters import layout_free_names
 from equilibrium_mcore.optim.parts import part_shapes
 from equilibrium_mcore.optim.treatment import Treatment, check_overrides_match, treatment_of
@@ -24,6 +24,7 @@ class ParameterRow:
     name: str
     shape: tuple[int, ...]
     treatment: Treatment | None
+    why_frozen: str = "training.frozen"
 
     @property
     def parts(self) -> list[str]:
@@ -43,7 +44,7 @@ class ParameterRow:
         """Plain values for JSON."""
         facts = {"name": self.name, "shape": list(self.shape), "frozen": self.treatment is None}
         if self.treatment is None:
-            return facts
+            return {**facts, "why": self.why_frozen}
         values = asdict(self.treatment)
         values.pop("parts")
         return {**facts, "parts": self.parts, **values}
@@ -58,6 +59,8 @@ def parameter_rows(config: RunConfig) -> list[ParameterRow]:
     """
     optimizer = config.optimizer
     frozen = frozen_names(config.model, config.training.frozen)
+    if config.adapters is not None:
+        frozen = all_names(config.model)
     rows = [
         ParameterRow(
             name,
@@ -71,7 +74,8 @@ def parameter_rows(config: RunConfig) -> list[ParameterRow]:
     trained = [row for row in rows if row.treatment is not None]
     decided = [row.treatment.override for row in trained]
     counts = [decided.count(override.pattern) for override in optimizer.overrides]
-    check_overrides_match(optimizer.overrides, counts, [row.name for row in trained])
+    if config.adapters is None:
+        check_overrides_match(optimizer.overrides, counts, [row.name for row in trained])
     return rows
 
 
@@ -80,13 +84,13 @@ def as_text(rows: list[ParameterRow]) -> str:
     groups: dict[tuple, list[ParameterRow]] = defaultdict(list)
     for row in rows:
         name = re.sub(r"\.(layers|local_experts)\.\d+", r".\1.*", row.name)
-        groups[name, row.shape, row.treatment].append(row)
+        groups[name, row.shape, row.treatment, row.why_frozen].append(row)
     cells = []
-    for (name, shape, t), members in groups.items():
+    for (name, shape, t, why), members in groups.items():
         size = "x".join(map(str, shape))
         if t is None:
             dashes = ["-"] * 5
-            cells.append((name, str(len(members)), size, *dashes, "training.frozen"))
+            cells.append((name, str(len(members)), size, *dashes, why))
             continue
         rates = f"{t.learning_rate:g}", f"{t.weight_decay:g}"
         parts = ", ".join(members[0].parts) or "-"

@@ -108,7 +108,7 @@ def _layout_free_name(name: str, modules: dict[str, torch.nn.Module]) -> str:
         return f".layers.{modules[name[: match.end()]].layer_number - 1}"
 
     free = re.sub(r"\.layers\.(\d+)", layer_number, name)
-    expert = re.search(r"\.local_experts\.(\d+)\.(linear_fc[12]\.weight)$", name)
+    expert = re.search(r"\.local_experts\.(\d+)\.(linear_fc[12]\.(?:weight|adapter\.[AB]))$", name)
     grouped = re.search(r"\.(linear_fc[12]\.weight)(\d+)$", name)
     if expert:
         number = _first_expert(modules[name[: expert.start()]]) + int(expert.group(1))

@@ -160,6 +160,12 @@ LAYER_RULES: ByKind[tuple[ParameterRule, ...]] = {
 """The parameters of a layer, by its kind."""
 
 
+ADAPTER_RULES: tuple[ParameterRule, ...] = (
+    ParameterRule(r"\.adapter\.[AB]", "adapter", "a low-rank factor, of no use by itself"),
+)
+"""What is added to a layer of any kind, see `adapters.lora`."""
+
+
 def rule_for(name: str, model: ModelConfig) -> ParameterRule:
     """The row for parameter `name` of `model`. Raises KeyError where the tables have none.
 
@@ -170,7 +176,7 @@ def rule_for(name: str, model: ModelConfig) -> ParameterRule:
     table, rules = "MODEL_RULES", MODEL_RULES
     if layer is not None:
         kind = LAYER_KINDS[layers_of(model.layer_pattern)[int(layer[1])]]
-        table, rules = f"LAYER_RULES[{kind!r}]", LAYER_RULES[kind]
+        table, rules = f"LAYER_RULES[{kind!r}]", (*ADAPTER_RULES, *LAYER_RULES[kind])
     for rule in rules:
         if re.search(rule.pattern + "$", name):
             return rule

@@ -11,4 +11,5 @@ STAGE_RANKS: dict[str, Callable[..., None]] = {
     "pretrain": train_rank,
     "midtrain": train_rank,
     "sft": train_rank,
+    "lora": train_rank,
 }

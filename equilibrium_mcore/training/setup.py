@@ -15,6 +15,8 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
+from equilibrium_mcore.adapters.lora import attach_adapters
+from equilibrium_mcore.adapters.targets import coverage
 from equilibrium_mcore.checkpoint.choose import StartingPoint, choose
 from equilibrium_mcore.checkpoint.compatibility import check_resumable
 from equilibrium_mcore.checkpoint.sharded import load_checkpoint, load_weights
@@ -33,7 +35,7 @@ from equilibrium_mcore.data.samples import Samples
 from equilibrium_mcore.data.stream import DatasetStream, TrainStream
 from equilibrium_mcore.models.provider import build_model
 from equilibrium_mcore.models.transformer_config import build_transformer_config
-from equilibrium_mcore.optim.frozen import freeze, frozen_names
+from equilibrium_mcore.optim.frozen import all_names, freeze, frozen_names
 from equilibrium_mcore.optim.optimizer import HybridOptimizer
 from equilibrium_mcore.parallel import accelerator, process_groups
 from equilibrium_mcore.parallel.host import describe_host
@@ -205,7 +207,12 @@ def build_chunks(
     on_gpu = accelerator.has_cuda()
     layout = config.parallelism
     transformer = build_transformer_config(config.model, layout, config.training, on_gpu=on_gpu)
+    if config.adapters is not None:
+        transformer.moe_router_bias_update_rate = 0.0  # no gradient moves it, and it is the base's
     frozen = frozen_names(config.model, config.training.frozen)
+    if config.adapters is not None:
+        coverage(config.model, config.adapters)  # raises for targets that name nothing
+        frozen = all_names(config.model)
     chunks = []
     for stage in range(layout.virtual_pipeline):
         virtual_stage = stage if is_interleaved(layout) else None
@@ -225,6 +232,14 @@ def build_chunks(
             model=config.model,
             recomputes=config.training.recompute != "none",
         )
+        if config.adapters is not None and trainable:
+            attach_adapters(
+                module,
+                config.adapters,
+                model=config.model,
+                groups=groups,
+                seed=config.training.seed,
+            )
         if on_gpu:
             module.cuda()
         if not trainable:

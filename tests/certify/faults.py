@@ -151,6 +151,13 @@ def norms_with_an_epsilon_of_1e_6() -> None:
     RMSNorm.__init__ = lambda self, *args, **kwargs: build(self, *args, **{**kwargs, "eps": 1e-6})
 
 
+def adapter_gradients_not_summed_under_sequence_parallelism() -> None:
+    """Each rank's factors learn from its own positions and rows (mcore-bridge#173)."""
+    from equilibrium_mcore.adapters.lora import LoraAdapter
+
+    LoraAdapter._summed = lambda self, factor: factor
+
+
 def healthy() -> None:
     """Nothing is broken."""
 
@@ -167,6 +174,7 @@ class Case(NamedTuple):
 
 # One micro-batch per step, as a balancing loss over the whole batch needs.
 GLOBAL = ("training.micro_batch_size=8", "model.moe.load_balancing=global_aux_loss")
+ADAPTERS = ("adapters={rank: 4}",)
 PACKED = ("data.packing=documents", "training.micro_batch_size=1")
 # The run's own objective is replaced in every rank, the reference's too.
 PAIRS = (*PACKED, "objective.type=sft", "model.moe.aux_loss_coefficient=0.01")
@@ -180,6 +188,9 @@ EXPECTED: dict[Callable[[], None], Case] = {
     documents_not_told_apart_when_packed: Case("tp=2", "packed documents", "document 1"),
     packed_documents_cut_as_one_sequence: Case("cp=2", "loss of every step", "step 1", PACKED),
     rope_not_offset_under_context_parallelism: Case("cp=2", "gradients", "embedding"),
+    adapter_gradients_not_summed_under_sequence_parallelism: Case(
+        "tp=2", "gradients", "adapter", ADAPTERS
+    ),
     blockwise_muon: Case("tp=2", "update from given gradients", "decoder.layers.0.mixer"),
     main_weights_not_refreshed: Case("tp=2", "bf16: main weights", "decoder.layers"),
     momentum_not_resumed: Case("tp=2", "optimizer momentum", "decoder.layers.0.mixer"),

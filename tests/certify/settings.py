@@ -125,6 +125,8 @@ CASES = {
         ("training.recompute=full", "data.packing=documents", "training.micro_batch_size=1"),
     ),
     "recompute_global": Case("tp=2,dp=2", (*ONE_BATCH, "training.recompute=full")),
+    "adapters": Case("tp=2,cp=2,pp=2", ("adapters={rank: 4}", BALANCED)),
+    "adapters_of_experts": Case("ep=2,dp=2", ("adapters={rank: 2, experts: true}",)),
     # ---------------------------------------------------------------------- the optimizers
     "whole_optimizer_everywhere": Case("tp=2,dp=2", ("parallelism.distributed_optimizer=false",)),
     "adamw": Case("tp=2,dp=2", ("optimizer.matrices=adamw", "optimizer.clip_gradient_norm=0")),

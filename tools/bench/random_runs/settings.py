@@ -173,6 +173,7 @@ EXEMPT: dict[str, str] = {
     "training.epochs": _WHEN,
     "training.anomalies": "judges whole runs: tests/training/test_anomalies.py",
     "training.compare_replicas": "changes no number: tests/optim/test_replicas.py",
+    "adapters": "tests/adapters has every layout",
     "training.left_out": "which samples: tests/data/test_left_out.py",
     "training.frozen": "a certificate's twin trains everything: tests/optim/test_frozen.py",
     "training.precision": _PRECISION,

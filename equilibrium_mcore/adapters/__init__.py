@@ -1,0 +1,1 @@
+"""Trainable additions to a frozen model."""
