@@ -26,6 +26,16 @@ class StageSettings(NamedTuple):
     needs_weights: bool = False
 
 
+def _on_pairs(objective: str, meaning: str) -> StageSettings:
+    return StageSettings(
+        meaning,
+        data="preferences",
+        data_folder="posttrain/dpo",
+        defaults={"objective": {"type": objective}, "data": {"type": "preferences"}},
+        needs_weights=True,
+    )
+
+
 STAGES: dict[str, StageSettings] = {
     "pretrain": StageSettings(
         "from random weights, on text",
@@ -57,6 +67,10 @@ STAGES: dict[str, StageSettings] = {
         },
         needs_weights=True,
     ),
+    "dpo": _on_pairs("dpo", "direct preference optimisation, on pairs of answers"),
+    "ipo": _on_pairs("ipo", "identity preference optimisation, on pairs"),
+    "simpo": _on_pairs("simpo", "preferences by log p per token, without a reference"),
+    "orpo": _on_pairs("orpo", "fine-tuning and an odds ratio of pairs, without a reference"),
 }
 
 MEANINGS = "; ".join(f"{name}: {stage.meaning}" for name, stage in STAGES.items())
