@@ -81,6 +81,7 @@ def run_command(
     )
     add_arguments(parser)
     options = parser.parse_intermixed_args(arguments)
+    _refuse_double_dashes(parser, options)
     try:
         return work(options) or 0
     except ConfigError as error:
@@ -106,6 +107,15 @@ def judged_by(name: str | None, *, check: bool) -> Host:
     if name is not None and not check:
         raise wrong_command_line("--host is for --check: a start is judged by the host it is on")
     return GPU_HOST if name == "gpu" else describe_host()
+
+
+def _refuse_double_dashes(parser: argparse.ArgumentParser, options: Options) -> None:
+    """argparse makes an empty list of the value in `--option=--`; end as for other wrong values."""
+    for action in parser._actions:
+        value = getattr(options, action.dest, None)
+        values = value if isinstance(action, argparse._AppendAction) else [value]
+        if action.nargs is None and any(isinstance(item, list) for item in values or ()):
+            parser.error(f"argument {'/'.join(action.option_strings)}: -- is no value")
 
 
 def with_commands(text: str, program: str | None) -> str:
