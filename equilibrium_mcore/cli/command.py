@@ -29,6 +29,7 @@ FAILED, WRONG, INTERRUPTED = 1, 2, 130
 # What is told in a line. Anything else is a fault of ours, and has a traceback.
 TOLD = (ValueError, OSError, ImportError)
 
+MOST_PROCESSES = 1024
 TRAINS = ("train", "run", "resume")
 
 Options = argparse.Namespace
@@ -92,6 +93,15 @@ def run_command(
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def processes(text: str) -> int:
+    """argparse's `type=` for a number of processes or threads."""
+    if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= MOST_PROCESSES:
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r}: must be a whole number from 1 to {MOST_PROCESSES:,}"
+        )
+    return int(text)
 
 
 def add_host(parser: argparse.ArgumentParser) -> None:
