@@ -60,7 +60,7 @@ def check_run_folder(config: RunConfig) -> None:
 def look_at_run_folder(config: RunConfig) -> None:
     """What `check_run_folder` can say without making the folder. Raises ConfigError."""
     folder = config.output_directory.absolute()
-    if folder.exists():
+    if os.path.lexists(folder):  # a link that leads nowhere is there, too
         place = folder
     else:
         place = next(parent for parent in folder.parents if os.path.lexists(parent))

@@ -29,6 +29,7 @@ REFUSED = {
     "a:\n\tb: 1": "the line begins with a tab: indent by spaces",
     "a: \0": "line 1: the character U+0000 is not allowed",
     "a: 1\nb: 'x": "line 2, column",
+    "a: \udcff": "is not UTF-8",
     "a: 1\n---\nb: 2": "but found another document",
     "a: 1" + "0" * 5000: "has 5,001 digits",
     "a: 0x" + "f" * 5000: "has 5,002 digits",
