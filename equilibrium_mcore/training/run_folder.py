@@ -25,6 +25,7 @@ from equilibrium_mcore.files.lock_file import (
     refuse_if_held,
 )
 from equilibrium_mcore.files.owner import Owner
+from equilibrium_mcore.files.paths import real_path
 from equilibrium_mcore.files.whole import sync_stream
 from equilibrium_mcore.processes.console import say
 
@@ -206,7 +207,7 @@ def _refuse_used(config: RunConfig) -> None:
             f"have it moved to {folder / ARCHIVE} with checkpoint.used_directory=archive"
         )
     weights = settings.initial_weights
-    if weights is not None and weights.resolve().is_relative_to(folder.resolve()):
+    if weights is not None and real_path(weights).is_relative_to(real_path(folder)):
         raise ConfigError(
             f"checkpoint.initial_weights={str(weights)!r} lies in output_directory="
             f"{str(folder)!r}, whose earlier run would be moved to {folder / ARCHIVE} "
