@@ -105,8 +105,6 @@ def test_the_help_has_both_spellings_and_check_writes_nothing(here, prepared):
     prepared("pretrain/phase1/mixture1")
     options = ["--stage", "pretrain", "--phase", "phase1", "--model-config", "llama/1b"]
     options += ["--data-mixture", "mixture1", "--output-dir", "exp", "--run-name", "a"]
-    here_it_cannot = train(*options, "--check", folder=here)
-    assert here_it_cannot.returncode == 2 and "does not exist" in here_it_cannot.stderr
     done = train(*options, "--check", "--host", "gpu", folder=here)
     assert done.returncode == 0, done.stderr
     assert "not on this host, and not checked" in done.stderr
