@@ -53,7 +53,8 @@ def check_ready(config: RunConfig, *, elsewhere: bool = False, say: Say = print)
     progress: Progress | None = None
     if config.checkpoint.initial_weights not in absent:
         progress = _collect(problems, lambda: _find_start(config))
-    if config.training.frozen or config.optimizer.overrides:
+    _collect(problems, lambda: check_adapters(config))
+    if config.training.frozen or config.optimizer.overrides or config.adapters is not None:
         _collect(problems, lambda: _check_patterns(config))
     if not {*_data_files(config)} & {*absent}:
         _collect(problems, lambda: _check_data(config, progress))
@@ -71,6 +72,15 @@ def check_start(
         check_optimizer_state(checkpoint.config, config, checkpoint=where)
     elif weights is not None:
         check_same_model(weights.config, config, checkpoint=str(weights.path))
+
+
+def check_adapters(config: RunConfig) -> None:
+    """Raise ConfigError for adapters beside weights that nothing was trained on."""
+    if config.adapters is not None and config.checkpoint.initial_weights is None:
+        raise ConfigError(
+            "adapters without checkpoint.initial_weights: the frozen weights beside them would be "
+            "random; name a run's output directory or one of its checkpoints"
+        )
 
 
 # --------------------------------------------------------------------------------- the inside
@@ -114,9 +124,10 @@ def _check_patterns(config: RunConfig) -> None:
     """Names of parameters: the model is built without memory."""
     accelerator.quiet_libraries()
     accelerator.install()  # before megatron-core is imported
+    from equilibrium_mcore.adapters.report import with_adapters
     from equilibrium_mcore.optim.param_groups import parameter_rows
 
-    parameter_rows(config)
+    with_adapters(parameter_rows(config), config)
 
 
 def _check_data(config: RunConfig, progress: Progress | None) -> None:
