@@ -10,6 +10,7 @@ from megatron.core.transformer import TransformerConfig
 from equilibrium_mcore.config.layout import pipeline_segments
 from equilibrium_mcore.config.pattern import ByKind, count_kinds, cut_into
 from equilibrium_mcore.config.schema import ModelConfig, ParallelismConfig, TrainingConfig
+from equilibrium_mcore.models.router import forget_last_model
 from equilibrium_mcore.models.specs import choose_backend, stack_spec
 from equilibrium_mcore.models.transformer_config import build_transformer_config
 
@@ -41,6 +42,7 @@ def build_model(
         virtual_stage: which model chunk, where a rank has several.
         transformer_config: one that was built before, so that all chunks share it.
     """
+    forget_last_model()
     config = transformer_config or build_transformer_config(model, layout, training, on_gpu=on_gpu)
     backend = choose_backend(training.backend, on_gpu=on_gpu)
     stages = pipeline_segments(layout)

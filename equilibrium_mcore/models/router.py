@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
@@ -31,3 +33,13 @@ class GlobalRouter(TopKRouter):
         return super().attach_and_log_load_balancing_loss(
             activation, aux_loss_coeff, aux_loss, aux_loss_name, *arguments, **named
         )
+
+
+def forget_last_model() -> None:
+    """Drop what megatron-core keeps of MoE layers for the process, which has one model's shapes.
+
+    A figure for each layer, and the scale of the balancing loss: the first forward pass of the
+    next model makes both anew.
+    """
+    destroy_moe_metrics_tracker()
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None

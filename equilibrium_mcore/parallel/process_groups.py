@@ -14,8 +14,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.fused_a2a import reset_hybrid_ep_buffer
 
 from equilibrium_mcore.config.layout import megatron_sizes
 from equilibrium_mcore.config.schema import ParallelismConfig
@@ -110,10 +109,7 @@ def seed_everything(seed: int) -> None:
 
 def destroy() -> None:
     """Leave all groups; safe to call twice."""
-    # What megatron-core keeps of MoE layers for the process has the shapes of its first model, and
-    # need not fit the next one: a figure for each layer, and the scale of the balancing loss.
-    destroy_moe_metrics_tracker()
-    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    reset_hybrid_ep_buffer()  # HybridEP's belongs to a group, and is kept for the process
     parallel_state.destroy_model_parallel()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
