@@ -145,7 +145,12 @@ class ParallelismConfig(Section):
     distributed_optimizer: bool = setting(
         True, "keep main weights and optimizer state of each parameter on one DP rank only"
     )
-    overlap_grad_reduce: bool = setting(False, "reduce gradients while backward runs (GPU)")
+    overlap_grad_reduce: bool = setting(False, "reduce gradients while backward runs")
+    gradient_bucket_size: PositiveInt | None = setting(
+        None,
+        "overlap_grad_reduce: elements that are reduced together; null: megatron-core's, 40 million "
+        "or 1 million per DP rank",
+    )
     moe_dispatcher: Literal["alltoall", "allgather"] = setting(
         "alltoall", "how tokens travel to their experts"
     )

@@ -362,13 +362,3 @@ def host_can_do_it(subject: Subject) -> Iterator[str]:
                 f"training.backend='transformer_engine' needs {missing}, which this host "
                 f"({host.device_name}) lacks: set backend: torch or auto"
             )
-
-
-@rule("parallelism")
-def overlap_needs_a_gpu(subject: Subject) -> Iterator[str]:
-    host = subject.host
-    if subject.config.parallelism.overlap_grad_reduce and host is not None and not host.has_cuda:
-        yield (
-            "parallelism.overlap_grad_reduce=true needs CUDA streams, and this host "
-            f"({host.device_name}) has none: set it to false"
-        )

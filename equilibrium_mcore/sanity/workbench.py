@@ -39,7 +39,7 @@ MOST_SAMPLES = 200_000
 # What the checks read, whatever the run does: some steps of eight, and text to learn by heart.
 LEAST_SAMPLES, LEAST_TOKENS = 64, 4096
 _ONE_RANK = {**dict.fromkeys(DIMENSIONS, 1), "sequence": False}
-_ONE_RANK |= {"world_size": 1, "overlap_grad_reduce": False}
+_ONE_RANK |= {"world_size": 1, "overlap_grad_reduce": False, "gradient_bucket_size": None}
 
 
 def sanity_config(

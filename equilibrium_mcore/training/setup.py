@@ -234,6 +234,7 @@ def build_chunks(
             # Of gradients as wide as float64, which only proofs have, nothing is cut off.
             grad_reduce_in_fp32=transformer.params_dtype != torch.float64,
             overlap_grad_reduce=layout.overlap_grad_reduce,
+            bucket_size=layout.gradient_bucket_size,
             use_distributed_optimizer=False,
         )
         wrapped = DistributedDataParallel(transformer, reduction, module, pg_collection=groups)

@@ -565,10 +565,10 @@ CASES = [
         {"training.backend": "transformer_engine", "host": GPU},
     ),
     (
-        "overlap_needs_a_gpu",
-        {"parallelism.overlap_grad_reduce": True, "host": CPU},
-        ["overlap_grad_reduce"],
-        {"parallelism.overlap_grad_reduce": True, "host": GPU},
+        "buckets_are_for_overlap",
+        {"parallelism.gradient_bucket_size": 1000},
+        ["gradient_bucket_size=1000", "overlap_grad_reduce: true"],
+        {"parallelism": {"gradient_bucket_size": 1000, "overlap_grad_reduce": True}, "host": CPU},
     ),
 ]
 

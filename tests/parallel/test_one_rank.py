@@ -19,6 +19,7 @@ from equilibrium_mcore.data.blend import Datasets  # noqa: E402
 from equilibrium_mcore.models.provider import build_model  # noqa: E402
 from equilibrium_mcore.parallel.process_groups import one_rank  # noqa: E402
 from equilibrium_mcore.training.setup import run_alone  # noqa: E402
+from equilibrium_mcore.training.step import gradients_of  # noqa: E402
 from tests.support.runs import MODEL, tiny_run  # noqa: E402
 
 
@@ -81,3 +82,26 @@ def test_a_run_of_one_rank_closes_its_data(data, tmp_path):
         run.stream.close = lambda: (closed.append(True), close())
         raise KeyError
     assert closed and not torch.distributed.is_initialized()
+
+
+def test_gradients_are_reduced_while_backward_runs(data, tmp_path):
+    """When backward is over, every bucket's sum has begun; without overlap, none."""
+    counts = []
+    for overlap in (False, True):
+        parallelism = {"world_size": 1, "overlap_grad_reduce": overlap}
+        if overlap:
+            parallelism["gradient_bucket_size"] = 2000
+        config = tiny_run(data, tmp_path, parallelism=parallelism)
+        with run_alone(config) as run:
+            groups = run.chunks[0].bucket_groups + run.chunks[0].expert_parallel_bucket_groups
+            finalize, begun = run.transformer.finalize_model_grads_func, []
+
+            def noted(*arguments, groups=groups, finalize=finalize, begun=begun, **named):
+                begun.extend(group.grad_reduce_handle is not None for group in groups)
+                finalize(*arguments, **named)
+
+            run.transformer.finalize_model_grads_func = noted
+            gradients_of(run, run.stream.next_batches(run.micro_batches))
+        assert begun == [overlap] * len(groups)
+        counts.append(len(groups))
+    assert counts[1] > 3 * counts[0]
