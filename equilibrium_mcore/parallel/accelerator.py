@@ -50,8 +50,8 @@ def device() -> torch.device:
 
 
 def communication_backend() -> str:
-    """torch.distributed's backend for this host: nccl with gloo for CPU tensors, or gloo."""
-    return "cpu:gloo,cuda:nccl" if has_cuda() else "gloo"
+    """torch.distributed's backend for tensors on this host's device: nccl or gloo."""
+    return "nccl" if has_cuda() else "gloo"
 
 
 def memory_gib() -> float:

@@ -18,7 +18,7 @@ from megatron.core.transformer.moe.fused_a2a import reset_hybrid_ep_buffer
 
 from equilibrium_mcore.config.layout import megatron_sizes
 from equilibrium_mcore.config.schema import ParallelismConfig
-from equilibrium_mcore.parallel import accelerator
+from equilibrium_mcore.parallel import accelerator, object_group
 from equilibrium_mcore.parallel.rank_job import RankInfo
 
 # Within a node: tensor, then context, then expert; pipeline stages lie furthest apart.
@@ -81,6 +81,10 @@ def initialize_distributed(
     """Join the default process group; on a CUDA host, take GPU `local_rank`.
 
     A rank that is alone (`init_method` "") meets nobody: no port, no file.
+
+    On a CUDA host all groups are NCCL's, and begin to communicate when they are first used: bound
+    to a device from the start (`device_id`), each would be split off at once, by every rank of the
+    job, member or not. One more group of all ranks is gloo's, for objects.
     """
     if accelerator.has_cuda():
         torch.cuda.set_device(local_rank)
@@ -91,8 +95,9 @@ def initialize_distributed(
         rank=rank,
         world_size=world_size,
         timeout=timedelta(minutes=timeout_minutes),
-        device_id=accelerator.device() if accelerator.has_cuda() else None,
     )
+    if accelerator.has_cuda():
+        object_group.create(timeout_minutes=timeout_minutes)
 
 
 def seed_everything(seed: int) -> None:
@@ -109,6 +114,7 @@ def seed_everything(seed: int) -> None:
 
 def destroy() -> None:
     """Leave all groups; safe to call twice."""
+    object_group.forget()
     reset_hybrid_ep_buffer()  # HybridEP's belongs to a group, and is kept for the process
     parallel_state.destroy_model_parallel()
     if torch.distributed.is_initialized():
