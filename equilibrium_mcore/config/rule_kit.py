@@ -18,6 +18,8 @@ class Host:
     has_mamba_ssm: bool = False
     device_name: str = "CPU"
     compute_capability: tuple[int, int] | None = None
+    has_deep_ep: bool = False
+    has_hybrid_ep: bool = False
 
 
 class Subject(NamedTuple):

@@ -64,7 +64,20 @@ def build_model(
         vp_stage=virtual_stage,
     )
     cast_parameters(module, config.params_dtype)
+    if training.fused.weight_gradients:
+        accumulate_weight_gradients(module)
     return module
+
+
+def accumulate_weight_gradients(module: torch.nn.Module) -> None:
+    """Have Transformer Engine's linear layers add their weights' gradients to DDP's buffers.
+
+    megatron-core has one flag for all layers of a model, and its own, of which the output layer is
+    one, need apex for it. Transformer Engine reads its own flag at every forward pass.
+    """
+    for part in module.modules():
+        if hasattr(part, "fuse_wgrad_accumulation"):
+            part.fuse_wgrad_accumulation = True
 
 
 def is_kept_in_float32(name: str) -> bool:

@@ -14,6 +14,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.cuda_graphs import CudaGraphManager, delete_cuda_graphs
 from megatron.core.transformer.moe.fused_a2a import reset_hybrid_ep_buffer
 
 from equilibrium_mcore.config.layout import megatron_sizes
@@ -25,8 +26,13 @@ from equilibrium_mcore.parallel.rank_job import RankInfo
 RANK_ORDER = "tp-cp-ep-dp-pp"
 
 
-def join(rank_info: RankInfo, layout: ParallelismConfig, *, seed: int) -> ProcessGroupCollection:
-    """Take this rank's place: the default group, the groups of `layout`, and seeds. Collective."""
+def join(
+    rank_info: RankInfo, layout: ParallelismConfig, *, seed: int, graphs: bool = False
+) -> ProcessGroupCollection:
+    """Take this rank's place: the default group, the groups of `layout`, and seeds. Collective.
+
+    With `graphs` random states are of the kind that CUDA graphs can hold.
+    """
     initialize_distributed(
         rank=rank_info.rank,
         world_size=rank_info.world_size,
@@ -35,7 +41,7 @@ def join(rank_info: RankInfo, layout: ParallelismConfig, *, seed: int) -> Proces
         init_method=rank_info.init_method,
     )
     groups = initialize_groups(layout)
-    seed_everything(seed)
+    seed_everything(seed, graphs=graphs)
     return groups
 
 
@@ -100,7 +106,7 @@ def initialize_distributed(
         object_group.create(timeout_minutes=timeout_minutes)
 
 
-def seed_everything(seed: int) -> None:
+def seed_everything(seed: int, *, graphs: bool = False) -> None:
     """Seed python, numpy and torch, and megatron-core's trackers per tensor and expert rank."""
     import random
 
@@ -109,12 +115,14 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True, use_cudagraphable_rng=graphs)
 
 
 def destroy() -> None:
     """Leave all groups; safe to call twice."""
     object_group.forget()
+    if CudaGraphManager.global_mempool is not None:
+        delete_cuda_graphs()
     reset_hybrid_ep_buffer()  # HybridEP's belongs to a group, and is kept for the process
     parallel_state.destroy_model_parallel()
     if torch.distributed.is_initialized():

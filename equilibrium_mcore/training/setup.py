@@ -147,7 +147,12 @@ def setup(config: RunConfig, rank_info: RankInfo, *, datasets: Datasets | None =
         raise ConfigError(problems, source=f"run {config.name}")
     tell = say if rank_info.rank == 0 else lambda text: None
     config = with_steps(config, say=tell)
-    groups = process_groups.join(rank_info, config.parallelism, seed=config.training.seed)
+    groups = process_groups.join(
+        rank_info,
+        config.parallelism,
+        seed=config.training.seed,
+        graphs=bool(config.training.cuda_graphs),
+    )
     choice = choose(config)
     if choice.checkpoint is not None:  # before data of another run is read
         saved = choice.checkpoint
@@ -203,9 +208,11 @@ def build_chunks(
     Those that are not `trainable` are bare, in eval mode, and have no gradients nor room for them.
     """
     on_gpu = accelerator.has_cuda()
-    layout = config.parallelism
-    transformer = build_transformer_config(config.model, layout, config.training, on_gpu=on_gpu)
-    frozen = frozen_names(config.model, config.training.frozen)
+    layout, training = config.parallelism, config.training
+    if not trainable:  # megatron-core captures all graphs of a process once, after its first step
+        training = training.model_copy(update={"cuda_graphs": []})
+    transformer = build_transformer_config(config.model, layout, training, on_gpu=on_gpu)
+    frozen = frozen_names(config.model, training.frozen)
     chunks = []
     for stage in range(layout.virtual_pipeline):
         virtual_stage = stage if is_interleaved(layout) else None
@@ -213,7 +220,7 @@ def build_chunks(
         module = build_model(
             config.model,
             layout,
-            config.training,
+            training,
             groups,
             on_gpu=on_gpu,
             virtual_stage=virtual_stage,
@@ -223,7 +230,7 @@ def build_chunks(
             module,
             frozen,
             model=config.model,
-            recomputes=config.training.recompute != "none",
+            recomputes=training.recompute != "none",
         )
         if on_gpu:
             module.cuda()

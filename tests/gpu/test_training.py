@@ -120,7 +120,7 @@ def test_curve_follows_float32(precision, recipe, reference, rehearsal, tmp_path
     config = run_config(
         tmp_path / "run",
         training={"precision": precision, "fp8_recipe": recipe},
-        checkpoint={"initial_weights": str(reference["start"])},
+        checkpoint={"initial_weights": str(reference["start"]), "resume": "never"},
     )
     problems = rules.check(config, world_size=1, host=describe_host())
     if problems:

@@ -19,7 +19,7 @@ PATTERNS = {"mlp": "M-+-"}  # that have the module; by default one with all else
 
 
 def pass_through(module: torch.nn.Module) -> tuple[dict[str, torch.Tensor], int]:
-    """Gradients of a weighted sum of the logits, by parameter, and how often a module was called."""
+    """Gradients of a weighted sum of the logits by parameter, and how many modules were called."""
     calls = []
     hook = register_module_forward_hook(lambda *_: calls.append(1))
     tokens = torch.arange(16).reshape(2, 8)

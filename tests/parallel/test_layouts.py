@@ -132,6 +132,12 @@ def test_gradients_reduced_during_backward_are_the_same(ranks, hybrid, name):
     assert_same_curve(during, hybrid.curve)
 
 
+def test_shared_experts_beside_the_exchange_of_tokens_are_the_same(ranks, hybrid):
+    layout = {"tensor": 2, "sequence": True, "expert": 2, "overlap_shared_experts": True}
+    fused = {"fused": {"activation": True}}
+    assert_same_curve(hybrid.train(ranks, 2, layout, training=fused), hybrid.curve)
+
+
 PACKED = {"packing": "documents", "document_multiple": 4}
 PACKED_LAYOUTS = {name: LAYOUTS[name] for name in ("cp2", "tp2_cp2_pp2_ep2")}
 

@@ -163,6 +163,10 @@ def _tie_together(values: dict[str, Any], rng: random.Random, layout: dict[str, 
             and values["training"].update(micro_batch_size=1)
         ),
         "modules of layers": lambda: _recomputed(values),
+        "fused SwiGLU": lambda: values["training"]["fused"].update(activation=_is_swiglu(values)),
+        "shared experts that overlap": lambda: values["parallelism"].update(
+            overlap_shared_experts=_overlaps_shared_experts(values)
+        ),
     }
     for fix in fixes.values():
         if _heeds(rng):
@@ -190,6 +194,24 @@ def _recomputed(values: dict[str, Any]) -> None:
     wanted = training["recompute_modules"]
     fits = [m for m in wanted if KIND_RECOMPUTING.get(m) in (None, *kinds)]
     training["recompute_modules"] = fits or ["core_attn"]
+
+
+def _is_swiglu(values: dict[str, Any]) -> bool:
+    """Whether fused SwiGLU was drawn for channel mixers that are all SwiGLU."""
+    kinds = count_kinds(values["model"]["layer_pattern"])
+    mixers = [values["model"][kind]["activation"] for kind in ("mlp", "moe") if kind in kinds]
+    return values["training"]["fused"]["activation"] and set(mixers) == {"swiglu"}
+
+
+def _overlaps_shared_experts(values: dict[str, Any]) -> bool:
+    """Whether that was drawn for a model, and a dispatcher, that can."""
+    parallelism, moe = values["parallelism"], values["model"]["moe"]
+    can = "E" in values["model"]["layer_pattern"] and moe["shared_ffn_hidden_size"] > 0
+    return (
+        parallelism["overlap_shared_experts"]
+        and can
+        and parallelism["moe_dispatcher"] == "alltoall"
+    )
 
 
 def _overrides(rng: random.Random, values: dict[str, Any]) -> list[dict[str, Any]]:
