@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 # Long and short tensors alternate over a step; segments that can grow keep memory from splintering.
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
