@@ -196,8 +196,25 @@ def run_alone(config: RunConfig, *, datasets: Datasets | None = None) -> Iterato
             yield run
         finally:
             run.stream.close()
+            _let_go(run.chunks)
     finally:
         process_groups.destroy()
+
+
+def _let_go(chunks: list[torch.nn.Module]) -> None:
+    """Let the memory of chunks be freed with the last reference to them.
+
+    megatron-core's DDP holds the nodes of autograd that add to its parameters' gradients, which
+    hold DDP through its hooks; so does the graph of the last tensors that its token dispatchers
+    keep. Such cycles lead through C++, where Python's collector does not see them.
+    """
+    for chunk in chunks:
+        getattr(chunk, "grad_accs", []).clear()
+        for part in chunk.modules():
+            kept = vars(getattr(part, "token_dispatcher", part))
+            for name, value in kept.items():
+                if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                    kept[name] = None
 
 
 def build_chunks(
