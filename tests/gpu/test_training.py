@@ -45,7 +45,7 @@ class Counting(Samples):
 
 
 def run_config(output: Path, **changes: Any):
-    """A run of the tiny model; `changes` go to its training and checkpoint sections."""
+    """A run of the tiny model; `changes` go to sections of it: training, checkpoint, ..."""
     training = {
         "sequence_length": SEQUENCE,
         "micro_batch_size": 4,
@@ -71,6 +71,7 @@ def run_config(output: Path, **changes: Any):
                 "schedule": {"kind": "constant", "warmup_steps": 3},
             },
             "checkpoint": changes.get("checkpoint", {}),
+            "parallelism": changes.get("parallelism", {}),
         }
     )
 
