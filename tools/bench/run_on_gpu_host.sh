@@ -23,6 +23,9 @@
 # $OUT/triton_cache.tgz: put into .gpu, it saves another host the tuning.
 set -uo pipefail
 
+case "${1:-}" in
+  -h | --help) sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;;
+esac
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python="${PYTHON:-python3}"
 out="${OUT:-runs/gpu}"
