@@ -95,6 +95,7 @@ def propose(rng: random.Random) -> tuple[dict[str, Any], str]:
         layout = {name: size for name, size in layout.items() if name not in ("ep", "etp")}
     _tie_together(values, rng, layout)
     values["optimizer"]["overrides"] = _overrides(rng, values)
+    _faster(values, rng)
     text = ",".join(f"{name}={size}" for name, size in layout.items()) or "dp=2"
     values["parallelism"].update(own_layout(text, values["parallelism"]))
     return values, text
@@ -163,10 +164,6 @@ def _tie_together(values: dict[str, Any], rng: random.Random, layout: dict[str, 
             and values["training"].update(micro_batch_size=1)
         ),
         "modules of layers": lambda: _recomputed(values),
-        "fused SwiGLU": lambda: values["training"]["fused"].update(activation=_is_swiglu(values)),
-        "shared experts that overlap": lambda: values["parallelism"].update(
-            overlap_shared_experts=_overlaps_shared_experts(values)
-        ),
     }
     for fix in fixes.values():
         if _heeds(rng):
@@ -196,22 +193,17 @@ def _recomputed(values: dict[str, Any]) -> None:
     training["recompute_modules"] = fits or ["core_attn"]
 
 
-def _is_swiglu(values: dict[str, Any]) -> bool:
-    """Whether fused SwiGLU was drawn for channel mixers that are all SwiGLU."""
-    kinds = count_kinds(values["model"]["layer_pattern"])
-    mixers = [values["model"][kind]["activation"] for kind in ("mlp", "moe") if kind in kinds]
-    return values["training"]["fused"]["activation"] and set(mixers) == {"swiglu"}
-
-
-def _overlaps_shared_experts(values: dict[str, Any]) -> bool:
-    """Whether that was drawn for a model, and a dispatcher, that can."""
-    parallelism, moe = values["parallelism"], values["model"]["moe"]
-    can = "E" in values["model"]["layer_pattern"] and moe["shared_ffn_hidden_size"] > 0
-    return (
-        parallelism["overlap_shared_experts"]
-        and can
-        and parallelism["moe_dispatcher"] == "alltoall"
-    )
+def _faster(values: dict[str, Any], rng: random.Random) -> None:
+    """Fused SwiGLU and what overlaps, each in half of the runs, mostly where the model has it."""
+    model, parallelism = values["model"], values["parallelism"]
+    kinds = count_kinds(model["layer_pattern"])
+    mixers = {model[kind]["activation"] for kind in ("mlp", "moe") if kind in kinds}
+    shared = "moe" in kinds and model["moe"]["shared_ffn_hidden_size"] > 0
+    can_overlap = shared and parallelism["moe_dispatcher"] == "alltoall"
+    fused, overlapped, reduced = (rng.choice((False, True)) for _ in range(3))
+    values["training"]["fused"]["activation"] = fused and (mixers == {"swiglu"} or not _heeds(rng))
+    parallelism["overlap_shared_experts"] = overlapped and (can_overlap or not _heeds(rng))
+    parallelism["overlap_grad_reduce"] = reduced
 
 
 def _overrides(rng: random.Random, values: dict[str, Any]) -> list[dict[str, Any]]:

@@ -121,9 +121,6 @@ DRAWN: dict[str, tuple[Any, ...]] = {
     "training.recompute_modules": (
         ["core_attn"], ["moe"], ["mlp"], ["moe_act"], ["mla_up_proj"], ["core_attn", "mlp"],
     ),
-    "training.fused.activation": (False, True),
-    "parallelism.overlap_grad_reduce": (False, True),
-    "parallelism.overlap_shared_experts": (False, True),
 }  # fmt: skip
 
 # Drawn by code of their own (draw.py), since they hang together.
@@ -137,6 +134,9 @@ SPECIAL = (
     "parallelism.expert_tensor",
     "parallelism.context",
     "parallelism.world_size",
+    "parallelism.overlap_grad_reduce",
+    "parallelism.overlap_shared_experts",
+    "training.fused.activation",
     "optimizer.overrides.pattern",
     "optimizer.overrides.optimizer",
     "optimizer.overrides.learning_rate",
