@@ -54,6 +54,7 @@ def run_stage(config: RunConfig) -> int:
     if rank_info is None or rank_info.rank == 0:
         check_run_folder(config)  # before libraries take their seconds to import
 
+    accelerator.order_kernels(config.parallelism)
     accelerator.install()  # before megatron-core is imported
     accelerator.quiet_libraries()
     from equilibrium_mcore.stages.table import STAGE_RANKS

@@ -149,7 +149,12 @@ def setup(config: RunConfig, rank_info: RankInfo, *, datasets: Datasets | None =
         raise ConfigError(problems, source=f"run {config.name}")
     tell = say if rank_info.rank == 0 else lambda text: None
     config = with_steps(config, say=tell)
-    groups = process_groups.join(rank_info, config.parallelism, seed=config.training.seed)
+    groups = process_groups.join(
+        rank_info,
+        config.parallelism,
+        seed=config.training.seed,
+        graphs=bool(config.training.cuda_graphs),
+    )
     choice = choose(config)
     # Before data of another run is read.
     check_start(config, checkpoint=choice.checkpoint, weights=choice.weights)
@@ -192,8 +197,25 @@ def run_alone(config: RunConfig, *, datasets: Datasets | None = None) -> Iterato
             yield run
         finally:
             run.stream.close()
+            _let_go(run.chunks)
     finally:
         process_groups.destroy()
+
+
+def _let_go(chunks: list[torch.nn.Module]) -> None:
+    """Let the memory of chunks be freed with the last reference to them.
+
+    megatron-core's DDP holds the nodes of autograd that add to its parameters' gradients, which
+    hold DDP through its hooks; so does the graph of the last tensors that its token dispatchers
+    keep. Such cycles lead through C++, where Python's collector does not see them.
+    """
+    for chunk in chunks:
+        getattr(chunk, "grad_accs", []).clear()
+        for part in chunk.modules():
+            kept = vars(getattr(part, "token_dispatcher", part))
+            for name, value in kept.items():
+                if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                    kept[name] = None
 
 
 def build_chunks(
@@ -204,12 +226,13 @@ def build_chunks(
     Those that are not `trainable` are bare, in eval mode, and have no gradients nor room for them.
     """
     on_gpu = accelerator.has_cuda()
-    layout = config.parallelism
-    transformer = build_transformer_config(config.model, layout, config.training, on_gpu=on_gpu)
+    layout, training = config.parallelism, config.training
+    if not trainable:  # megatron-core captures all graphs of a process once, after its first step
+        training = training.model_copy(update={"cuda_graphs": []})
+    transformer = build_transformer_config(config.model, layout, training, on_gpu=on_gpu)
+    frozen = frozen_names(config.model, training.frozen)
     if config.adapters is not None:
         transformer.moe_router_bias_update_rate = 0.0  # no gradient moves it, and it is the base's
-    frozen = frozen_names(config.model, config.training.frozen)
-    if config.adapters is not None:
         coverage(config.model, config.adapters)  # raises for targets that name nothing
         frozen = all_names(config.model)
     chunks = []
@@ -219,7 +242,7 @@ def build_chunks(
         module = build_model(
             config.model,
             layout,
-            config.training,
+            training,
             groups,
             on_gpu=on_gpu,
             virtual_stage=virtual_stage,
@@ -229,7 +252,7 @@ def build_chunks(
             module,
             frozen,
             model=config.model,
-            recomputes=config.training.recompute != "none",
+            recomputes=training.recompute != "none",
         )
         if config.adapters is not None and trainable:
             attach_adapters(
@@ -248,6 +271,7 @@ def build_chunks(
             # Of gradients as wide as float64, which only proofs have, nothing is cut off.
             grad_reduce_in_fp32=transformer.params_dtype != torch.float64,
             overlap_grad_reduce=layout.overlap_grad_reduce,
+            bucket_size=layout.gradient_bucket_size,
             use_distributed_optimizer=False,
         )
         wrapped = DistributedDataParallel(transformer, reduction, module, pg_collection=groups)
