@@ -67,8 +67,12 @@ OUTPUT_DIRECTORY="$(cd "$OUTPUT_DIRECTORY" && pwd)"
 read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))  # below the range of ephemeral ports
 export MASTER_ADDR MASTER_PORT
-# With one queue, collectives start in the order of their launch and so overlap with the compute.
-export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+# Long and short tensors alternate over a step; segments that can grow keep memory from splintering.
+export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
+# Triton's kernels, and what their tuning chose, on each node's own disk: a requeued job finds them, and
+# hundreds of ranks do not ask one file server. CUDA_DEVICE_MAX_CONNECTIONS follows from the layout.
+export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-/tmp/triton_cache_${UID}_$SLURM_JOB_ID}"
+export TRITON_CACHE_AUTOTUNING="${TRITON_CACHE_AUTOTUNING:-1}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export PYTHONUNBUFFERED=1
 export PYTHONFAULTHANDLER=1

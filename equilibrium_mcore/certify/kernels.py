@@ -15,6 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from equilibrium_mcore.certify.verdict import Verdict
+from equilibrium_mcore.config.fused import FusedConfig
 from equilibrium_mcore.config.pattern import LAYER_KINDS, ByKind, layers_of
 from equilibrium_mcore.config.schema import ModelConfig, ParallelismConfig, RunConfig
 from equilibrium_mcore.models.provider import build_model
@@ -111,8 +112,14 @@ def _results(
     like: _Results | None = None,
 ) -> _Results:
     """Logits and gradients of one layer; with the weights of `like`."""
+    fused = FusedConfig()
+    if backend != "torch":  # but for what needs DDP's buffers, or a loss
+        without = {"weight_gradients": False, "cross_entropy": False}
+        fused = config.training.fused.model_copy(update=without)
     training = config.training.model_copy(
         update={
+            "fused": fused,
+            "cuda_graphs": [],
             "precision": precision,
             "backend": backend,
             "sequence_length": LENGTH,

@@ -103,7 +103,7 @@ def _packed_logits(
         input_ids=torch.cat(documents)[mine].unsqueeze(0),
         position_ids=positions[mine].unsqueeze(0),
         attention_mask=None,
-        packed_seq_params=packed_documents(lengths),
+        packed_seq_params=packed_documents(lengths, cp_size=cp.size()),
     )[0]
 
 

@@ -16,8 +16,10 @@ from equilibrium_mcore.certify.shrink import shrink_model
 from equilibrium_mcore.certify.shrink_optimizer import shrink_optimizer
 from equilibrium_mcore.config import rules
 from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.fused import fused_on_any_host
 from equilibrium_mcore.config.layout import (
     DIMENSIONS,
+    communication,
     data_parallel_size,
     micro_batch_unit,
     model_parallel_size,
@@ -32,6 +34,7 @@ SEQUENCES = (
     8  # per global batch, or more: enough for two data ranks and four pipeline micro-batches
 )
 ENGINE_RECOMPUTES = "moe_act"  # only Transformer Engine's grouped experts can
+BUCKET = 5000  # elements
 # Names in a layout such as `tp=2,cp=2`, by setting; `data` is what is left and has none.
 SHORT = {name: row.short for name, row in DIMENSIONS.items()} | {"sequence": "sp", "data": "dp"}
 
@@ -67,8 +70,7 @@ def parse_layout(text: str, *, base: ParallelismConfig) -> Layout:
     settings = {
         **values,
         "sequence": sequence,
-        "moe_dispatcher": base.moe_dispatcher,
-        "distributed_optimizer": base.distributed_optimizer,
+        **_communication(base),
     }
     return Layout(text, settings, _world_size(values, data))
 
@@ -133,8 +135,7 @@ def make_twin(config: RunConfig, layouts: list[Layout], *, folder: Path) -> RunC
     )
     values["parallelism"] = {
         "world_size": 1,
-        "moe_dispatcher": config.parallelism.moe_dispatcher,
-        "distributed_optimizer": config.parallelism.distributed_optimizer,
+        **_communication(config.parallelism),
     }
     values["data"].update(num_workers=0, document_multiple=2 * largest["context"])
     if config.data.type == "indexed":
@@ -156,12 +157,22 @@ def make_twin(config: RunConfig, layouts: list[Layout], *, folder: Path) -> RunC
         precision="fp32",  # float64 inside, where the trace is sharp
         validation_interval_steps=0,
         backend="torch",
+        fused=fused_on_any_host(config.training.fused),
+        cuda_graphs=[],
         **_recomputed(config),
     )
     values["optimizer"] = shrink_optimizer(config, values["model"])
     values["checkpoint"] = {"resume": "never"}
     values["logging"] = {"tensorboard": False}
     return run_from_mapping(values)
+
+
+def _communication(p: ParallelismConfig) -> dict[str, object]:
+    """The run's, with buckets of which a twin's gradients fill several."""
+    values = communication(p)
+    if p.overlap_grad_reduce:
+        values["gradient_bucket_size"] = min(BUCKET, p.gradient_bucket_size or BUCKET)
+    return values
 
 
 def _parallelism(layout: Layout) -> ParallelismConfig:
@@ -195,7 +206,7 @@ def in_layout(twin: RunConfig, layout: Layout, **checkpoint: object) -> RunConfi
     Raises ConfigError, which names the layout, where the twin cannot be laid out so.
     """
     values = twin.model_dump(mode="json")
-    kept = {key: values["parallelism"][key] for key in ("moe_dispatcher", "distributed_optimizer")}
+    kept = _communication(twin.parallelism)
     values["parallelism"] = {"world_size": layout.world_size, **kept, **layout.settings}
     values["checkpoint"].update(checkpoint)
     if balances_globally(twin):

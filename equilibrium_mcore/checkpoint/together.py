@@ -11,13 +11,15 @@ from typing import Any
 
 import torch.distributed
 
+from equilibrium_mcore.parallel.object_group import object_group
+
 
 def on_first_rank[T](work: Callable[[], T]) -> T:
     """What `work` returns on rank 0, on every rank; what it raises there, too. Collective."""
     outcome: list[Any] = [None, None]
     if torch.distributed.get_rank() == 0:
         outcome = list(_try(work))
-    torch.distributed.broadcast_object_list(outcome, src=0)
+    torch.distributed.broadcast_object_list(outcome, src=0, group=object_group())
     result, error = outcome
     if error is not None:
         raise error
@@ -30,7 +32,7 @@ def on_every_rank[T](work: Callable[[], T]) -> list[T]:
     Where it raises on some, every rank raises what the first of them did.
     """
     outcomes: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(outcomes, _try(work))
+    torch.distributed.all_gather_object(outcomes, _try(work), group=object_group())
     for _, error in outcomes:
         if error is not None:
             raise error

@@ -21,12 +21,15 @@ from importlib import import_module
 
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.installation import COMMANDS, PROGRAM
+from equilibrium_mcore.config.load import HOSTS
+from equilibrium_mcore.config.rule_kit import GPU_HOST, Host
 from equilibrium_mcore.training.signals import take_signals_at_once
 
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
 # What is told in a line. Anything else is a fault of ours, and has a traceback.
 TOLD = (ValueError, OSError, ImportError)
 
+MOST_PROCESSES = 1024
 TRAINS = ("train", "run", "resume")
 
 Options = argparse.Namespace
@@ -79,6 +82,7 @@ def run_command(
     )
     add_arguments(parser)
     options = parser.parse_intermixed_args(arguments)
+    _refuse_double_dashes(parser, options)
     try:
         return work(options) or 0
     except ConfigError as error:
@@ -89,6 +93,39 @@ def run_command(
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def processes(text: str) -> int:
+    """argparse's `type=` for a number of processes or threads."""
+    if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= MOST_PROCESSES:
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r}: must be a whole number from 1 to {MOST_PROCESSES:,}"
+        )
+    return int(text)
+
+
+def add_host(parser: argparse.ArgumentParser) -> None:
+    """`--host`: by what `--check` judges."""
+    text = "what --check judges by: this host, or one with a GPU and the fast packages (this)"
+    parser.add_argument("--host", choices=HOSTS, help=text)
+
+
+def judged_by(name: str | None, *, check: bool) -> Host:
+    """The host that a config is judged by. Raises ConfigError where no check is asked for."""
+    from equilibrium_mcore.parallel.host import describe_host
+
+    if name is not None and not check:
+        raise wrong_command_line("--host is for --check: a start is judged by the host it is on")
+    return GPU_HOST if name == "gpu" else describe_host()
+
+
+def _refuse_double_dashes(parser: argparse.ArgumentParser, options: Options) -> None:
+    """argparse makes an empty list of the value in `--option=--`; end as for other wrong values."""
+    for action in parser._actions:
+        value = getattr(options, action.dest, None)
+        values = value if isinstance(action, argparse._AppendAction) else [value]
+        if action.nargs is None and any(isinstance(item, list) for item in values or ()):
+            parser.error(f"argument {'/'.join(action.option_strings)}: -- is no value")
 
 
 def with_commands(text: str, program: str | None) -> str:

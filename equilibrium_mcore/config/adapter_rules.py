@@ -33,3 +33,14 @@ def adapters_of_experts_are_whole(subject: Subject) -> Iterator[str]:
             f"{config.parallelism.expert_tensor}: an expert's adapter is not cut; set "
             "expert_tensor to 1, or leave the experts without adapters"
         )
+
+
+@rule("adapters", "parallelism")
+def adapters_of_shared_experts_do_not_overlap(subject: Subject) -> Iterator[str]:
+    config = subject.config
+    if config.adapters is not None and config.parallelism.overlap_shared_experts:
+        yield (
+            "parallelism.overlap_shared_experts=True with adapters: overlapped, a shared expert's "
+            "linear layers leave their sums to others, which adapters do not know of; set it to "
+            "false"
+        )

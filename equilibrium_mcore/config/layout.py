@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from equilibrium_mcore.config.fused import FLEX_LIBRARIES
 from equilibrium_mcore.config.schema import ParallelismConfig, RunConfig
 
 
@@ -46,6 +47,21 @@ def megatron_sizes(parallelism: ParallelismConfig) -> dict[str, int | None]:
     sizes = {row.megatron: getattr(parallelism, name) for name, row in DIMENSIONS.items()}
     sizes[DIMENSIONS["virtual_pipeline"].megatron] = virtual_stages(parallelism)
     return sizes
+
+
+def communication(parallelism: ParallelismConfig) -> dict[str, Any]:
+    """How ranks communicate in any layout, as CPU ranks can, too: settings that are no sizes."""
+    names = (
+        "moe_dispatcher",
+        "distributed_optimizer",
+        "overlap_grad_reduce",
+        "gradient_bucket_size",
+        "overlap_shared_experts",
+    )
+    values = {name: getattr(parallelism, name) for name in names}
+    if parallelism.moe_dispatcher in FLEX_LIBRARIES:
+        values["moe_dispatcher"] = "alltoall"
+    return values
 
 
 def is_interleaved(parallelism: ParallelismConfig) -> bool:
@@ -135,6 +151,7 @@ def train_samples(config: RunConfig) -> int:
 
 
 def divisors(number: int) -> list[int]:
-    """All divisors, ascending."""
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    """All divisors, ascending; of a number beyond 10^12 the small ones and their counterparts."""
+    most = min(math.isqrt(number), 10**6)
+    small = [d for d in range(1, most + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})

@@ -286,3 +286,14 @@ def batch_divides(subject: Subject) -> Iterator[str]:
             f"{p.pipeline}, which virtual_pipeline={p.virtual_pipeline} needs (the interleaved "
             f"schedule works in groups of pipeline): use training.global_batch_size={fit}"
         )
+
+
+@rule("parallelism")
+def buckets_are_for_overlap(subject: Subject) -> Iterator[str]:
+    p = subject.config.parallelism
+    if p.gradient_bucket_size is not None and not p.overlap_grad_reduce:
+        yield (
+            f"parallelism.gradient_bucket_size={p.gradient_bucket_size} with "
+            "overlap_grad_reduce=false: gradients are then reduced at once, after backward; set "
+            "overlap_grad_reduce: true, or gradient_bucket_size: null"
+        )

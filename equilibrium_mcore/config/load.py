@@ -8,22 +8,28 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from equilibrium_mcore.config import rules
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.experiment import is_experiment, read_experiment
 from equilibrium_mcore.config.installation import command, shipped
 from equilibrium_mcore.config.layout import launched_world_size
-from equilibrium_mcore.config.problems import parse, parse_field
+from equilibrium_mcore.config.problems import parse, parse_field, takes_text
 from equilibrium_mcore.config.references import FOLDERS, resolve
-from equilibrium_mcore.config.rule_kit import Host
+from equilibrium_mcore.config.rule_kit import GPU_HOST, Host, choices
 from equilibrium_mcore.config.schema import ModelConfig, RunConfig
 from equilibrium_mcore.config.stages import with_stage_defaults
 from equilibrium_mcore.config.yaml_io import parse_yaml, read_mapping, to_yaml
-from equilibrium_mcore.files.paths import expand_path
+from equilibrium_mcore.files.paths import expand_path, what_is_there
 from equilibrium_mcore.files.whole import write_whole
 
+HOSTS = ("this", "gpu")
+# With these YAML begins an alias, an anchor, a tag, a directive and a comment, or nothing at all.
+RESERVED = tuple("*&!%@`#")
+
 USAGE = """\
-usage: {program} RUN.yaml [key=value ...] [--check]
+usage: {program} RUN.yaml [key=value ...] [--check [--host this|gpu]]
 
 Trains the model that RUN.yaml names on the data that it names: every stage (`stage:`).
 `python -m equilibrium_mcore.pretrain` is the same command.
@@ -33,7 +39,10 @@ Trains the model that RUN.yaml names on the data that it names: every stage (`st
   key=value        overrides a setting; the value is YAML, and keys reach inside the model and
                    the data:  training.steps=100  model.moe.top_k=4  data.sources.0.weight=0.5
                    model=llama_1b  optimizer.adamw.learning_rates='{embedding: 1e-3}'
-  --check          prints the effective config, if it is good, and starts nothing
+  --check          prints the effective config, if a start would accept it, or every problem:
+                   settings, data, tokenizer, checkpoints, the output directory; starts nothing
+  --host this|gpu  what --check judges by: this host (the default), or one with a GPU, Transformer
+                   Engine and mamba-ssm; what is not on this host is then said and left out
   --help           prints this
 
 sections of a run:
@@ -59,22 +68,26 @@ def load_run_config(
     *,
     host: Host | None = None,
     program: str | None = None,
-    also_check: Callable[[RunConfig], object] = lambda config: None,
+    also_check: Callable[[RunConfig, bool], object] = lambda config, elsewhere: None,
 ) -> RunConfig:
     """The run that the command line `RUN.yaml [key=value ...]` asks for.
 
     Under a launcher (torchrun, srun) its number of ranks is checked too, and so is what `host`
     has, if that is given. Raises ConfigError with every problem; `--help` and `--check` print and
-    raise SystemExit(0). `--check` does not ask what this host has: a run for a cluster can be
-    checked on a laptop; what is no matter of settings is left to `also_check`.
+    raise SystemExit(0). What is no matter of settings is left to `also_check`, which `--check`
+    calls with the run and whether it is for another host (`--host gpu`): a run for a cluster can
+    be checked on a laptop.
     """
     if any(argument in ("-h", "--help") for argument in arguments):
         print(usage(program or command("run")))
         raise SystemExit(0)
-    check_only = "--check" in arguments
-    given = [argument for argument in arguments if argument != "--check"]
+    check_only, (elsewhere, given) = "--check" in arguments, _host_option(arguments)
+    given = [argument for argument in given if argument != "--check"]
+    problems = []
+    if elsewhere is not None and not check_only:
+        problems.append("--host is for --check: a start is judged by the host that it is on")
     paths = [word for word in given if "=" not in word and not word.startswith("-")]
-    problems = [
+    problems += [
         f"{word}: unknown option; settings are given as key=value, e.g. training.steps=100"
         for word in given
         if word.startswith("-")
@@ -89,12 +102,36 @@ def load_run_config(
         raise ConfigError(problems, source="the command line")
     overrides = [word for word in given if "=" in word]
     world_size = launched_world_size(os.environ)
-    config = load_run(paths[0], overrides, world_size=world_size, host=None if check_only else host)
+    judged_by = GPU_HOST if elsewhere else host
+    config = load_run(paths[0], overrides, world_size=world_size, host=judged_by)
     if check_only:
+        try:
+            also_check(config, bool(elsewhere))
+        except ConfigError as error:
+            raise ConfigError(error.problems, source=paths[0]) from None
         sys.stdout.write(to_yaml(config.model_dump(mode="json")))
-        also_check(config)
         raise SystemExit(0)
     return config
+
+
+def _host_option(arguments: Sequence[str]) -> tuple[bool | None, list[str]]:
+    """Whether `--host` names another host (None: it is not there), and the other arguments.
+
+    Raises ConfigError for a host that is none.
+    """
+    given, elsewhere = list(arguments), None
+    for index, word in enumerate(arguments):
+        if word == "--host" or word.startswith("--host="):
+            name = word.partition("=")[2] if "=" in word else "".join(arguments[index + 1 :][:1])
+            if name not in HOSTS:
+                raise ConfigError(
+                    f"--host {name}: must be one of {', '.join(HOSTS)}", source="the command line"
+                )
+            elsewhere = name == "gpu"
+            given.remove(word)
+            if "=" not in word:
+                given.remove(name)
+    return elsewhere, given
 
 
 def load_run(
@@ -113,8 +150,8 @@ def load_run(
         path = shipped(expand_path(path))
     except ValueError as error:
         raise ConfigError(f"run file {error}") from None
-    if not path.is_file():
-        raise ConfigError(f"run file {path}: no such file; see configs/runs for examples")
+    if (found := what_is_there(path)) is not None:
+        raise ConfigError(f"run file {path}: {found}; see configs/runs for examples")
     values = read_mapping(path)
     if is_experiment(values):
         return _load_experiment(values, overrides, path, world_size, host)
@@ -252,13 +289,18 @@ def _parse_sections(
     return sections
 
 
-def apply_override(values: dict[str, Any], override: str, *, folder: Path) -> None:
-    """Set one `key.subkey=value` in `values`, reading a referenced model or data file first."""
+def apply_override(
+    values: dict[str, Any], override: str, *, folder: Path, kind: type[BaseModel] = RunConfig
+) -> None:
+    """Set one `key.subkey=value` in `values`, reading a referenced model or data file first.
+
+    `kind` is what `values` are the settings of.
+    """
     key, _, text = override.partition("=")
     parts = key.strip().split(".")
     if not all(parts):
-        raise ConfigError(f"{override}: write key.subkey=value, e.g. training.steps=100")
-    value = parse_yaml(text, source=f"the value of {key}")
+        raise ConfigError(f"{override[:200]}: write key.subkey=value, e.g. training.steps=100")
+    value = _value(text, parts, kind)
     head = parts[0]
     if len(parts) == 1:
         values[head] = resolve(value, kind=head, folder=Path.cwd()) if head in FOLDERS else value
@@ -272,6 +314,13 @@ def apply_override(values: dict[str, Any], override: str, *, folder: Path) -> No
         place[_index(place, parts[-1], override, ".".join(parts[:-1]))] = value
     else:
         place[parts[-1]] = value
+
+
+def _value(text: str, parts: list[str], kind: type[BaseModel]) -> Any:
+    """The value of an override. Of a setting that is text, what YAML reserves is text, too."""
+    if text.lstrip()[:1] in RESERVED and takes_text(kind, parts):
+        return text.strip()
+    return parse_yaml(text, source=f"the value of {'.'.join(parts)}")
 
 
 def _step_into(place: Any, part: str, override: str, where: str) -> Any:
@@ -293,8 +342,8 @@ def _step_into(place: Any, part: str, override: str, where: str) -> Any:
 
 
 def _index(place: list, part: str, override: str, where: str) -> int:
-    allowed = ", ".join(str(i) for i in range(len(place))) or "none, the list is empty"
-    if not part.isdecimal() or int(part) >= len(place):
+    allowed = choices(range(len(place))) if place else "none, the list is empty"
+    if not (part.isdecimal() and len(part) < 10) or int(part) >= len(place):
         raise ConfigError(
             f"{override}: {where} is a list; {part!r} is not one of its indices: {allowed}"
         )

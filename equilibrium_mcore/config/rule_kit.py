@@ -18,6 +18,20 @@ class Host:
     has_mamba_ssm: bool = False
     device_name: str = "CPU"
     compute_capability: tuple[int, int] | None = None
+    memory_gib: float | None = None  # of a host without a GPU
+    has_deep_ep: bool = False
+    has_hybrid_ep: bool = False
+
+
+# A host with the fast packages; which GPU it has is not known.
+GPU_HOST = Host(
+    has_cuda=True,
+    has_transformer_engine=True,
+    has_mamba_ssm=True,
+    device_name="a GPU host",
+    has_deep_ep=True,
+    has_hybrid_ep=True,
+)
 
 
 class Subject(NamedTuple):

@@ -12,15 +12,19 @@ from typing import Literal
 from equilibrium_mcore.config.adapters import LoraConfig
 from equilibrium_mcore.config.anomalies import AnomaliesConfig
 from equilibrium_mcore.config.data_kinds import DataChoice
+from equilibrium_mcore.config.fused import FusedConfig, GraphModule
 from equilibrium_mcore.config.objectives import NextTokenConfig, ObjectiveConfig
 from equilibrium_mcore.config.optimizers import OptimizerConfig
 from equilibrium_mcore.config.pattern import LABELS, LAYER_KINDS
 from equilibrium_mcore.config.section import (
+    Epsilon,
+    Minutes,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Section,
+    Seed,
     UserPath,
     setting,
 )
@@ -107,7 +111,7 @@ class ModelConfig(Section):
         128, "the embedding table is padded to a multiple of this, whatever the layout"
     )
     tie_embeddings: bool = setting(False, "use the embedding table as the output layer")
-    norm_epsilon: PositiveFloat = setting(1e-5, "epsilon of every RMSNorm")
+    norm_epsilon: Epsilon = setting(1e-5, "epsilon of every RMSNorm")
     init_std: PositiveFloat = setting(0.02, "standard deviation of initial weights")
     mamba: MambaConfig | None = setting(None, "needed by M")
     attention: AttentionConfig | None = setting(None, "needed by *")
@@ -146,11 +150,27 @@ class ParallelismConfig(Section):
     distributed_optimizer: bool = setting(
         True, "keep main weights and optimizer state of each parameter on one DP rank only"
     )
-    overlap_grad_reduce: bool = setting(False, "reduce gradients while backward runs (GPU)")
-    moe_dispatcher: Literal["alltoall", "allgather"] = setting(
-        "alltoall", "how tokens travel to their experts"
+    overlap_grad_reduce: bool = setting(False, "reduce gradients while backward runs")
+    gradient_bucket_size: PositiveInt | None = setting(
+        None,
+        "overlap_grad_reduce: elements that are reduced together; null: megatron-core's choice, 40 "
+        "million or 1 million per DP rank",
     )
-    timeout_minutes: PositiveInt = setting(10, "after this long a stuck collective is an error")
+    overlap_shared_experts: bool = setting(
+        False, "compute shared experts while tokens travel to the routed ones"
+    )
+    moe_dispatcher: Literal["alltoall", "allgather", "deepep", "hybridep"] = setting(
+        "alltoall",
+        "how tokens travel to their experts; deepep and hybridep: megatron-core's flex dispatcher "
+        "with that library, on GPUs",
+    )
+    context_exchange: Literal["p2p", "a2a", "all_gather"] | None = setting(
+        None,
+        "what CP ranks exchange for attention (megatron-core's cp_comm_type): keys and values in a "
+        "ring, heads against positions, or all keys and values; null: p2p with Transformer Engine, "
+        "a2a with backend torch",
+    )
+    timeout_minutes: Minutes = setting(10, "after this long a stuck collective is an error")
 
 
 class TrainingConfig(Section):
@@ -191,7 +211,7 @@ class TrainingConfig(Section):
         "samples that are passed over, [first, count] by their position in the data, as a "
         "rollback notes them in ledger.jsonl",
     )
-    seed: NonNegativeInt = setting(1234, "seed of weights, data order and dropout")
+    seed: Seed = setting(1234, "seed of weights, data order and dropout")
     precision: Literal["fp32", "bf16", "fp16", "fp8"] = setting("bf16", "number format")
     fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = setting(
         "tensorwise", "precision fp8: Transformer Engine's recipe"
@@ -205,6 +225,12 @@ class TrainingConfig(Section):
     recompute_layers: PositiveInt = setting(1, "recompute full: layers between two checkpoints")
     recompute_modules: list[Literal["core_attn", "moe", "mlp", "moe_act", "mla_up_proj"]] = setting(
         ["core_attn"], "recompute selective: what is recomputed"
+    )
+    fused: FusedConfig = FusedConfig()
+    cuda_graphs: list[GraphModule] = setting(
+        [],
+        "modules that are launched as CUDA graphs (megatron-core's, of its `local` kind); with "
+        "moe_router the preprocessing of tokens",
     )
     validation_interval_steps: NonNegativeInt = setting(0, "steps between validations; 0: never")
     validation_batches: PositiveInt = setting(8, "global batches per validation")

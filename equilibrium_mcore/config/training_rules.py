@@ -321,6 +321,24 @@ def fp8_needs_transformer_engine(subject: Subject) -> Iterator[str]:
         )
 
 
+@rule("training", "checkpoint")
+def delayed_scaling_is_not_resumed(subject: Subject) -> Iterator[str]:
+    """Transformer Engine keeps the history of the scales as a pickle, which it refuses to load."""
+    training, checkpoint = subject.config.training, subject.config.checkpoint
+    if training.precision != "fp8" or training.fp8_recipe != "delayed":
+        return
+    asked = [f"checkpoint.resume={checkpoint.resume!r}"] if checkpoint.resume != "never" else []
+    if training.anomalies is not None and training.anomalies.policy == "rollback":
+        asked.append("training.anomalies.policy='rollback'")
+    for setting in asked:
+        yield (
+            f"training.fp8_recipe='delayed' with {setting}: its scales depend on the steps before, "
+            "and Transformer Engine does not load that history from a checkpoint; use fp8_recipe: "
+            "tensorwise or blockwise, which keep none, or run without going back to a checkpoint "
+            "(checkpoint.resume: never, and no rollback)"
+        )
+
+
 @rule("training")
 def host_can_do_it(subject: Subject) -> Iterator[str]:
     training, host = subject.config.training, subject.host
@@ -362,13 +380,3 @@ def host_can_do_it(subject: Subject) -> Iterator[str]:
                 f"training.backend='transformer_engine' needs {missing}, which this host "
                 f"({host.device_name}) lacks: set backend: torch or auto"
             )
-
-
-@rule("parallelism")
-def overlap_needs_a_gpu(subject: Subject) -> Iterator[str]:
-    host = subject.host
-    if subject.config.parallelism.overlap_grad_reduce and host is not None and not host.has_cuda:
-        yield (
-            "parallelism.overlap_grad_reduce=true needs CUDA streams, and this host "
-            f"({host.device_name}) has none: set it to false"
-        )

@@ -18,6 +18,7 @@ from equilibrium_mcore.checkpoint.pieces import TensorShard, assemble, parts_of,
 from equilibrium_mcore.checkpoint.together import on_first_rank
 from equilibrium_mcore.hugging_face.source import TensorSource
 from equilibrium_mcore.parallel import accelerator
+from equilibrium_mcore.parallel.object_group import object_group
 
 STOP = -1  # asked for when no further tensor is wanted
 
@@ -54,7 +55,7 @@ class LiveTensors:
                 if not any(entry is placed for entry in entries):
                     entries.append(placed)
         everywhere: list[dict[str, list[_Held]]] = [{}] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everywhere, here)
+        torch.distributed.all_gather_object(everywhere, here, group=object_group())
         self._held: dict[str, list[_Held]] = {}
         for of_rank in everywhere:
             for name, held in of_rank.items():

@@ -8,6 +8,8 @@ r holds chunks r and 2 * CP - 1 - r of each: the order of Transformer Engine's
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.ssm.mamba_context_parallel import (
@@ -18,11 +20,31 @@ from megatron.core.ssm.mamba_context_parallel import (
 from torch import Tensor
 
 
-def packed_documents(lengths: Tensor) -> PackedSeqParams:
-    """megatron-core's description of documents one after the other; lengths: (documents,)."""
+@dataclass
+class PackedDocuments(PackedSeqParams):
+    """megatron-core's description of a packed sequence, and how context ranks deal it out.
+
+    Attributes:
+        gathered_order: places in the text of the tokens as gathered from CP ranks, (tokens,);
+            None for one rank.
+        text_order: its inverse.
+    """
+
+    gathered_order: Tensor | None = None
+    text_order: Tensor | None = None
+
+
+def packed_documents(
+    lengths: Tensor, *, cp_size: int = 1, device: torch.device | None = None
+) -> PackedDocuments:
+    """The description of documents one after the other, on `device`; lengths: (documents,).
+
+    Sizes depend on the lengths, so a GPU would be waited for at each step of this: it is made
+    where the lengths are, and sent afterwards.
+    """
     ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     longest = int(lengths.max())
-    return PackedSeqParams(
+    packed = PackedDocuments(
         qkv_format="thd",
         cu_seqlens_q=ends,
         cu_seqlens_kv=ends,
@@ -30,6 +52,21 @@ def packed_documents(lengths: Tensor) -> PackedSeqParams:
         max_seqlen_kv=longest,
         total_tokens=int(ends[-1]),
     )
+    if cp_size > 1:
+        ranks = [rank_tokens(lengths, cp_size=cp_size, cp_rank=r) for r in range(cp_size)]
+        packed.gathered_order = torch.cat(ranks)
+        packed.text_order = packed.gathered_order.argsort()
+    for name in ("cu_seqlens_q", "seq_idx", "gathered_order", "text_order"):
+        setattr(packed, name, send(getattr(packed, name), device))
+    packed.cu_seqlens_kv = packed.cu_seqlens_q
+    return packed
+
+
+def send(tensor: Tensor | None, device: torch.device | None) -> Tensor | None:
+    """The tensor on `device`, of which the copy is not waited for; as it is without a device."""
+    if tensor is None or device is None or tensor.device == device:
+        return tensor
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def document_lengths(position_ids: Tensor) -> Tensor:
@@ -69,23 +106,18 @@ def rank_tokens(lengths: Tensor, *, cp_size: int, cp_rank: int) -> Tensor:
     return place[(chunk == cp_rank) | (chunk == chunks - 1 - cp_rank)]
 
 
-def to_text_order(x: Tensor, cp_size: int, packed: PackedSeqParams | None) -> Tensor:
+def to_text_order(x: Tensor, cp_size: int, packed: PackedDocuments | None) -> Tensor:
     """(sequence, ...) as gathered from CP ranks one after the other -> in the order of the text."""
     if packed is None:
         return _undo_attention_load_balancing(x, cp_size)
-    return x.index_select(0, _gathered_order(packed, cp_size).argsort())
+    return x.index_select(0, packed.text_order)
 
 
-def to_rank_order(x: Tensor, cp_size: int, packed: PackedSeqParams | None) -> Tensor:
+def to_rank_order(x: Tensor, cp_size: int, packed: PackedDocuments | None) -> Tensor:
     """The inverse of `to_text_order`."""
     if packed is None:
         return _redo_attention_load_balancing(x, cp_size)
-    return x.index_select(0, _gathered_order(packed, cp_size))
-
-
-def _gathered_order(packed: PackedSeqParams, cp_size: int) -> Tensor:
-    lengths = torch.diff(packed.cu_seqlens_q)
-    return torch.cat([rank_tokens(lengths, cp_size=cp_size, cp_rank=r) for r in range(cp_size)])
+    return x.index_select(0, packed.gathered_order)
 
 
 class TorchMambaContextParallel(MambaContextParallel):

@@ -10,6 +10,7 @@ from megatron.core.transformer import TransformerConfig
 from equilibrium_mcore.config.layout import pipeline_segments
 from equilibrium_mcore.config.pattern import ByKind, count_kinds, cut_into
 from equilibrium_mcore.config.schema import ModelConfig, ParallelismConfig, TrainingConfig
+from equilibrium_mcore.models.router import forget_last_model
 from equilibrium_mcore.models.specs import choose_backend, stack_spec
 from equilibrium_mcore.models.transformer_config import build_transformer_config
 
@@ -41,6 +42,7 @@ def build_model(
         virtual_stage: which model chunk, where a rank has several.
         transformer_config: one that was built before, so that all chunks share it.
     """
+    forget_last_model()
     config = transformer_config or build_transformer_config(model, layout, training, on_gpu=on_gpu)
     backend = choose_backend(training.backend, on_gpu=on_gpu)
     stages = pipeline_segments(layout)
@@ -62,7 +64,20 @@ def build_model(
         vp_stage=virtual_stage,
     )
     cast_parameters(module, config.params_dtype)
+    if training.fused.weight_gradients:
+        accumulate_weight_gradients(module)
     return module
+
+
+def accumulate_weight_gradients(module: torch.nn.Module) -> None:
+    """Have Transformer Engine's linear layers add their weights' gradients to DDP's buffers.
+
+    megatron-core has one flag for all layers of a model, and its own, of which the output layer is
+    one, need apex for it. Transformer Engine reads its own flag at every forward pass.
+    """
+    for part in module.modules():
+        if hasattr(part, "fuse_wgrad_accumulation"):
+            part.fuse_wgrad_accumulation = True
 
 
 def is_kept_in_float32(name: str) -> bool:

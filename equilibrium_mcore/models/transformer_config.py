@@ -10,6 +10,7 @@ from megatron.core.activations import squared_relu
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+from equilibrium_mcore.config.fused import FLEX_LIBRARIES
 from equilibrium_mcore.config.layout import megatron_sizes
 from equilibrium_mcore.config.pattern import ByKind, count_kinds, layers_of
 from equilibrium_mcore.config.schema import ModelConfig, ParallelismConfig, TrainingConfig
@@ -33,6 +34,7 @@ def build_transformer_config(
         **_layer_values(model, layout, training),
         **megatron_sizes(layout),
         "sequence_parallel": layout.sequence,
+        "cp_comm_type": layout.context_exchange,
         **_numeric_values(training, on_gpu=on_gpu),
         **_backend_values(training, on_gpu=on_gpu),
     }
@@ -142,8 +144,19 @@ def _moe_values(model: ModelConfig, layout: ParallelismConfig, training: Trainin
         moe_router_enable_expert_bias=moe.expert_bias,
         moe_router_bias_update_rate=moe.expert_bias_update_rate,
         moe_router_dtype="fp64" if DTYPES[training.precision] == torch.float64 else "fp32",
-        moe_token_dispatcher_type=layout.moe_dispatcher,
+        **_dispatcher_values(layout),
+        moe_shared_expert_overlap=layout.overlap_shared_experts,
+        moe_permute_fusion=training.fused.permutation,
+        moe_router_fusion=training.fused.router,
     )
+
+
+def _dispatcher_values(layout: ParallelismConfig) -> dict:
+    if layout.moe_dispatcher in FLEX_LIBRARIES:
+        return dict(
+            moe_token_dispatcher_type="flex", moe_flex_dispatcher_backend=layout.moe_dispatcher
+        )
+    return dict(moe_token_dispatcher_type=layout.moe_dispatcher)
 
 
 LAYER_VALUES: ByKind[Callable[[ModelConfig, ParallelismConfig, TrainingConfig], dict]] = {
@@ -178,17 +191,20 @@ def _numeric_values(training: TrainingConfig, *, on_gpu: bool) -> dict:
         # Gradients are divided by the tokens of the whole batch, so no layout changes their scale.
         calculate_per_token_loss=True,
         use_cpu_initialization=not on_gpu,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=False,  # `provider.accumulate_weight_gradients` instead
         bias_dropout_fusion=on_gpu,
-        bias_activation_fusion=False,
+        bias_activation_fusion=training.fused.activation,
+        cross_entropy_loss_fusion=training.fused.cross_entropy,
+        cross_entropy_fusion_impl="native",
         apply_rope_fusion=False,
         masked_softmax_fusion=False,
         batch_p2p_comm=on_gpu,
-        moe_permute_fusion=False,
         deallocate_pipeline_outputs=True,
     )
     if training.precision == "fp8":
         values.update(fp8=training.fp8_format, fp8_recipe=training.fp8_recipe)
+    if training.cuda_graphs:
+        values.update(cuda_graph_impl="local", cuda_graph_modules=list(training.cuda_graphs))
     if training.recompute == "full":
         values.update(
             recompute_granularity="full",

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from equilibrium_mcore.optim.parameters import Parameter
+from equilibrium_mcore.parallel.object_group import object_group
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 NAMED = 3  # parameters that the error names
@@ -66,7 +67,7 @@ def raise_everywhere(wrong: list[str], device: torch.device, message: Callable[[
     if not found.item():
         return
     everywhere: list[list[str]] = [[]] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everywhere, wrong)
+    torch.distributed.all_gather_object(everywhere, wrong, group=object_group())
     wrong = list(dict.fromkeys(text for texts in everywhere for text in texts))
     more = f"; and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
     raise ReplicaError(message("; ".join(wrong[:NAMED]) + more))

@@ -13,6 +13,8 @@ import warnings
 
 import torch
 
+from equilibrium_mcore.config.schema import ParallelismConfig
+
 _installed = False
 
 
@@ -26,13 +28,23 @@ def install() -> None:
     global _installed
     if _installed:
         return
-    # megatron-core's layers order GPU kernels by this; it has no effect without a GPU.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not has_cuda():
         from equilibrium_mcore.parallel import cpu_adapter
 
         cpu_adapter.install()
     _installed = True
+
+
+def order_kernels(layout: ParallelismConfig) -> None:
+    """Have a GPU begin kernels in the order of their launch, where `layout` needs it.
+
+    Under tensor and context parallelism megatron-core launches a collective before the product
+    that hides it, and with one queue it begins first. Elsewhere more queues are better: a gradient
+    bucket's sum would hold up the kernels behind it. A value that the user has set stays. Called
+    before the GPU is used; without one it has no effect.
+    """
+    if layout.tensor > 1 or layout.context > 1:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def quiet_libraries() -> None:
@@ -50,8 +62,8 @@ def device() -> torch.device:
 
 
 def communication_backend() -> str:
-    """torch.distributed's backend for this host: nccl with gloo for CPU tensors, or gloo."""
-    return "cpu:gloo,cuda:nccl" if has_cuda() else "gloo"
+    """torch.distributed's backend for tensors on this host's device: nccl or gloo."""
+    return "nccl" if has_cuda() else "gloo"
 
 
 def memory_gib() -> float:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from equilibrium_mcore.config.rule_kit import Host
 from equilibrium_mcore.parallel import accelerator
@@ -13,6 +15,7 @@ FAST_PACKAGES = (
     "mamba-ssm",
     "causal-conv1d",
     "flash-attn",
+    "deep_ep",
     "nvidia-modelopt",
 )
 
@@ -20,7 +23,7 @@ FAST_PACKAGES = (
 def describe_host() -> Host:
     """Facts that a config can ask for. Does not create a CUDA context beyond naming the device."""
     if not accelerator.has_cuda():
-        return Host()
+        return Host(memory_gib=_memory_gib())
     import torch
 
     return Host(
@@ -29,7 +32,24 @@ def describe_host() -> Host:
         has_mamba_ssm=importlib.util.find_spec("mamba_ssm") is not None,
         device_name=torch.cuda.get_device_name(),
         compute_capability=torch.cuda.get_device_capability(),
+        has_deep_ep=importlib.util.find_spec("deep_ep") is not None,
+        has_hybrid_ep=_has_hybrid_ep(),
     )
+
+
+def _memory_gib() -> float | None:
+    """The machine's memory; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _has_hybrid_ep() -> bool:
+    """Whether the package deep_ep brings HybridEP, which a branch of its own does."""
+    found = importlib.util.find_spec("deep_ep")
+    folders = found.submodule_search_locations if found is not None else None
+    return any(Path(folder, "hybrid_ep_buffer.py").is_file() for folder in folders or ())
 
 
 def has_nvidia_apex() -> bool:

@@ -25,6 +25,7 @@ from equilibrium_mcore.parallel.rank_job import (
 from equilibrium_mcore.parallel.rank_server import RankServer
 from equilibrium_mcore.processes.stacks import print_stacks_on_signal
 
+MOST_LOCAL_RANKS = 64  # processes of some 0.5 GiB each
 PACKAGE = Path(__file__).resolve().parents[1]
 
 __all__ = ["RankInfo", "launch", "rank_info_from_environment", "this_command"]
@@ -47,6 +48,7 @@ def launch(layout: ParallelismConfig, run_rank: Callable[[RankInfo], None]) -> i
         print_stacks_on_signal()
         run_rank(RankInfo.alone())
         return 0
+    refuse_local_ranks(layout)
     from equilibrium_mcore.parallel import accelerator
 
     if accelerator.has_cuda():
@@ -67,6 +69,17 @@ def launch(layout: ParallelismConfig, run_rank: Callable[[RankInfo], None]) -> i
     return 0
 
 
+def refuse_local_ranks(layout: ParallelismConfig) -> None:
+    """Raise ConfigError for more ranks than one host should fork."""
+    world_size = resolve_world_size(layout)
+    if world_size > MOST_LOCAL_RANKS:
+        raise ConfigError(
+            f"the layout needs {world_size:,} ranks, and without a launcher they are processes of "
+            f"this host, at most {MOST_LOCAL_RANKS}: start it by torchrun or srun, or lower "
+            "parallelism.world_size"
+        )
+
+
 def this_command() -> str:
     """What this process was started with, as a launcher takes it."""
     program, *arguments = sys.argv
@@ -78,6 +91,9 @@ def this_command() -> str:
 def _run_launched(rank_info: RankInfo, run_rank: Callable[[RankInfo], None]) -> int:
     try:
         run_rank(rank_info)
+    except ConfigError as error:  # a setting that cannot be: reported in its own words
+        print(f"rank {rank_info.rank}: error: {error}", file=sys.stderr, flush=True)
+        os._exit(REFUSED)
     except Exception:
         print(
             f"rank {rank_info.rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True

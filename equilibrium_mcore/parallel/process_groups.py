@@ -14,29 +14,36 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.cuda_graphs import CudaGraphManager, delete_cuda_graphs
+from megatron.core.transformer.moe.fused_a2a import reset_hybrid_ep_buffer
 
 from equilibrium_mcore.config.layout import megatron_sizes
 from equilibrium_mcore.config.schema import ParallelismConfig
-from equilibrium_mcore.parallel import accelerator
+from equilibrium_mcore.parallel import accelerator, object_group
 from equilibrium_mcore.parallel.rank_job import RankInfo
+from equilibrium_mcore.parallel.rendezvous import meeting
 
 # Within a node: tensor, then context, then expert; pipeline stages lie furthest apart.
 RANK_ORDER = "tp-cp-ep-dp-pp"
 
 
-def join(rank_info: RankInfo, layout: ParallelismConfig, *, seed: int) -> ProcessGroupCollection:
-    """Take this rank's place: the default group, the groups of `layout`, and seeds. Collective."""
-    initialize_distributed(
-        rank=rank_info.rank,
-        world_size=rank_info.world_size,
-        local_rank=rank_info.local_rank,
-        timeout_minutes=layout.timeout_minutes,
-        init_method=rank_info.init_method,
-    )
+def join(
+    rank_info: RankInfo, layout: ParallelismConfig, *, seed: int, graphs: bool = False
+) -> ProcessGroupCollection:
+    """Take this rank's place: the default group, the groups of `layout`, and seeds. Collective.
+
+    With `graphs` random states are of the kind that CUDA graphs can hold.
+    """
+    with meeting(rank_info, timeout_minutes=layout.timeout_minutes):
+        initialize_distributed(
+            rank=rank_info.rank,
+            world_size=rank_info.world_size,
+            local_rank=rank_info.local_rank,
+            timeout_minutes=layout.timeout_minutes,
+            init_method=rank_info.init_method,
+        )
     groups = initialize_groups(layout)
-    seed_everything(seed)
+    seed_everything(seed, graphs=graphs)
     return groups
 
 
@@ -82,6 +89,10 @@ def initialize_distributed(
     """Join the default process group; on a CUDA host, take GPU `local_rank`.
 
     A rank that is alone (`init_method` "") meets nobody: no port, no file.
+
+    On a CUDA host all groups are NCCL's, and begin to communicate when they are first used: bound
+    to a device from the start (`device_id`), each would be split off at once, by every rank of the
+    job, member or not. One more group of all ranks is gloo's, for objects.
     """
     if accelerator.has_cuda():
         torch.cuda.set_device(local_rank)
@@ -92,11 +103,12 @@ def initialize_distributed(
         rank=rank,
         world_size=world_size,
         timeout=timedelta(minutes=timeout_minutes),
-        device_id=accelerator.device() if accelerator.has_cuda() else None,
     )
+    if accelerator.has_cuda():
+        object_group.create(timeout_minutes=timeout_minutes)
 
 
-def seed_everything(seed: int) -> None:
+def seed_everything(seed: int, *, graphs: bool = False) -> None:
     """Seed python, numpy and torch, and megatron-core's trackers per tensor and expert rank."""
     import random
 
@@ -105,15 +117,15 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True, use_cudagraphable_rng=graphs)
 
 
 def destroy() -> None:
     """Leave all groups; safe to call twice."""
-    # What megatron-core keeps of MoE layers for the process has the shapes of its first model, and
-    # need not fit the next one: a figure for each layer, and the scale of the balancing loss.
-    destroy_moe_metrics_tracker()
-    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    object_group.forget()
+    if CudaGraphManager.global_mempool is not None:
+        delete_cuda_graphs()
+    reset_hybrid_ep_buffer()  # HybridEP's belongs to a group, and is kept for the process
     parallel_state.destroy_model_parallel()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

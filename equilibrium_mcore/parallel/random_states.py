@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy
 import torch
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.random import convert_cuda_rng_state, get_cuda_rng_tracker
 
 
 def random_states() -> dict[str, Any]:
@@ -19,7 +19,11 @@ def random_states() -> dict[str, Any]:
         "numpy": numpy.random.get_state(),
         "torch": torch.get_rng_state(),
         "device": torch.cuda.get_rng_state(),
-        "trackers": get_cuda_rng_tracker().get_states(),
+        # As plain tensors also where CUDA graphs hold generators.
+        "trackers": {
+            name: convert_cuda_rng_state(state)
+            for name, state in get_cuda_rng_tracker().get_states().items()
+        },
     }
 
 
@@ -29,7 +33,13 @@ def set_random_states(states: dict[str, Any]) -> None:
     numpy.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
     torch.cuda.set_rng_state(states["device"])
-    get_cuda_rng_tracker().set_states(states["trackers"])
+    tracker = get_cuda_rng_tracker()
+    tracker.set_states(
+        {
+            name: convert_cuda_rng_state(state, to_graphable=tracker.use_cudagraphable_rng)
+            for name, state in states["trackers"].items()
+        }
+    )
 
 
 @contextlib.contextmanager

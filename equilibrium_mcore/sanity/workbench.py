@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from equilibrium_mcore.certify.shrink import shrink_model
+from equilibrium_mcore.config.fused import fused_on_any_host
 from equilibrium_mcore.config.installation import command
-from equilibrium_mcore.config.layout import DIMENSIONS, train_samples
+from equilibrium_mcore.config.layout import DIMENSIONS, communication, train_samples
 from equilibrium_mcore.config.load import run_from_mapping
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.models.parameters import count_parameters
@@ -39,7 +40,7 @@ MOST_SAMPLES = 200_000
 # What the checks read, whatever the run does: some steps of eight, and text to learn by heart.
 LEAST_SAMPLES, LEAST_TOKENS = 64, 4096
 _ONE_RANK = {**dict.fromkeys(DIMENSIONS, 1), "sequence": False}
-_ONE_RANK |= {"world_size": 1, "overlap_grad_reduce": False}
+_ONE_RANK |= {"world_size": 1, "context_exchange": None}
 
 
 def sanity_config(
@@ -48,7 +49,7 @@ def sanity_config(
     """The run on one rank, small enough to check, and in words what was changed."""
     values = config.model_dump(mode="json")
     changes = [f"one rank, no parallelism (layouts: {command('certify')})", "precision fp32"]
-    values["parallelism"].update(_ONE_RANK)
+    values["parallelism"].update(communication(config.parallelism), **_ONE_RANK)
     size = count_parameters(config.model).total
     if size > LARGEST_MODEL:
         model = shrink_model(config.model, stages=1, largest=dict.fromkeys(DIMENSIONS, 1))
@@ -93,6 +94,8 @@ def sanity_config(
         frozen=[],  # names of the run's own layers; the checks want a gradient everywhere
         precision="fp32",
         recompute="none",
+        fused=fused_on_any_host(config.training.fused),
+        cuda_graphs=[],
         validation_interval_steps=1,
         validation_batches=2,
     )

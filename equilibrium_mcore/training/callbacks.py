@@ -12,6 +12,7 @@ from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.entropy import ngram_baseline, validation_pairs
 from equilibrium_mcore.data.ledger.record import LedgerFile, settings_of
 from equilibrium_mcore.models.flops import training_flops_per_token
+from equilibrium_mcore.parallel.object_group import object_group
 from equilibrium_mcore.processes.console import say
 from equilibrium_mcore.training.anomalies import Anomaly
 from equilibrium_mcore.training.loop import Callback
@@ -49,7 +50,7 @@ class OwnerCallback(Callback):
     def confirm(self) -> None:
         """Ask the file server; every rank raises ConfigError if the folder is another run's."""
         problems = [self.lock.problem(ask=True)]
-        torch.distributed.broadcast_object_list(problems, src=0)
+        torch.distributed.broadcast_object_list(problems, src=0, group=object_group())
         if problems[0] is not None:
             raise ConfigError(problems[0])
 

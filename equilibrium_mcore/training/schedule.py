@@ -14,7 +14,12 @@ from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config
 
 from equilibrium_mcore.config.layout import virtual_stages
 from equilibrium_mcore.data.stream import Batch
-from equilibrium_mcore.models.packing import document_lengths, packed_documents, rank_tokens
+from equilibrium_mcore.models.packing import (
+    document_lengths,
+    packed_documents,
+    rank_tokens,
+    send,
+)
 from equilibrium_mcore.parallel import accelerator
 from equilibrium_mcore.training.setup import Run
 
@@ -101,13 +106,16 @@ def rank_batch(
     """
     device = accelerator.device()
     names = ("tokens", "labels", "position_ids", *also)
-    batch = {name: batch[name].to(device, non_blocking=True) for name in names}
     cp = run.groups.cp
-    if run.config.data.packing == "documents":
+    if run.config.data.packing == "documents":  # sizes follow from values: before they are sent
         lengths = document_lengths(batch["position_ids"])
-        mine = rank_tokens(lengths, cp_size=cp.size(), cp_rank=cp.rank())
-        batch = {name: value.reshape(1, -1)[:, mine] for name, value in batch.items()}
-        return batch, packed_documents(lengths)
+        batch = {name: batch[name].reshape(1, -1) for name in names}
+        if cp.size() > 1:
+            mine = rank_tokens(lengths, cp_size=cp.size(), cp_rank=cp.rank())
+            batch = {name: value[:, mine] for name, value in batch.items()}
+        packed = packed_documents(lengths, cp_size=cp.size(), device=device)
+        return {name: send(value, device) for name, value in batch.items()}, packed
+    batch = {name: batch[name].to(device, non_blocking=True) for name in names}
     # Without a group megatron-core would split over all ranks, so it is always given.
     return get_batch_on_this_cp_rank(
         {**batch, "cu_seqlens": None}, is_hybrid_cp=False, cp_group=cp

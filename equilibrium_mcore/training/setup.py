@@ -18,7 +18,6 @@ from megatron.core.transformer import TransformerConfig
 from equilibrium_mcore.adapters.lora import attach_adapters
 from equilibrium_mcore.adapters.targets import coverage
 from equilibrium_mcore.checkpoint.choose import StartingPoint, choose
-from equilibrium_mcore.checkpoint.compatibility import check_resumable
 from equilibrium_mcore.checkpoint.sharded import load_checkpoint, load_weights
 from equilibrium_mcore.config import rules
 from equilibrium_mcore.config.errors import ConfigError
@@ -44,6 +43,7 @@ from equilibrium_mcore.processes.console import say
 from equilibrium_mcore.training.all_objectives import build_objective
 from equilibrium_mcore.training.anomalies import Watch
 from equilibrium_mcore.training.objective import Objective
+from equilibrium_mcore.training.ready import check_start
 from equilibrium_mcore.training.run_data import build_run_datasets, left_out_of, with_steps
 
 logger = logging.getLogger(__name__)
@@ -152,11 +152,15 @@ def setup(config: RunConfig, rank_info: RankInfo, *, datasets: Datasets | None =
         raise ConfigError(problems, source=f"run {config.name}")
     tell = say if rank_info.rank == 0 else lambda text: None
     config = with_steps(config, say=tell)
-    groups = process_groups.join(rank_info, config.parallelism, seed=config.training.seed)
+    groups = process_groups.join(
+        rank_info,
+        config.parallelism,
+        seed=config.training.seed,
+        graphs=bool(config.training.cuda_graphs),
+    )
     choice = choose(config)
-    if choice.checkpoint is not None:  # before data of another run is read
-        saved = choice.checkpoint
-        check_resumable(saved.config, config, checkpoint=str(saved.path))
+    # Before data of another run is read.
+    check_start(config, checkpoint=choice.checkpoint, weights=choice.weights)
     if datasets is None:
         datasets = build_run_datasets(config, choice.progress, say=tell)
     transformer, chunks = build_chunks(config, groups)
@@ -196,8 +200,25 @@ def run_alone(config: RunConfig, *, datasets: Datasets | None = None) -> Iterato
             yield run
         finally:
             run.stream.close()
+            _let_go(run.chunks)
     finally:
         process_groups.destroy()
+
+
+def _let_go(chunks: list[torch.nn.Module]) -> None:
+    """Let the memory of chunks be freed with the last reference to them.
+
+    megatron-core's DDP holds the nodes of autograd that add to its parameters' gradients, which
+    hold DDP through its hooks; so does the graph of the last tensors that its token dispatchers
+    keep. Such cycles lead through C++, where Python's collector does not see them.
+    """
+    for chunk in chunks:
+        getattr(chunk, "grad_accs", []).clear()
+        for part in chunk.modules():
+            kept = vars(getattr(part, "token_dispatcher", part))
+            for name, value in kept.items():
+                if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                    kept[name] = None
 
 
 def build_chunks(
@@ -208,12 +229,13 @@ def build_chunks(
     Those that are not `trainable` are bare, in eval mode, and have no gradients nor room for them.
     """
     on_gpu = accelerator.has_cuda()
-    layout = config.parallelism
-    transformer = build_transformer_config(config.model, layout, config.training, on_gpu=on_gpu)
+    layout, training = config.parallelism, config.training
+    if not trainable:  # megatron-core captures all graphs of a process once, after its first step
+        training = training.model_copy(update={"cuda_graphs": []})
+    transformer = build_transformer_config(config.model, layout, training, on_gpu=on_gpu)
+    frozen = frozen_names(config.model, training.frozen)
     if config.adapters is not None:
         transformer.moe_router_bias_update_rate = 0.0  # no gradient moves it, and it is the base's
-    frozen = frozen_names(config.model, config.training.frozen)
-    if config.adapters is not None:
         coverage(config.model, config.adapters)  # raises for targets that name nothing
         frozen = all_names(config.model)
     chunks = []
@@ -223,7 +245,7 @@ def build_chunks(
         module = build_model(
             config.model,
             layout,
-            config.training,
+            training,
             groups,
             on_gpu=on_gpu,
             virtual_stage=virtual_stage,
@@ -233,7 +255,7 @@ def build_chunks(
             module,
             frozen,
             model=config.model,
-            recomputes=config.training.recompute != "none",
+            recomputes=training.recompute != "none",
         )
         if config.adapters is not None and trainable:
             attach_adapters(
@@ -252,6 +274,7 @@ def build_chunks(
             # Of gradients as wide as float64, which only proofs have, nothing is cut off.
             grad_reduce_in_fp32=transformer.params_dtype != torch.float64,
             overlap_grad_reduce=layout.overlap_grad_reduce,
+            bucket_size=layout.gradient_bucket_size,
             use_distributed_optimizer=False,
         )
         wrapped = DistributedDataParallel(transformer, reduction, module, pg_collection=groups)

@@ -127,6 +127,22 @@ CASES = {
     "recompute_global": Case("tp=2,dp=2", (*ONE_BATCH, "training.recompute=full")),
     "adapters": Case("tp=2,cp=2,pp=2", ("adapters={rank: 4}", BALANCED)),
     "adapters_of_experts": Case("ep=2,dp=2", ("adapters={rank: 2, experts: true}",)),
+    # ------------------------------------------------- faster kernels, and overlapped sums
+    "fused_swiglu": Case("tp=2,ep=2", ("training.fused.activation=true", BALANCED)),
+    "overlapped_gradients": Case(
+        "ep=2,dp=2,pp=2", ("parallelism.overlap_grad_reduce=true", BALANCED)
+    ),
+    "overlapped_shared_experts": Case(
+        "tp=2,ep=2,dp=2",
+        ("parallelism.overlap_shared_experts=true", "training.fused.activation=true")
+        + ("parallelism.overlap_grad_reduce=true",),
+    ),
+    "a_gpus_settings": Case(  # the twin leaves out what only a GPU has
+        "cp=2,ep=2",
+        ("parallelism.moe_dispatcher=deepep", "parallelism.context=2", "parallelism.expert=2")
+        + ("parallelism.context_exchange=all_gather", "training.cuda_graphs=[mamba]")
+        + ("training.fused={permutation: true, router: true, weight_gradients: true}",),
+    ),
     # ---------------------------------------------------------------------- the optimizers
     "whole_optimizer_everywhere": Case("tp=2,dp=2", ("parallelism.distributed_optimizer=false",)),
     "adamw": Case("tp=2,dp=2", ("optimizer.matrices=adamw", "optimizer.clip_gradient_norm=0")),

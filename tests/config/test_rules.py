@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from equilibrium_mcore.config.errors import ConfigError
@@ -18,6 +20,7 @@ GPU = Host(
 )
 BLACKWELL = Host(True, True, True, "B200", (10, 0))
 CPU = Host()
+EP_GPU = replace(GPU, has_deep_ep=True)
 # The pattern without MLA, so that GQA can stand in.
 GQA = {"model.layer_pattern": "ME|*E", "model.attention": TINY_ATTENTION}
 DENSE = {"model.layer_pattern": "M-|+-", "model.mlp": {"ffn_hidden_size": 256}}
@@ -42,6 +45,24 @@ CASES = [
         {"training.steps": None},
         ["training.steps: missing", "training.epochs"],
         {"training.steps": None, "training.epochs": 2.0},
+    ),
+    (
+        "layers_can_be_built",
+        {"model.layer_pattern": "M" * 10_001},
+        ["model.layer_pattern", "10,001 letters", "at most 10,000"],
+        {"model.layer_pattern": "M" * 10_000},
+    ),
+    (
+        "the_host_can_hold_it",
+        {"model.hidden_size": 2**30, "host": Host(memory_gib=64.0)},
+        ["weights", "GiB with their gradients", "this host has 64 GiB"],
+        {"model.hidden_size": 2**30, "host": GPU},
+    ),
+    (
+        "the_host_can_hold_it",
+        {"training.sequence_length": 2**30, "host": Host(memory_gib=64.0)},
+        ["sequence_length=1073741824", "logits", "64 GiB"],
+        {"host": Host(memory_gib=64.0)},
     ),
     (
         "a_stage_has_its_data",
@@ -483,6 +504,25 @@ CASES = [
         },
     ),
     (
+        "delayed_scaling_is_not_resumed",
+        {"training": {"precision": "fp8", "fp8_recipe": "delayed"}},
+        ["'delayed'", "checkpoint.resume='auto'", "tensorwise or blockwise"],
+        {"training": {"precision": "fp8", "fp8_recipe": "delayed"}, "checkpoint.resume": "never"},
+    ),
+    (
+        "delayed_scaling_is_not_resumed",
+        {
+            "training": {
+                "precision": "fp8",
+                "fp8_recipe": "delayed",
+                "anomalies": {"policy": "rollback"},
+            },
+            "checkpoint.resume": "never",
+        },
+        ["'delayed'", "policy='rollback'"],
+        {"training": {"precision": "fp8", "anomalies": {"policy": "rollback"}}},
+    ),
+    (
         "host_can_do_it",
         {
             "training": {"recompute": "selective", "recompute_modules": ["moe_act"]},
@@ -565,10 +605,133 @@ CASES = [
         {"training.backend": "transformer_engine", "host": GPU},
     ),
     (
-        "overlap_needs_a_gpu",
-        {"parallelism.overlap_grad_reduce": True, "host": CPU},
-        ["overlap_grad_reduce"],
-        {"parallelism.overlap_grad_reduce": True, "host": GPU},
+        "fused_activation_is_swiglu",
+        {"training.fused.activation": True, "model.moe.activation": "relu2"},
+        ["fused.activation=true", "model.moe.activation='relu2'", "swiglu"],
+        {"training.fused.activation": True},
+    ),
+    (
+        "fused_activation_is_swiglu",
+        {"training.fused.activation": True, "model.layer_pattern": "M|+"},
+        ["fused.activation=true", "no MLP or MoE layer"],
+        {"training.fused.activation": True},
+    ),
+    (
+        "fused_cross_entropy_is_half_precision",
+        {"training": {"fused": {"cross_entropy": True}, "precision": "fp32"}},
+        ["fused.cross_entropy=true", "'fp32'", "bf16 or fp8"],
+        {"training": {"fused": {"cross_entropy": True}, "precision": "bf16"}},
+    ),
+    (
+        "fused_experts_need_experts",
+        {**DENSE, "training.fused.router": True},
+        ["fused.router=true", "no MoE layer"],
+        {"training.fused": {"router": True, "permutation": True}, "host": GPU},
+    ),
+    (
+        "engines_kernels_need_the_engine",
+        {"training.fused.permutation": True, "host": CPU},
+        ["fused.permutation=true", "Transformer Engine on a GPU", "lacks a CUDA GPU"],
+        {"training.fused.permutation": True, "host": GPU},
+    ),
+    (
+        "engines_kernels_need_the_engine",
+        {"training.fused.weight_gradients": True, "training.backend": "torch"},
+        ["fused.weight_gradients=true", "backend='torch'"],
+        {"training.fused.weight_gradients": True},
+    ),
+    (
+        "engines_kernels_need_the_engine",
+        {"training.cuda_graphs": ["mamba"], "host": replace(GPU, has_transformer_engine=False)},
+        ["cuda_graphs=['mamba']", "lacks Transformer Engine"],
+        {"training.cuda_graphs": ["mamba", "attn", "moe_router"], "host": GPU},
+    ),
+    (
+        "graphs_have_their_layers",
+        {"training.cuda_graphs": ["mlp"]},
+        ["'mlp'", "mamba, attn, moe_router"],
+        {**DENSE, "training.cuda_graphs": ["mlp", "attn"]},
+    ),
+    (
+        "graphs_have_their_layers",
+        {"training": {"cuda_graphs": ["mamba"], "recompute": "full"}},
+        ["cuda_graphs=['mamba']", "recompute='full'"],
+        {"training": {"cuda_graphs": ["mamba"], "recompute": "selective"}},
+    ),
+    (
+        "graphs_have_their_layers",
+        {"training.cuda_graphs": ["mamba"], "data.packing": "documents"},
+        ["cuda_graphs=['mamba']", "packed documents"],
+        {"data.packing": "documents"},
+    ),
+    (
+        "shared_experts_can_overlap",
+        {"parallelism.overlap_shared_experts": True, "model.moe.shared_ffn_hidden_size": 0},
+        ["overlap_shared_experts=true", "no shared experts"],
+        {"parallelism.overlap_shared_experts": True},
+    ),
+    (
+        "shared_experts_can_overlap",
+        {"parallelism": {"overlap_shared_experts": True, "moe_dispatcher": "allgather"}},
+        ["overlap_shared_experts=true", "'allgather'"],
+        {"parallelism": {"overlap_shared_experts": True, "moe_dispatcher": "alltoall"}},
+    ),
+    (
+        "flex_dispatchers_have_ranks_and_libraries",
+        {"parallelism.moe_dispatcher": "deepep", "host": EP_GPU},
+        ["'deepep'", "parallelism.expert=1"],
+        {"parallelism": {"moe_dispatcher": "deepep", "expert": 2}, "host": EP_GPU},
+    ),
+    (
+        "flex_dispatchers_have_ranks_and_libraries",
+        {"parallelism": {"moe_dispatcher": "hybridep", "expert": 2}, "host": EP_GPU},
+        ["'hybridep'", "needs HybridEP"],
+        {
+            "parallelism": {"moe_dispatcher": "hybridep", "expert": 2},
+            "host": replace(EP_GPU, has_hybrid_ep=True),
+        },
+    ),
+    (
+        "flex_dispatchers_have_ranks_and_libraries",
+        {
+            "parallelism": {"moe_dispatcher": "deepep", "expert": 2},
+            "training.backend": "torch",
+        },
+        ["'deepep'", "backend='torch'"],
+        {"parallelism": {"moe_dispatcher": "alltoall", "expert": 2}, "training.backend": "torch"},
+    ),
+    (
+        "context_exchange_suits_the_heads",
+        {"parallelism.context_exchange": "a2a"},
+        ["context_exchange='a2a'", "parallelism.context=1"],
+        {"parallelism": {"context_exchange": "a2a", "context": 2}},
+    ),
+    (
+        "context_exchange_suits_the_heads",
+        {"parallelism": {"context_exchange": "p2p", "context": 2}, "host": CPU},
+        ["context_exchange='p2p'", "lacks a CUDA GPU", "a2a or null"],
+        {"parallelism": {"context_exchange": "p2p", "context": 2}, "host": GPU},
+    ),
+    (
+        "context_exchange_suits_the_heads",
+        {
+            **GQA,
+            "model.attention": {**TINY_ATTENTION, "num_query_groups": 2},
+            "parallelism": {"context_exchange": "a2a", "context": 4},
+        },
+        ["context_exchange='a2a'", "num_query_groups=2", "another exchange"],
+        {
+            **GQA,
+            "model.attention": {**TINY_ATTENTION, "num_query_groups": 2},
+            "parallelism": {"context_exchange": "a2a", "context": 4},
+            "training.backend": "torch",
+        },
+    ),
+    (
+        "buckets_are_for_overlap",
+        {"parallelism.gradient_bucket_size": 1000},
+        ["gradient_bucket_size=1000", "overlap_grad_reduce: true"],
+        {"parallelism": {"gradient_bucket_size": 1000, "overlap_grad_reduce": True}, "host": CPU},
     ),
 ]
 

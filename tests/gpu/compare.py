@@ -9,7 +9,7 @@ from torch import Tensor
 
 from equilibrium_mcore.certify.kernels import relative_error, weights
 from equilibrium_mcore.config.schema import ModelConfig, ParallelismConfig, TrainingConfig
-from equilibrium_mcore.models.specs import TORCH, Backend
+from equilibrium_mcore.models.specs import Backend
 from equilibrium_mcore.models.transformer_config import build_transformer_config
 from equilibrium_mcore.parallel import accelerator
 
@@ -22,14 +22,13 @@ def fast_backend() -> Backend:
 
 
 def transformer_config(model: ModelConfig, precision: str, backend: Backend):
-    """megatron-core's config of one rank, as `models.provider` completes it."""
-    training = TrainingConfig(sequence_length=64, global_batch_size=1, steps=1, precision=precision)
-    config = build_transformer_config(
+    """megatron-core's config of one rank, for modules of `backend`."""
+    training = TrainingConfig(
+        sequence_length=64, global_batch_size=1, steps=1, precision=precision, backend=backend.name
+    )
+    return build_transformer_config(
         model, ParallelismConfig(), training, on_gpu=accelerator.has_cuda()
     )
-    config.transformer_impl = "local" if backend is TORCH else "transformer_engine"
-    config.moe_grouped_gemm = backend.grouped_experts
-    return config
 
 
 def assert_equal_function(

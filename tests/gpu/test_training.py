@@ -45,7 +45,7 @@ class Counting(Samples):
 
 
 def run_config(output: Path, **changes: Any):
-    """A run of the tiny model; `changes` go to its training and checkpoint sections."""
+    """A run of the tiny model; `changes` go to sections of it: training, checkpoint, ..."""
     training = {
         "sequence_length": SEQUENCE,
         "micro_batch_size": 4,
@@ -71,6 +71,7 @@ def run_config(output: Path, **changes: Any):
                 "schedule": {"kind": "constant", "warmup_steps": 3},
             },
             "checkpoint": changes.get("checkpoint", {}),
+            "parallelism": changes.get("parallelism", {}),
         }
     )
 
@@ -120,7 +121,7 @@ def test_curve_follows_float32(precision, recipe, reference, rehearsal, tmp_path
     config = run_config(
         tmp_path / "run",
         training={"precision": precision, "fp8_recipe": recipe},
-        checkpoint={"initial_weights": str(reference["start"])},
+        checkpoint={"initial_weights": str(reference["start"]), "resume": "never"},
     )
     problems = rules.check(config, world_size=1, host=describe_host())
     if problems:

@@ -62,7 +62,7 @@ def test_a_document_that_does_not_divide_is_refused():
 
 @pytest.mark.parametrize("lengths", [None, [8, 16]], ids=["plain", "packed"])
 def test_gathered_tokens_go_into_text_order_and_back(lengths):
-    packed = packed_documents(torch.tensor(lengths)) if lengths else None
+    packed = packed_documents(torch.tensor(lengths), cp_size=2) if lengths else None
     whole = torch.tensor(lengths or [24])
     held = torch.cat([rank_tokens(whole, cp_size=2, cp_rank=rank) for rank in range(2)])
     text = to_text_order(held.unsqueeze(1), 2, packed)

@@ -113,6 +113,31 @@ def test_gqa_model_has_the_curve_of_one_rank(ranks, gqa, name):
     assert_same_curve(gqa.train(ranks, world_size, parallelism), gqa.curve)
 
 
+OVERLAP = {"overlap_grad_reduce": True, "gradient_bucket_size": 2000}
+# Two data ranks: sums of two numbers do not depend on where a bucket begins.
+OVERLAPPED = {
+    "ep2": (2, {"expert": 2}),
+    "pp2_vpp2_dp2": (4, {"pipeline": 2, "virtual_pipeline": 2}),
+}
+
+
+@pytest.mark.parametrize("name", OVERLAPPED)
+def test_gradients_reduced_during_backward_are_the_same(ranks, hybrid, name):
+    """Over several micro-batches, in buckets of a layer or two: equal to the bit."""
+    world_size, parallelism = OVERLAPPED[name]
+    after, during = (
+        hybrid.train(ranks, world_size, {**parallelism, **more}) for more in ({}, OVERLAP)
+    )
+    assert during == after
+    assert_same_curve(during, hybrid.curve)
+
+
+def test_shared_experts_beside_the_exchange_of_tokens_are_the_same(ranks, hybrid):
+    layout = {"tensor": 2, "sequence": True, "expert": 2, "overlap_shared_experts": True}
+    fused = {"fused": {"activation": True}}
+    assert_same_curve(hybrid.train(ranks, 2, layout, training=fused), hybrid.curve)
+
+
 PACKED = {"packing": "documents", "document_multiple": 4}
 PACKED_LAYOUTS = {name: LAYOUTS[name] for name in ("cp2", "tp2_cp2_pp2_ep2")}
 

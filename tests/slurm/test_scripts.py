@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SRUN = """\
 #!/usr/bin/env bash
 printf '%s\\n' "$@" > "$NOTES/srun"
+env > "$NOTES/environment"
 for word in "$@"; do
   case "$word" in output_directory=*) folder="${word#*=}" ;; esac
 done
@@ -70,6 +71,23 @@ def test_a_run_of_any_stage_is_started(job, tmp_path, script):
         *("training.epochs=3", f"output_directory={out}"),
     ]
     assert done.stdout.splitlines()[-1] == "job 7: done"
+
+
+def test_ranks_get_an_environment_for_gpus(job, tmp_path):
+    """The allocator, and Triton's cache on the node's own disk; a user's own values stay."""
+    out = f"output_directory={tmp_path / 'out'}"
+    assert job("pretrain_3b.sh", out).returncode == 0
+    found = dict(line.split("=", 1) for line in environment_of(tmp_path) if "=" in line)
+    assert found["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert found["TRITON_CACHE_DIR"] == f"/tmp/triton_cache_{os.getuid()}_7"
+    assert found["TRITON_CACHE_AUTOTUNING"] == "1"
+    mine = {"TRITON_CACHE_DIR": "/local/mine", "PYTORCH_ALLOC_CONF": "backend:native"}
+    assert job("pretrain_3b.sh", out, **mine).returncode == 0
+    assert {f"{name}={value}" for name, value in mine.items()} <= set(environment_of(tmp_path))
+
+
+def environment_of(tmp_path: Path) -> list[str]:
+    return (tmp_path / "environment").read_text().splitlines()
 
 
 def test_the_3b_has_its_defaults(job, tmp_path):

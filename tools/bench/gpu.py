@@ -3,6 +3,9 @@
 Prints a Markdown table for docs/reference/performance.md: matrix and copy roofs, and tokens/s,
 model TFLOP/s, share of the roof and peak memory of real training steps.
 
+`expert_rank` trains the model with the experts of one of 8 expert-parallel ranks, plain and with
+fused kernels; `blocks` its last third; `details` profiles that third, and times single kernels.
+
 Example:
     python tools/bench/gpu.py --part bf16 --steps 8 --json bf16.json
 """
@@ -14,10 +17,12 @@ import json
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 # Long and short tensors alternate over a step; segments that can grow keep memory from splintering.
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -26,7 +31,7 @@ from equilibrium_mcore.files.paths import report_path
 from equilibrium_mcore.files.whole import write_whole
 from equilibrium_mcore.parallel import accelerator
 
-PARTS = {"roofs": (), "bf16": ("bf16",), "fp8": ("fp8",), "all": ("bf16", "fp8")}
+PARTS = ("roofs", "bf16", "fp8", "expert_rank", "blocks", "all", "details")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +53,8 @@ def run(options: argparse.Namespace) -> int:
             "this host has no CUDA device: --rehearse runs every part at a tiny size"
         )
     from tools.bench.measure.gpu import REHEARSAL, BenchmarkSettings, run_benchmark
+    from tools.bench.measure.gpu_cases import PARTS as CASES
+    from tools.bench.measure.gpu_details import details_table, measure_details
     from tools.bench.measure.gpu_report import markdown
 
     chosen = {
@@ -56,11 +63,21 @@ def run(options: argparse.Namespace) -> int:
         if (value := getattr(options, name)) is not None
     }
     plan = replace(REHEARSAL if options.rehearse else BenchmarkSettings(), **chosen)
-    report = run_benchmark(plan, precisions=PARTS[options.part])
+    if options.part == "details":
+        details = measure_details(plan, done=partial(_write, options.json))
+        print(details_table(details))
+        return 1 if any("not run" in row for row in details.values()) else 0
+    report = run_benchmark(
+        plan, cases=CASES[options.part], done=lambda r: _write(options.json, r.as_dict())
+    )
     print(markdown(report))
-    if options.json:
-        write_whole(options.json, json.dumps(report.as_dict(), indent=2) + "\n")
     return 1 if report.not_run and not options.rehearse else 0
+
+
+def _write(path: Path | None, values: dict[str, Any]) -> None:
+    """Keep what is known so far: a limit of time may end the rest."""
+    if path:
+        write_whole(path, json.dumps(values, indent=2) + "\n")
 
 
 if __name__ == "__main__":

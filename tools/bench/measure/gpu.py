@@ -12,7 +12,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,9 @@ from equilibrium_mcore.parallel import accelerator
 from equilibrium_mcore.parallel.host import describe_host
 from equilibrium_mcore.training.setup import Run, run_alone
 from equilibrium_mcore.training.step import train_step
+from tools.bench.measure.gpu_cases import Case, last_blocks
 from tools.bench.measure.gpu_report import Report, Roofs, TrainingFigures, versions
+from tools.bench.measure.out_of_memory import is_out_of_memory
 
 GIB = 2**30
 # What the estimate of memory may fill, of what is free: it is rough, and the allocator needs room.
@@ -66,18 +68,28 @@ REHEARSAL = BenchmarkSettings(
 )
 
 
-def run_benchmark(plan: BenchmarkSettings, *, precisions: tuple[str, ...]) -> Report:
-    """Measure the roofs, then train in each of `precisions` ("bf16", "fp8").
+def run_benchmark(
+    plan: BenchmarkSettings,
+    *,
+    cases: tuple[Case, ...],
+    done: Callable[[Report], None] = lambda report: None,
+) -> Report:
+    """Measure the roofs, then train each case.
 
-    A precision that this host lacks, or that fails, is named in `not_run` with the reason.
+    What this host lacks, or what fails, is named in `not_run` with the reason. `done` is called
+    with what is known after each, so that a limit of time costs no figure.
     """
     report = Report(describe_host().device_name, versions(), measure_roofs())
-    for precision in precisions:
+    release()  # what the roofs held, before a size is chosen
+    done(report)
+    for case in cases:
         try:
-            report.training.append(train(plan, precision, report.roofs))
-        except Exception as error:  # one part's failure must not cost the others' figures
-            report.not_run[precision] = f"{type(error).__name__}: {error}"
-        _release()
+            with case.variables():
+                report.training.append(train(plan, case, report.roofs))
+        except Exception as error:  # one case's failure must not cost the others' figures
+            report.not_run[case.name] = f"{type(error).__name__}: {error}"
+        release()
+        done(report)
     return report
 
 
@@ -95,7 +107,7 @@ def measure_roofs() -> Roofs:
     elements = GIB if on_gpu else 2**20
     source = torch.randint(0, 127, (elements,), dtype=torch.int8, device=accelerator.device())
     target = torch.empty_like(source)
-    seconds = _median_seconds(lambda: target.copy_(source))
+    seconds = median_seconds(lambda: target.copy_(source))
     return Roofs(bf16, fp8, copy_gb_per_second=2 * elements / seconds / 1e9)
 
 
@@ -114,10 +126,10 @@ def _product_tflops(size: int, dtype: torch.dtype) -> float:
         def product() -> torch.Tensor:
             return left @ right
 
-    return 2 * size**3 / _median_seconds(product) / 1e12
+    return 2 * size**3 / median_seconds(product) / 1e12
 
 
-def _median_seconds(work: Callable[[], object], *, warmup: int = 5, repeats: int = 20) -> float:
+def median_seconds(work: Callable[[], object], *, warmup: int = 5, repeats: int = 20) -> float:
     """Median time of one call: by CUDA events on a GPU, by the clock on a CPU."""
     for _ in range(warmup):
         work()
@@ -159,40 +171,35 @@ class UniformTokens(Samples):
         }
 
 
-def train(plan: BenchmarkSettings, precision: str, roofs: Roofs) -> TrainingFigures:
-    """Train the largest cut of the model that fits. Raises ValueError where nothing fits."""
-    model = load_model(plan.model)
-    blocks = model.layer_pattern.split(CUT)
+def train(plan: BenchmarkSettings, case: Case, roofs: Roofs) -> TrainingFigures:
+    """Train the largest cut of the case's model that fits. Raises ValueError where nothing fits."""
+    model = case.model(load_model(plan.model))
+    blocks = model.layer_pattern.count(CUT) + 1
     estimates = []
-    for kept, micro_batch in candidates(len(blocks), plan.sequences_per_step):
-        cut = model.model_copy(update={"layer_pattern": CUT.join(blocks[-kept:])})
+    for kept, micro_batch in case.sizes(blocks, plan.sequences_per_step):
+        cut = last_blocks(model, kept)
         tokens = micro_batch * plan.sequence_length
-        needed = memory_estimate_gib(cut, precision=precision, micro_batch_tokens=tokens)
+        needed = memory_estimate_gib(cut, precision=case.precision, micro_batch_tokens=tokens)
         estimates.append(f"{kept} blocks at micro batch {micro_batch}: {needed:.0f} GiB")
         if needed > MEMORY_SHARE * _free_memory_gib():
             continue
-        config = run_config(cut, plan, precision=precision, micro_batch_size=micro_batch)
+        config = run_config(cut, plan, case, micro_batch_size=micro_batch)
         try:
-            return _train_once(
-                config, plan, roofs, blocks=f"{kept} of {len(blocks)}", estimated_gib=needed
-            )
-        except torch.OutOfMemoryError:
-            pass  # the estimate was too low: continue with the next smaller one
-        _release()
+            figures = _train_once(config, plan, roofs)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            release()  # the estimate was too low: the next smaller one
+            continue
+        share = f"{kept} of {blocks}"
+        return replace(figures, case=case.name, blocks=share, estimated_memory_gib=needed)
     raise ValueError(
         f"{model.name} does not fit in {_free_memory_gib():.0f} GiB: {'; '.join(estimates)}"
     )
 
 
-def candidates(blocks: int, sequences_per_step: int) -> list[tuple[int, int]]:
-    """(blocks kept, micro batch), best first: a smaller micro batch before a smaller model."""
-    micro_batches = [size for size in (4, 2, 1) if sequences_per_step % size == 0]
-    whole = [(blocks, size) for size in micro_batches]
-    return whole + [(kept, 1) for kept in (blocks * 2 // 3, blocks // 3) if kept]
-
-
 def run_config(
-    model: ModelConfig, plan: BenchmarkSettings, *, precision: str, micro_batch_size: int
+    model: ModelConfig, plan: BenchmarkSettings, case: Case, *, micro_batch_size: int
 ) -> RunConfig:
     """The run of one measurement. Raises ValueError where this host cannot do it."""
     no_file = "made_up_tokens"
@@ -211,8 +218,9 @@ def run_config(
                 "micro_batch_size": micro_batch_size,
                 "global_batch_size": plan.sequences_per_step,
                 "steps": plan.warmup_steps + plan.steps,
-                "precision": precision,
+                **case.run_training(),
             },
+            "parallelism": case.parallelism,
             "optimizer": {"muon": {"matmul_precision": "medium", "extra_scale": 0.2}},
             "checkpoint": {"resume": "never"},
         }
@@ -223,9 +231,7 @@ def run_config(
     return config
 
 
-def _train_once(
-    config: RunConfig, plan: BenchmarkSettings, roofs: Roofs, *, blocks: str, estimated_gib: float
-) -> TrainingFigures:
+def _train_once(config: RunConfig, plan: BenchmarkSettings, roofs: Roofs) -> TrainingFigures:
     torch.cuda.reset_peak_memory_stats()
     training = config.training
     tokens_per_step = plan.sequences_per_step * plan.sequence_length
@@ -257,7 +263,6 @@ def _train_once(
     return TrainingFigures(
         precision=training.precision,
         model=config.model.name,
-        blocks=blocks,
         micro_batch_size=training.micro_batch_size,
         sequence_length=training.sequence_length,
         sequences_per_step=plan.sequences_per_step,
@@ -269,7 +274,6 @@ def _train_once(
         optimizer_share=statistics.median(optimizer) / step_seconds,
         muon_share=statistics.median(muon) / step_seconds,
         peak_memory_gib=accelerator.memory_gib(),
-        estimated_memory_gib=estimated_gib,
         first_loss=losses[0],
         last_loss=losses[-1],
     )
@@ -367,9 +371,11 @@ def _free_memory_gib() -> float:
     return torch.cuda.mem_get_info()[0] / GIB
 
 
-def _release() -> None:
-    """Give back what a finished or failed run held."""
+def release() -> None:
+    """Give back what finished or failed work held: cycles, cuBLAS's room, the allocator's cache."""
     gc.collect()
+    if accelerator.has_cuda():
+        torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
 
 

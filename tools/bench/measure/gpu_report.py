@@ -12,6 +12,7 @@ from equilibrium_mcore.files.tables import markdown_table
 
 PACKAGES = ("megatron-core", "transformer-engine", "mamba-ssm", "causal-conv1d", "triton")
 TRAINING_COLUMNS = (
+    "case",
     "precision",
     "model, blocks",
     "sequence",
@@ -42,7 +43,6 @@ class TrainingFigures:
 
     precision: str
     model: str
-    blocks: str  # kept of all, e.g. "24 of 24"
     micro_batch_size: int
     sequence_length: int
     sequences_per_step: int
@@ -54,9 +54,11 @@ class TrainingFigures:
     optimizer_share: float  # of the time of a step
     muon_share: float  # of the time of a step: momentum and Newton-Schulz
     peak_memory_gib: float
-    estimated_memory_gib: float
     first_loss: float
     last_loss: float
+    case: str = ""
+    blocks: str = ""  # kept of all, e.g. "24 of 24"
+    estimated_memory_gib: float = 0.0
 
 
 @dataclass
@@ -109,12 +111,13 @@ def markdown(report: Report) -> str:
     if not report.training and not report.not_run:
         return "\n".join(lines)
     rows = [_row(figures) for figures in report.training]
-    rows += [[part, f"not run: {why}", *"-" * 10] for part, why in report.not_run.items()]
-    return "\n".join([*lines, "", markdown_table(TRAINING_COLUMNS, rows, align="llrrrrrrrrrl")])
+    rows += [[case, "", f"not run: {why}", *"-" * 10] for case, why in report.not_run.items()]
+    return "\n".join([*lines, "", markdown_table(TRAINING_COLUMNS, rows, align="lllrrrrrrrrrl")])
 
 
 def _row(f: TrainingFigures) -> list[str]:
     return [
+        f.case,
         f.precision,
         f"{f.model}, {f.blocks}",
         str(f.sequence_length),

@@ -95,6 +95,7 @@ def propose(rng: random.Random) -> tuple[dict[str, Any], str]:
         layout = {name: size for name, size in layout.items() if name not in ("ep", "etp")}
     _tie_together(values, rng, layout)
     values["optimizer"]["overrides"] = _overrides(rng, values)
+    _faster(values, rng)
     text = ",".join(f"{name}={size}" for name, size in layout.items()) or "dp=2"
     values["parallelism"].update(own_layout(text, values["parallelism"]))
     return values, text
@@ -190,6 +191,19 @@ def _recomputed(values: dict[str, Any]) -> None:
     wanted = training["recompute_modules"]
     fits = [m for m in wanted if KIND_RECOMPUTING.get(m) in (None, *kinds)]
     training["recompute_modules"] = fits or ["core_attn"]
+
+
+def _faster(values: dict[str, Any], rng: random.Random) -> None:
+    """Fused SwiGLU and what overlaps, each in half of the runs, mostly where the model has it."""
+    model, parallelism = values["model"], values["parallelism"]
+    kinds = count_kinds(model["layer_pattern"])
+    mixers = {model[kind]["activation"] for kind in ("mlp", "moe") if kind in kinds}
+    shared = "moe" in kinds and model["moe"]["shared_ffn_hidden_size"] > 0
+    can_overlap = shared and parallelism["moe_dispatcher"] == "alltoall"
+    fused, overlapped, reduced = (rng.choice((False, True)) for _ in range(3))
+    values["training"]["fused"]["activation"] = fused and (mixers == {"swiglu"} or not _heeds(rng))
+    parallelism["overlap_shared_experts"] = overlapped and (can_overlap or not _heeds(rng))
+    parallelism["overlap_grad_reduce"] = reduced
 
 
 def _overrides(rng: random.Random, values: dict[str, Any]) -> list[dict[str, Any]]:

@@ -37,6 +37,5 @@ def random_layout(rng: random.Random) -> dict[str, int]:
 
 def own_layout(text: str, parallelism: dict[str, Any]) -> dict[str, Any]:
     """The layout as the run's own, so that the rules see it with the run's sizes too."""
-    kept = {name: parallelism[name] for name in ("moe_dispatcher", "distributed_optimizer")}
-    layout = parse_layout(text, base=ParallelismConfig(**kept))
+    layout = parse_layout(text, base=ParallelismConfig(**parallelism))
     return {**ParallelismConfig().model_dump(), **layout.settings, "world_size": layout.world_size}

@@ -134,6 +134,9 @@ SPECIAL = (
     "parallelism.expert_tensor",
     "parallelism.context",
     "parallelism.world_size",
+    "parallelism.overlap_grad_reduce",
+    "parallelism.overlap_shared_experts",
+    "training.fused.activation",
     "optimizer.overrides.pattern",
     "optimizer.overrides.optimizer",
     "optimizer.overrides.learning_rate",
@@ -144,6 +147,7 @@ SPECIAL = (
 _NAME = "a name or a path: no number depends on it"
 _TOKENS = "certificates train on made-up tokens"
 _PRECISION = "the twin trains in a precision of its own"
+_ENGINE = "Transformer Engine's, which needs a GPU: tests/gpu/test_fused.py"
 _WHEN = "says when something happens, not what is learned in a step"
 EXEMPT: dict[str, str] = {
     "name": _NAME,
@@ -167,7 +171,13 @@ EXEMPT: dict[str, str] = {
     "data.train_samples": _TOKENS,
     "data.cache_directory": _TOKENS,
     "data.num_workers": _TOKENS,
-    "parallelism.overlap_grad_reduce": "needs a GPU",
+    "parallelism.gradient_bucket_size": "a twin's is small enough for several buckets",
+    "parallelism.context_exchange": _ENGINE,
+    "training.fused.cross_entropy": "of bf16: tests/models/test_fused.py",
+    "training.fused.permutation": _ENGINE,
+    "training.fused.router": _ENGINE,
+    "training.fused.weight_gradients": _ENGINE,
+    "training.cuda_graphs": _ENGINE,
     "parallelism.timeout_minutes": _WHEN,
     "training.stop_after_steps": _WHEN,
     "training.epochs": _WHEN,

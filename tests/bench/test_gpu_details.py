@@ -1,0 +1,31 @@
+"""How long a device was busy, and what is said of what could not be measured."""
+
+from __future__ import annotations
+
+from equilibrium_mcore.parallel import accelerator
+
+accelerator.install()
+
+from tools.bench.measure import gpu_details  # noqa: E402
+from tools.bench.measure.gpu import REHEARSAL  # noqa: E402
+from tools.bench.measure.gpu_details import busy, details_table, measure_details  # noqa: E402
+
+
+def test_kernels_that_overlap_count_once():
+    assert busy([]) == 0
+    assert busy([(5, 6), (0, 2), (1, 3)]) == 4
+    assert busy([(0, 10), (2, 3), (4, 5)]) == 10
+
+
+def test_what_fails_is_named_and_the_rest_measured(monkeypatch):
+    def fails(*arguments, **named):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(gpu_details, "_profile", fails)
+    monkeypatch.setattr(gpu_details, "_mamba_layer", fails)
+    told = []
+    found = measure_details(REHEARSAL, done=lambda values: told.append(len(values)))
+    assert told == [1, 2, 3, 4]
+    assert found["profile"] == {"not run": "RuntimeError: no such kernel"}
+    assert all(value > 0 for value in found["Newton-Schulz"].values())
+    assert "no such kernel" in details_table(found)
