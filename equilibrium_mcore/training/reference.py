@@ -40,7 +40,7 @@ class Reference:
             with adapters_off(run.chunks):
                 found = log_probabilities(run, batches, padded_vocabulary=True)
         for batch, values in zip(batches, found, strict=True):
-            batch[REFERENCE] = values
+            batch[REFERENCE] = values.cpu()  # cut and sent with the others
 
 
 @contextmanager
