@@ -16,13 +16,14 @@ import psutil
 
 from equilibrium_mcore.config.load import save_config
 from equilibrium_mcore.training.metrics import METRICS_FILE, read_metrics
+from tests.faults.nursery import Born, Command, Nursery
 from tests.support.runs import MODEL, make_data, tiny_run
 
 ROOT = Path(__file__).parents[2]
-STEPS, SAVE_EVERY, BATCH = 12, 3, 2
+STEPS, SAVE_EVERY, BATCH = 14, 2, 2
 TRAIN = ("-m", "equilibrium_mcore.pretrain")
 PATIENCE_SECONDS = 300  # only a hang takes so long, on however slow a machine
-SMALL = {**MODEL, "layer_pattern": "ME|+E", "hidden_size": 32}
+SMALL = {**MODEL, "layer_pattern": "+E", "hidden_size": 32}
 
 
 class BrokenPromiseError(AssertionError):
@@ -39,7 +40,7 @@ def expect(holds: bool, promise: str, evidence: object = "") -> None:
 class Job:
     """A started run: its process, and what it prints."""
 
-    process: subprocess.Popen
+    process: subprocess.Popen | Born
     output: Path
 
     def text(self) -> str:
@@ -72,8 +73,12 @@ class Bench:
         (folder / "data").mkdir(parents=True)
         self.temporary = folder / "temporary"  # the runs' own, so that what they leave is seen
         self.temporary.mkdir()
-        self._data = make_data(folder / "data")
+        self.data = make_data(folder / "data")
         self._jobs = 0
+        began = time.monotonic()
+        self._nursery = Nursery()
+        self.import_seconds = time.monotonic() - began  # what a fresh start takes beside
+        self.references: dict[str, Any] = {}  # what scenarios compare with, made once
         say("a run to which nothing happens")
         reference = self.new_run("reference")
         began, job = time.monotonic(), self.start(reference)
@@ -82,6 +87,12 @@ class Bench:
         expect(job.wait() == 0, "a run to which nothing happens ends with 0", job.text())
         self.curve = curve(reference)
         expect(list(self.curve) == list(range(1, STEPS + 1)), "every step is logged", self.curve)
+
+    def reference[T](self, name: str, make: Callable[[], T]) -> T:
+        """What `make` returned at its first call: something undisturbed to compare with."""
+        if name not in self.references:
+            self.references[name] = make()
+        return self.references[name]
 
     def curve_without(self, first: int, count: int) -> dict[int, float]:
         """The curve of a run that is told from the start to leave samples out."""
@@ -96,21 +107,31 @@ class Bench:
         """The output directory of a new run, with its config beside it."""
         output = self.folder / name
         config = tiny_run(
-            self._data,
+            self.data,
             output,
             model=SMALL,
             parallelism={"world_size": 2, "tensor": 2, "sequence": True, "expert": 2},
-            training={"steps": STEPS, "global_batch_size": BATCH},
+            training={"steps": STEPS, "global_batch_size": BATCH, "sequence_length": 32},
             checkpoint={"save_interval_steps": SAVE_EVERY, "keep_last": 3},
             **changes,
         )
         save_config(config, output.with_suffix(".yaml"))
         return output
 
-    def start(self, output: Path, *overrides: str, program: Sequence[str] = TRAIN) -> Job:
-        """Start the run of `output` as a person would; `program` is what takes the arguments."""
-        self._jobs += 1
-        log = self.folder / f"job_{self._jobs}.txt"
+    def close(self) -> None:
+        """End what forks commands, and what it forked."""
+        self._nursery.close()
+
+    def start(
+        self, output: Path, *overrides: str, program: Sequence[str] = (), fresh: bool = False
+    ) -> Job:
+        """Start the run of `output`: forked with the libraries imported, or `fresh` as by a person.
+
+        `program` is a program of its own that takes the arguments, which is always fresh.
+        """
+        if not fresh and not program:
+            return self.command("train", str(output.with_suffix(".yaml")), *overrides)
+        program, log = program or TRAIN, self._new_log()
         with log.open("wb") as stream:
             process = subprocess.Popen(
                 [
@@ -129,11 +150,22 @@ class Bench:
             )
         return Job(process, log)
 
+    def command(self, name: str, *words: object) -> Job:
+        """Start the sub-command `name`, or `train`, with the libraries imported."""
+        log = self._new_log()
+        log.touch()
+        command = Command(name, tuple(map(str, words)), str(log), str(self.temporary))
+        return Job(self._nursery.start(command), log)
+
+    def _new_log(self) -> Path:
+        self._jobs += 1
+        return self.folder / f"job_{self._jobs}.txt"
+
     def finish(
         self,
         output: Path,
         *overrides: str,
-        program: Sequence[str] = TRAIN,
+        program: Sequence[str] = (),
         expected: dict[int, float] | None = None,
     ) -> Job:
         """Run to the end, and hold the curve against that of the run to which nothing happened."""
@@ -160,6 +192,11 @@ class Bench:
         """Temporary files and folders, but for torch's cache of compiled code, which it keeps."""
         names = (path.name for path in self.temporary.iterdir())
         return sorted(name for name in names if not name.startswith("torchinductor_"))
+
+
+def no_traceback(job: Job) -> None:
+    """Nothing of Python's own is shown to a user."""
+    expect("Traceback" not in job.text(), "there is no traceback", job.text())
 
 
 def curve(output: Path) -> dict[int, float]:
