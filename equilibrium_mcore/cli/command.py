@@ -21,6 +21,7 @@ from importlib import import_module
 
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.installation import COMMANDS, PROGRAM
+from equilibrium_mcore.files.errors import in_words
 from equilibrium_mcore.training.signals import take_signals_at_once
 
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
@@ -85,7 +86,8 @@ def run_command(
         print(f"error: {error}", file=sys.stderr)
         return WRONG
     except told as error:
-        print(f"error: {error}", file=sys.stderr)
+        text = in_words(error) if isinstance(error, OSError) else error
+        print(f"error: {text}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -19,7 +19,7 @@ import argparse
 from equilibrium_mcore.config.installation import command_line
 from equilibrium_mcore.files.paths import user_path
 
-TOLD = ()  # what fails in a rank has a traceback
+TOLD = (OSError,)  # what else fails has a traceback
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,12 +6,14 @@ on are read by `equilibrium_mcore.data.jsonl`.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from equilibrium_mcore.files.errors import naming
 from equilibrium_mcore.files.whole import sync_stream
 
 
@@ -50,8 +52,9 @@ class JsonLinesLog:
         Raises OSError where only a part of it was written.
         """
         line = json_line(record, ascii_only=True)
-        if self._stream.write(line) != len(line):
-            raise OSError(f"{self.path}: only a part of a line was written; is the disk full?")
+        with naming(self.path):
+            if self._stream.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if durable:
             sync_stream(self._stream)
 

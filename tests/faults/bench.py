@@ -30,6 +30,10 @@ class BrokenPromiseError(AssertionError):
     """A promise that did not hold."""
 
 
+class SkippedError(Exception):
+    """A case that this machine cannot have; the text says why."""
+
+
 def expect(holds: bool, promise: str, evidence: object = "") -> None:
     """Raise BrokenPromiseError, with the evidence, unless the promise holds."""
     if not holds:
@@ -150,11 +154,12 @@ class Bench:
             )
         return Job(process, log)
 
-    def command(self, name: str, *words: object) -> Job:
+    def command(self, name: str, *words: object, temporary: Path | None = None) -> Job:
         """Start the sub-command `name`, or `train`, with the libraries imported."""
         log = self._new_log()
         log.touch()
-        command = Command(name, tuple(map(str, words)), str(log), str(self.temporary))
+        folder = temporary or self.temporary
+        command = Command(name, tuple(map(str, words)), str(log), str(folder))
         return Job(self._nursery.start(command), log)
 
     def _new_log(self) -> Path:
@@ -186,7 +191,7 @@ class Bench:
             lambda: not any(_lives(pid) for pid in pids),
             "ranks end with their parent",
         )
-        wait_until(lambda: not self._left(), "no temporary folder is left", self._left)
+        wait_until(lambda: not self._left(), "no temporary folder is left", self._left, patience=60)
 
     def _left(self) -> list[str]:
         """Temporary files and folders, but for torch's cache of compiled code, which it keeps."""
@@ -218,12 +223,16 @@ def logged_steps(output: Path) -> int:
 
 
 def wait_until(
-    holds: Callable[[], bool], promise: str, evidence: Callable[[], object] = lambda: ""
+    holds: Callable[[], bool],
+    promise: str,
+    evidence: Callable[[], object] = lambda: "",
+    *,
+    patience: float = PATIENCE_SECONDS,
 ) -> None:
-    """Look until it holds; raise BrokenPromiseError when it does not for PATIENCE_SECONDS."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    """Look until it holds; raise BrokenPromiseError when it does not for `patience` seconds."""
+    deadline = time.monotonic() + patience
     while not holds():
-        expect(time.monotonic() < deadline, f"{promise}, within {PATIENCE_SECONDS} s", evidence())
+        expect(time.monotonic() < deadline, f"{promise}, within {patience} s", evidence())
         time.sleep(0.02)
 
 

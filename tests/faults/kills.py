@@ -62,6 +62,7 @@ def chain_of_kills(bench: Bench, rng: random.Random, name: str) -> tuple[str, in
             break
         told.append(f"{kind} {moment}")
         _check_told(job, kind, status)
+        bench.check_left(pids)
         lost = logged_steps(run) - min(newest_steps(run))
         expect(lost <= interval, f"at most {interval} steps are lost", (lost, told))
     allowed = newest_steps(run)
@@ -84,8 +85,9 @@ def chain_of_tool_kills(bench: Bench, rng: random.Random, name: str) -> tuple[st
     tool = rng.choice(list(TOOLS))
     words, output = TOOLS[tool]
     inputs = tool_inputs(bench)
-    seconds, expected = bench.reference(f"tool {tool}", lambda: _undisturbed(bench, tool, inputs))
+    seconds, expected = bench.reference(f"tool {tool}", lambda: undisturbed(bench, tool, inputs))
     folder, told, pids = bench.folder / name, [], set()
+    folder.mkdir()
     for _ in range(rng.randint(2, 5)):
         job = bench.command(tool, *words(inputs, folder))
         moment = rng.uniform(0, 1.1) * seconds
@@ -119,9 +121,11 @@ def _pause(job: Job, seconds: float) -> None:
         time.sleep(0.002)
 
 
-def _undisturbed(bench: Bench, tool: str, inputs: Path) -> tuple[float, dict[str, str]]:
+def undisturbed(bench: Bench, tool: str, inputs: Path) -> tuple[float, dict[str, str]]:
+    """How long a tool takes undisturbed, and what it makes."""
     words, output = TOOLS[tool]
     folder, began = bench.folder / f"undisturbed_{tool}", time.monotonic()
+    folder.mkdir()
     job = bench.command(tool, *words(inputs, folder))
     expect(job.wait() == 0, f"{tool} works undisturbed", job.text())
     return time.monotonic() - began, hashes(folder / output)
@@ -187,7 +191,6 @@ Words = Callable[[Path, Path], tuple[object, ...]]
 
 
 def _preprocess(inputs: Path, folder: Path) -> tuple[object, ...]:
-    folder.mkdir(exist_ok=True)
     model = inputs.parent / "data" / "tokenizer.model"
     return (
         *("--input", inputs / "text.jsonl", "--output-prefix", folder / "made" / "text"),
@@ -197,19 +200,16 @@ def _preprocess(inputs: Path, folder: Path) -> tuple[object, ...]:
 
 
 def _merge(inputs: Path, folder: Path) -> tuple[object, ...]:
-    folder.mkdir(exist_ok=True)
     data = inputs.parent / "data"
     prefixes = [data / f"{name}_text_document" for name in ("first", "second")]
     return ("--input", *prefixes, "--output-prefix", folder / "made" / "both_text_document")
 
 
 def _prepare(inputs: Path, folder: Path) -> tuple[object, ...]:
-    folder.mkdir(exist_ok=True)
     return (inputs / "mixture.yaml", "--output", folder / "made", "--workers", 2)
 
 
 def _convert(inputs: Path, folder: Path) -> tuple[object, ...]:
-    folder.mkdir(exist_ok=True)
     checkpoint = list_checkpoints(inputs.parent / "reference")[-1]
     return ("--checkpoint", checkpoint, "--output", folder / "made")
 

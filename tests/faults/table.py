@@ -1,0 +1,18 @@
+"""Counts of a campaign by kind, as Markdown."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+OUTCOMES = ("held", "broken", "skipped")
+
+
+def table(results: Iterable[Mapping[str, Any]]) -> str:
+    """A row per kind: accidents whose promises held or broke, and those that were skipped."""
+    counts: dict[str, Counter] = {}
+    for result in results:
+        counts.setdefault(result["kind"], Counter())[result["outcome"]] += result["count"]
+    rows = [f"| {kind} | " + " | ".join(str(of[o]) for o in OUTCOMES) + " |" for kind, of in counts.items()]
+    return "\n".join(["| accidents | held | broken | skipped |", "|---|---:|---:|---:|", *rows])
