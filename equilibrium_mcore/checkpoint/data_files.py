@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from equilibrium_mcore.checkpoint.manifest import describe_file
 from equilibrium_mcore.files.errors import naming
+from equilibrium_mcore.files.named import NamedFile
 from equilibrium_mcore.files.whole import sync_stream
 
 
@@ -73,7 +74,7 @@ def write_data_file(file: DataFile) -> WrittenFile:
         return WrittenFile(file.path.name, results, describe_file(file.path))
 
 
-class _RefusalsKept(io.FileIO):
+class _RefusalsKept(NamedFile):
     """A file that keeps the error of the operating system which a write met.
 
     torch's writer makes a RuntimeError of it, which speaks of positions in a zip file.

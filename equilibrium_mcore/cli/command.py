@@ -21,7 +21,7 @@ from importlib import import_module
 
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.installation import COMMANDS, PROGRAM
-from equilibrium_mcore.files.errors import in_words
+from equilibrium_mcore.files.errors import in_words, refusal_behind
 from equilibrium_mcore.training.signals import take_signals_at_once
 
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
@@ -88,6 +88,11 @@ def run_command(
     except told as error:
         text = in_words(error) if isinstance(error, OSError) else error
         print(f"error: {text}", file=sys.stderr)
+        return FAILED
+    except RuntimeError as error:
+        if (refusal := refusal_behind(error)) is None:
+            raise
+        print(f"error: {in_words(refusal)}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED

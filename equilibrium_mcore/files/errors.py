@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,6 +77,7 @@ _WORDS: dict[int, tuple[str, str]] = {
         "name a path on another file system",
     ),
 }
+_RUST = re.compile(r"\(os error (\d+)\)")
 UNNAMED = "a file or folder that the library did not name"
 
 
@@ -95,11 +97,27 @@ def in_words(error: OSError) -> str:
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """An error of the operating system from inside names `path`, if it names nothing itself."""
+    """An error of the operating system from inside names `path`, if it names nothing itself.
+
+    Libraries in Rust (safetensors, tokenizers) hide its number in the text of one of their own.
+    """
     try:
         yield
     except OSError as error:
         raise named(error, path) from None
+    except Exception as error:
+        if (number := _RUST.search(str(error))) is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), os.fspath(path)) from None
+
+
+def refusal_behind(error: BaseException) -> OSError | None:
+    """What the operating system refused, where an error is that or `pathlib`'s word for it."""
+    behind = error.__context__ if isinstance(error, RuntimeError) else error
+    if isinstance(behind, OSError) and (behind is error or behind.errno == errno.ELOOP):
+        return behind
+    return None
 
 
 def named(error: OSError, path: str | os.PathLike[str]) -> OSError:

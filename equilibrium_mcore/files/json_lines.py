@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from equilibrium_mcore.files.errors import naming
+from equilibrium_mcore.files.named import NamedFile
 from equilibrium_mcore.files.whole import sync_stream
 
 
@@ -37,7 +37,7 @@ class JsonLinesLog:
         """
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = path.open("a+b", buffering=0)
+        self._stream = NamedFile(path, "a+")
         self._drop_cut_line()
 
     def __enter__(self) -> JsonLinesLog:
@@ -52,9 +52,8 @@ class JsonLinesLog:
         Raises OSError where only a part of it was written.
         """
         line = json_line(record, ascii_only=True)
-        with naming(self.path):
-            if self._stream.write(line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if self._stream.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         if durable:
             sync_stream(self._stream)
 

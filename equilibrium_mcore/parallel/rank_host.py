@@ -39,8 +39,9 @@ def serve(
 ) -> None:
     """Run the jobs that come from process `asker` until it is gone. Never returns.
 
-    A temporary folder is made first, and its path told, or the OSError that it met. `theirs` is the asker's end, where a fork has inherited it. A `fresh` interpreter still has to
-    make the libraries ready.
+    A temporary folder is made first, and its path told, or the OSError that it met. `theirs` is
+    the asker's end, where a fork has inherited it. A `fresh` interpreter still has to make the
+    libraries ready.
     """
     if theirs is not None:
         theirs.close()

@@ -111,8 +111,9 @@ REFUSED = 2  # the exit status of a rank, and of a tool, for what a setting asks
 class RankError(RuntimeError):
     """Ranks failed, were killed or did not end; the message has tracebacks or stacks.
 
-    It has neither where `told`: the first failure was one of the operating system. `refused` says that the first of them met a setting that cannot be, `stopped_by` that a signal
-    ended it which this process had handed on: it had nothing to save yet.
+    It has neither where `told`: the first failure was one of the operating system. `refused` says
+    that the first of them met a setting that cannot be, `stopped_by` that a signal ended it which
+    this process had handed on: it had nothing to save yet.
     """
 
     def __init__(

@@ -9,7 +9,8 @@ import time
 import traceback
 
 from equilibrium_mcore.config.errors import ConfigError
-from equilibrium_mcore.files.errors import in_words
+from equilibrium_mcore.files.errors import in_words, refusal_behind
+from equilibrium_mcore.files.named import open_named
 from equilibrium_mcore.parallel.rank_job import REFUSED, TOLD, Job
 from equilibrium_mcore.processes.parents import end_with_parent
 from equilibrium_mcore.processes.stacks import print_stacks_on_signal
@@ -31,7 +32,9 @@ def play(job: Job, rank: int, *, host: int) -> int:
     stacks = job.file(rank, "stack").open("w", encoding="utf-8")
     print_stacks_on_signal(stacks)
     try:
-        job.file(rank, "result").write_bytes(_work(job, rank))  # not whole: see above
+        result = _work(job, rank)
+        with open_named(job.file(rank, "result"), "wb") as stream:  # not whole: see above
+            stream.write(result)
         code = 0
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
@@ -55,8 +58,8 @@ def story_of(error: BaseException) -> tuple[str, int]:
     """
     if isinstance(error, ConfigError):
         return str(error), REFUSED
-    if isinstance(error, OSError):
-        return in_words(error), TOLD
+    if (refusal := refusal_behind(error)) is not None:
+        return in_words(refusal), TOLD
     return traceback.format_exc(), 1
 
 

@@ -120,7 +120,8 @@ class Campaign:
         head = f"{result['outcome']:7} {name} {number}"
         print(f"{head}: {result['what']} ({result['seconds']:.0f} s)", flush=True)
         if result["outcome"] == "broken":
-            print(f"again: python -m tests.faults --seed {result['seed']} --only {name} --case {number}")
+            words = f"--seed {result['seed']} --only {name} --case {number}"
+            print(f"again: python -m tests.faults {words}", flush=True)
         return result["count"]
 
     def close(self) -> None:

@@ -56,15 +56,14 @@ KINDS: dict[str, Kind] = {
         ),
     ),
     "signals": Kind(
-        40, (signals.chain_of_signals, scenarios.stopped_by_signal, scenarios.stopped_while_starting)
+        40,
+        (signals.chain_of_signals, scenarios.stopped_by_signal, scenarios.stopped_while_starting),
     ),
     "storage": Kind(60, storage.SCENARIOS),
 }
 
 
-def run_case(
-    bench: Callable[[], Bench], folder: Path, seed: int, kind: str, number: int
-) -> Result:
+def run_case(bench: Callable[[], Bench], folder: Path, seed: int, kind: str, number: int) -> Result:
     """One case: everything in it is drawn from seed, kind and number."""
     rng = random.Random(f"{seed} {kind} {number}")
     began, outcome, count = time.monotonic(), "held", 1

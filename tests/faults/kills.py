@@ -164,7 +164,9 @@ def tool_inputs(bench: Bench) -> Path:
 def _tool_inputs(bench: Bench) -> Path:
     folder = bench.folder / "tool_inputs"
     folder.mkdir()
-    lines = b"".join((bench.folder / "data" / f"{n}.jsonl").read_bytes() for n in ("first", "second"))
+    lines = b"".join(
+        (bench.folder / "data" / f"{n}.jsonl").read_bytes() for n in ("first", "second")
+    )
     rows = [json.loads(line) for line in lines.splitlines()]
     with (folder / "text.jsonl").open("w", encoding="utf-8") as stream:
         for number in range(8000):

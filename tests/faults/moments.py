@@ -24,7 +24,8 @@ def await_moment(bench: Bench, run: Path, job: Job, rng: random.Random, *, steps
     seen = {path.name for path in _entries(checkpoints_directory(run))}
     if kind == "starting":
         seconds = rng.uniform(0, 1.3) * bench.start_seconds
-        _look(job, lambda until=time.monotonic() + seconds: time.monotonic() > until)
+        until = time.monotonic() + seconds
+        _look(job, lambda: time.monotonic() > until)
         return f"{seconds:.2f} s after its start"
     if kind == "at a step":
         step = logged_steps(run) + rng.randint(1, 3)

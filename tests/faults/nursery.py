@@ -165,7 +165,7 @@ def _reap(running: set[int], pipe: Connection) -> None:
 def _run(command: Command) -> int:
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    with open(command.output, "ab", buffering=0) as stream:
+    with Path(command.output).open("ab", buffering=0) as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     os.environ["TMPDIR"] = command.temporary

@@ -14,5 +14,8 @@ def table(results: Iterable[Mapping[str, Any]]) -> str:
     counts: dict[str, Counter] = {}
     for result in results:
         counts.setdefault(result["kind"], Counter())[result["outcome"]] += result["count"]
-    rows = [f"| {kind} | " + " | ".join(str(of[o]) for o in OUTCOMES) + " |" for kind, of in counts.items()]
+    rows = [
+        f"| {kind} | " + " | ".join(str(of[o]) for o in OUTCOMES) + " |"
+        for kind, of in counts.items()
+    ]
     return "\n".join(["| accidents | held | broken | skipped |", "|---|---:|---:|---:|", *rows])
