@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.faults import kills, scenarios, signals, storage
+from tests.faults import damaged, kills, scenarios, signals, storage
 from tests.faults.bench import Bench, BrokenPromiseError, SkippedError
 
 Result = dict[str, Any]  # a line of the file of results
@@ -60,6 +60,14 @@ KINDS: dict[str, Kind] = {
         (signals.chain_of_signals, scenarios.stopped_by_signal, scenarios.stopped_while_starting),
     ),
     "storage": Kind(60, storage.SCENARIOS),
+    "damaged": Kind(
+        60,
+        (
+            *(damaged.a_file_damaged,) * 8,
+            scenarios.newest_damaged,
+            scenarios.newest_damaged_and_wanted,
+        ),
+    ),
 }
 
 
