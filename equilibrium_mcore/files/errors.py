@@ -77,7 +77,7 @@ _WORDS: dict[int, tuple[str, str]] = {
         "name a path on another file system",
     ),
 }
-_RUST = re.compile(r"\(os error (\d+)\)")
+_FULL_BYTES = 1 << 20  # less is no room for a file of a library's
 UNNAMED = "a file or folder that the library did not name"
 
 
@@ -99,16 +99,15 @@ def in_words(error: OSError) -> str:
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     """An error of the operating system from inside names `path`, if it names nothing itself.
 
-    Libraries in Rust (safetensors, tokenizers) hide its number in the text of one of their own.
+    Libraries that hide one in the text of an error of their own are seen through.
     """
     try:
         yield
     except OSError as error:
         raise named(error, path) from None
     except Exception as error:
-        if (number := _RUST.search(str(error))) is None:
+        if (code := _hidden_number(str(error), path)) is None:
             raise
-        code = int(number[1])
         raise OSError(code, os.strerror(code), os.fspath(path)) from None
 
 
@@ -127,16 +126,37 @@ def named(error: OSError, path: str | os.PathLike[str]) -> OSError:
     return type(error)(error.errno, error.strerror or os.strerror(error.errno), os.fspath(path))
 
 
+def _hidden_number(text: str, path: str | os.PathLike[str]) -> int | None:
+    """The number of an error that a library put into words, while it wrote `path`."""
+    if rust := re.search(r"\(os error (\d+)\)", text):  # safetensors, tokenizers
+        return int(rust[1])
+    if "inline_container" not in text and "PytorchStreamWriter" not in text:
+        return None
+    for code in _WORDS:  # torch's writer, where a file cannot be opened
+        if os.strerror(code) in text:
+            return code
+    with contextlib.suppress(OSError):  # it says no more than `file write failed`
+        if shutil.disk_usage(_nearest(path)).free < _FULL_BYTES:
+            return errno.ENOSPC
+    return errno.EIO
+
+
+def _nearest(path: str | os.PathLike[str]) -> Path:
+    """The path, or the first folder above it that is there."""
+    whole = Path(path).absolute()
+    return next(place for place in (whole, *whole.parents) if os.path.exists(place))
+
+
 def _names(error: OSError) -> list[str | bytes]:
-    return [n for n in (error.filename, error.filename2) if isinstance(n, str | bytes)]
+    names = (error.filename, error.filename2)
+    return [os.fspath(name) for name in names if isinstance(name, str | bytes | os.PathLike)]
 
 
 def _room(name: str) -> str:
     """Free and all bytes of the file system of a path that may not be there."""
-    for folder in (Path(name), *Path(name).absolute().parents):
-        with contextlib.suppress(OSError, ValueError):
-            usage = shutil.disk_usage(folder)
-            return f", {_size(usage.free)} of {_size(usage.total)} are free"
+    with contextlib.suppress(OSError, ValueError):
+        usage = shutil.disk_usage(_nearest(name))
+        return f", {_size(usage.free)} of {_size(usage.total)} are free"
     return ""
 
 

@@ -16,6 +16,9 @@ from equilibrium_mcore.files.errors import naming
 class NamedFile(io.FileIO):
     """An unbuffered file; what it raises names its path."""
 
+    def __init__(self, path: str | Path, mode: str) -> None:
+        super().__init__(str(path), mode)
+
     def write(self, content: Any) -> int | None:
         with naming(self.name):
             return super().write(content)

@@ -123,7 +123,23 @@ def remove_tree(path: str | Path) -> None:
     if path.is_symlink() or not path.is_dir():
         path.unlink()
         return
-    shutil.rmtree(set_aside_for_removal(path))
+    remove_rest(set_aside_for_removal(path))
+
+
+def remove_rest(folder: Path) -> None:
+    """Remove a folder that was set aside, while another process may be removing it as well.
+
+    Raises OSError, which names the whole path, where something cannot be removed.
+    """
+
+    def unless_gone(_: object, path: str, error: BaseException) -> None:
+        if isinstance(error, FileNotFoundError):
+            return
+        if isinstance(error, OSError):  # it names what is open, relative to that
+            raise type(error)(error.errno, error.strerror, path) from None
+        raise error
+
+    shutil.rmtree(folder, onexc=unless_gone)
 
 
 def set_aside_for_removal(folder: Path) -> Path:
@@ -145,7 +161,7 @@ def _put_in_place(folder: Path, target: Path) -> None:
         os.replace(doomed, target)
         raise
     sync_directory(target.parent)
-    shutil.rmtree(doomed)
+    remove_rest(doomed)
 
 
 def _name_of(stream: IO[Any]) -> str:
