@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+MOST_SHOWN = 50  # problems that are printed; a file of another kind has thousands
+
 
 class ConfigError(ValueError):
     """Settings that cannot be used.
@@ -21,10 +23,12 @@ class ConfigError(ValueError):
         count = len(self.problems)
         where = f" in {self.source}" if self.source else ""
         lines = [f"{count} problem{'' if count == 1 else 's'}{where}:"]
-        for number, problem in enumerate(self.problems, start=1):
+        for number, problem in enumerate(self.problems[:MOST_SHOWN], start=1):
             first, *rest = problem.splitlines() or [""]
             lines.append(f"  {number}. {first}")
             lines.extend(f"     {line}" for line in rest)
+        if count > MOST_SHOWN:
+            lines.append(f"  ... and {count - MOST_SHOWN:,} more")
         return "\n".join(lines)
 
     def __reduce__(self):

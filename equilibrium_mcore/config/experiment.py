@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from equilibrium_mcore.config import experiment_rules
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.experiment_keys import KEYS, OWN, SECTIONS, converted
-from equilibrium_mcore.config.problems import nearest, unknown_key
+from equilibrium_mcore.config.problems import MOST_EXPLAINED, nearest, unknown_key
 from equilibrium_mcore.config.references import merge
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.config.stages import DEFAULT_STAGE
@@ -68,7 +69,7 @@ def read_experiment(
 
     Raises nothing: `problems` has what is wrong.
     """
-    found = Experiment(problems=list(_unknown(values)))
+    found = Experiment(problems=list(islice(_unknown(values), MOST_EXPLAINED)))
     for section in SECTIONS:
         inside = values.get(section) or {}
         if isinstance(inside, dict):
@@ -91,6 +92,9 @@ def _change(found: Experiment, override: str) -> None:
     """A change of a key; one of a setting is for later."""
     key, _, text = override.partition("=")
     key = key.strip()
+    if key not in (*KEYS, "model", "data"):
+        found.overrides.append(override)
+        return
     value = parse_yaml(text, source=f"the value of {key}")
     if key in ("model", "data") and isinstance(value, str):
         key = f"{key}.config_path"

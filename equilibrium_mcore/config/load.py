@@ -8,19 +8,24 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from equilibrium_mcore.config import rules
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.experiment import is_experiment, read_experiment
 from equilibrium_mcore.config.installation import command, shipped
 from equilibrium_mcore.config.layout import launched_world_size
-from equilibrium_mcore.config.problems import parse, parse_field
+from equilibrium_mcore.config.problems import parse, parse_field, takes_text
 from equilibrium_mcore.config.references import FOLDERS, resolve
-from equilibrium_mcore.config.rule_kit import Host
+from equilibrium_mcore.config.rule_kit import Host, choices
 from equilibrium_mcore.config.schema import ModelConfig, RunConfig
 from equilibrium_mcore.config.stages import with_stage_defaults
 from equilibrium_mcore.config.yaml_io import parse_yaml, read_mapping, to_yaml
-from equilibrium_mcore.files.paths import expand_path
+from equilibrium_mcore.files.paths import expand_path, what_is_there
 from equilibrium_mcore.files.whole import write_whole
+
+# With these YAML begins an alias, an anchor, a tag, a directive and a comment, or nothing at all.
+RESERVED = tuple("*&!%@`#")
 
 USAGE = """\
 usage: {program} RUN.yaml [key=value ...] [--check]
@@ -113,8 +118,8 @@ def load_run(
         path = shipped(expand_path(path))
     except ValueError as error:
         raise ConfigError(f"run file {error}") from None
-    if not path.is_file():
-        raise ConfigError(f"run file {path}: no such file; see configs/runs for examples")
+    if (found := what_is_there(path)) is not None:
+        raise ConfigError(f"run file {path}: {found}; see configs/runs for examples")
     values = read_mapping(path)
     if is_experiment(values):
         return _load_experiment(values, overrides, path, world_size, host)
@@ -252,13 +257,18 @@ def _parse_sections(
     return sections
 
 
-def apply_override(values: dict[str, Any], override: str, *, folder: Path) -> None:
-    """Set one `key.subkey=value` in `values`, reading a referenced model or data file first."""
+def apply_override(
+    values: dict[str, Any], override: str, *, folder: Path, kind: type[BaseModel] = RunConfig
+) -> None:
+    """Set one `key.subkey=value` in `values`, reading a referenced model or data file first.
+
+    `kind` is what `values` are the settings of.
+    """
     key, _, text = override.partition("=")
     parts = key.strip().split(".")
     if not all(parts):
-        raise ConfigError(f"{override}: write key.subkey=value, e.g. training.steps=100")
-    value = parse_yaml(text, source=f"the value of {key}")
+        raise ConfigError(f"{override[:200]}: write key.subkey=value, e.g. training.steps=100")
+    value = _value(text, parts, kind)
     head = parts[0]
     if len(parts) == 1:
         values[head] = resolve(value, kind=head, folder=Path.cwd()) if head in FOLDERS else value
@@ -272,6 +282,13 @@ def apply_override(values: dict[str, Any], override: str, *, folder: Path) -> No
         place[_index(place, parts[-1], override, ".".join(parts[:-1]))] = value
     else:
         place[parts[-1]] = value
+
+
+def _value(text: str, parts: list[str], kind: type[BaseModel]) -> Any:
+    """The value of an override. Of a setting that is text, what YAML reserves is text, too."""
+    if text.lstrip()[:1] in RESERVED and takes_text(kind, parts):
+        return text.strip()
+    return parse_yaml(text, source=f"the value of {'.'.join(parts)}")
 
 
 def _step_into(place: Any, part: str, override: str, where: str) -> Any:
@@ -293,8 +310,8 @@ def _step_into(place: Any, part: str, override: str, where: str) -> Any:
 
 
 def _index(place: list, part: str, override: str, where: str) -> int:
-    allowed = ", ".join(str(i) for i in range(len(place))) or "none, the list is empty"
-    if not part.isdecimal() or int(part) >= len(place):
+    allowed = choices(range(len(place))) if place else "none, the list is empty"
+    if not (part.isdecimal() and len(part) < 10) or int(part) >= len(place):
         raise ConfigError(
             f"{override}: {where} is a list; {part!r} is not one of its indices: {allowed}"
         )

@@ -33,7 +33,7 @@ def load_mixture(
     problems: list[str] = []
     for override in overrides:
         try:
-            apply_override(values, override, folder=file.parent)
+            apply_override(values, override, folder=file.parent, kind=MixtureConfig)
         except ConfigError as error:
             problems += error.problems
     problems += _stand_in(values, local)

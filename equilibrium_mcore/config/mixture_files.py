@@ -11,7 +11,7 @@ from equilibrium_mcore.config.installation import CONFIGS, command, shipped
 from equilibrium_mcore.config.mixture import PHASE_KINDS
 from equilibrium_mcore.config.stages import STAGES
 from equilibrium_mcore.config.yaml_io import read_mapping
-from equilibrium_mcore.files.paths import expand_path
+from equilibrium_mcore.files.paths import expand_path, with_ending
 
 SHELF = CONFIGS / "data"
 PREPARED = Path("data")  # in the current folder: prepared mixtures, where no place is given
@@ -25,7 +25,7 @@ def find_mixture(path: str | Path) -> Path:
     except ValueError as error:
         raise ConfigError(f"mixture {error}") from None
     for base in (given, SHELF / given):
-        for candidate in (base, base.with_name(base.name + ".yaml")):
+        for candidate in (base, with_ending(base, ".yaml")):
             if candidate.is_file():
                 return candidate
     known = sorted(str(p.relative_to(SHELF)) for p in SHELF.glob("*/**/*.yaml"))

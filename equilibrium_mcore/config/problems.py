@@ -5,8 +5,11 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from types import UnionType
-from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -34,6 +37,11 @@ _LIMITS = {
 }
 
 
+MOST_EXPLAINED = 60  # of a section's problems; each hint compares with every known name
+LONGEST_SHOWN = 80
+INTEGERS = range(-(2**63), 2**63)  # what a file of settings, torch and numpy hold
+
+
 class Problem(NamedTuple):
     """What is wrong with one key."""
 
@@ -54,9 +62,18 @@ def parse[SectionType: BaseModel](
     try:
         section = kind.model_validate_json(json.dumps(plain))
     except ValidationError as error:
-        problems += [_explain(item, kind, key) for item in error.errors(include_url=False)]
-        return problems
+        errors = error.errors(include_url=False)
+        told = {problem.key for problem in problems}  # and have a stand-in here
+        explained = [_explain(item, kind, key) for item in errors[:MOST_EXPLAINED]]
+        problems += [problem for problem in explained if problem.key not in told]
+        return problems + _counted(errors[MOST_EXPLAINED:], key)
     return problems or section
+
+
+def _counted(errors: list, key: str) -> list[Problem]:
+    """A problem for each section with errors that are not explained."""
+    counts = Counter(_join(key, next(iter(error["loc"]), "")) for error in errors)
+    return [Problem(name, f"{name}: {count:,} more problems") for name, count in counts.items()]
 
 
 def parse_field(kind: type[BaseModel], name: str, value: Any) -> Any:
@@ -70,7 +87,7 @@ def _plain(value: Any, key: str, problems: list[Problem]) -> Any:
     if isinstance(value, dict):
         for name in value:
             if not isinstance(name, str):
-                text = f'{_join(key, name)}: keys must be text; quote it: "{name}"'
+                text = f'{_join(key, name)}: keys must be text; quote it: "{_shortened(name)}"'
                 problems.append(Problem(_join(key, name), text))
         return {
             name: _plain(item, _join(key, name), problems)
@@ -82,6 +99,10 @@ def _plain(value: Any, key: str, problems: list[Problem]) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         problems.append(Problem(key, f"{key}={value}: must be a finite number"))
         return 1.0
+    if isinstance(value, int) and value not in INTEGERS:
+        text = f"{key}={_shortened(value)}: must lie between -2^63 and 2^63 - 1"
+        problems.append(Problem(key, text))
+        return 1
     if value is None or isinstance(value, (str, int, float)):
         return value
     name = type(value).__name__
@@ -94,7 +115,8 @@ def _plain(value: Any, key: str, problems: list[Problem]) -> Any:
 def _explain(error: dict, kind: type[BaseModel], prefix: str) -> Problem:
     """One of pydantic's errors in plain words."""
     location = [part for part in error["loc"] if part != "[key]"]
-    key = ".".join(str(part) for part in ([prefix] if prefix else []) + _shown(kind, location))
+    shown = map(_shortened, _shown(kind, location))
+    key = ".".join([*([prefix] if prefix else []), *shown])
     return Problem(key, _text(error, kind, location, key))
 
 
@@ -172,7 +194,9 @@ def _missing_key(key: str, kind: type[BaseModel], location: list) -> str:
 
 def nearest(name: Any, known: list[str]) -> str:
     """`; did you mean ...?` for the known name that looks most like `name`; empty for none."""
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    if len(name := str(name)) > LONGEST_SHOWN:  # none is; comparing takes the product of lengths
+        return ""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
@@ -188,6 +212,38 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
     Of several, distinguished by a key, it is the first.
     """
     return next(iter(sections_in(annotation)), None)
+
+
+def takes_text(kind: type[BaseModel], location: list[str]) -> bool:
+    """Whether the setting at `location` (keys and indices) is a text, a word or a path.
+
+    Null beside it does not count; what is no setting takes none.
+    """
+    here: list[Any] = [kind]
+    for part in location:
+        inside: list[Any] = []
+        for option in here:
+            if isinstance(option, type) and issubclass(option, BaseModel):
+                field = option.model_fields.get(part)
+                inside += _options(field.annotation) if field is not None else ()
+            elif get_origin(option) is list and part.isdecimal():
+                inside += _options(get_args(option)[0])
+        here = inside
+    texts = [option for option in here if option is not NoneType]
+    return bool(texts) and all(
+        option in (str, Path) or get_origin(option) is Literal for option in texts
+    )
+
+
+def _options(annotation: Any) -> Iterator[Any]:
+    """What a setting may be: the members of a union, without what is annotated to them."""
+    if get_origin(annotation) in (UnionType, Union):
+        for part in get_args(annotation):
+            yield from _options(part)
+    elif get_origin(annotation) is Annotated:
+        yield from _options(get_args(annotation)[0])
+    else:
+        yield annotation
 
 
 def sections_in(annotation: Any) -> list[type[BaseModel]]:
@@ -241,12 +297,19 @@ def _legal_keys(kind: type[BaseModel], location: list) -> list[str]:
 
 
 def _join(key: str, part: object) -> str:
-    return f"{key}.{part}" if key else str(part)
+    part = _shortened(part)
+    return f"{key}.{part}" if key else part
+
+
+def _shortened(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}..."
 
 
 def _show(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return repr(text) if isinstance(value, str) else text if len(text) < 80 else f"{text[:77]}..."
+    if not isinstance(value, str):
+        return _shortened(json.dumps(value))
+    return repr(_shortened(value))
 
 
 def _name(value: Any) -> str:

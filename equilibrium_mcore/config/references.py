@@ -8,7 +8,7 @@ from typing import Any
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.installation import CONFIGS, REPOSITORY
 from equilibrium_mcore.config.yaml_io import read_mapping
-from equilibrium_mcore.files.paths import expand_path
+from equilibrium_mcore.files.paths import expand_path, with_ending
 
 FOLDERS = {"model": "models", "data": "data"}
 
@@ -32,7 +32,7 @@ def find_file(reference: str, *, kind: str, folder: Path) -> Path:
     elif len(path.parts) > 1 and REPOSITORY is not None:
         candidates.append(REPOSITORY / path)
     if path.suffix not in (".yaml", ".yml"):
-        candidates = [c.with_name(c.name + ".yaml") for c in candidates] + candidates
+        candidates = [with_ending(c, ".yaml") for c in candidates] + candidates
         if len(path.parts) == 1:
             candidates.append(shelf / f"{path}.yaml")
         elif kind == "model" and len(path.parts) == 2:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import stat
 from pathlib import Path
 
+LONGEST_NAME, LONGEST_PATH = 255, 4000  # bytes: what common file systems take
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})")
 
 
@@ -14,9 +16,11 @@ def expand_path(text: str | Path) -> Path:
     """The path that `text` means: `~`, `~user`, `$NAME` and `${NAME}` are replaced.
 
     Raises ValueError for a variable that is not set (or empty), and for a user who is not known:
-    a folder named after a misspelt variable is never made.
+    a folder named after a misspelt variable is never made. For what no file can be called, too.
     """
     whole = str(text)
+    if not whole.strip():
+        raise ValueError("a path is empty: write it out; the current folder is .")
 
     def value(match: re.Match[str]) -> str:
         name = match.group(1) or match.group(2)
@@ -29,10 +33,27 @@ def expand_path(text: str | Path) -> Path:
 
     path = _VARIABLE.sub(value, whole)
     try:
-        return Path(path).expanduser()
+        found = Path(path).expanduser()
     except RuntimeError as error:
         reason = str(error).rstrip(".")
         raise ValueError(f"{whole}: {reason}: write the path out") from None
+    _refuse_name(whole, path)
+    return found
+
+
+def _refuse_name(whole: str, path: str) -> None:
+    """Raise ValueError for what no file can be called: asking for it would be an error, too."""
+    if "\0" in path:
+        raise ValueError(f"{whole[:80]!r}: no file name holds the character NUL: take it out")
+    content = path.encode("utf-8", "surrogateescape")
+    longest = max(map(len, content.split(b"/")))
+    if longest > LONGEST_NAME or len(content) > LONGEST_PATH:
+        what = f"a name of {longest:,} bytes" if longest > LONGEST_NAME else "a path"
+        most = LONGEST_NAME if longest > LONGEST_NAME else LONGEST_PATH
+        raise ValueError(
+            f"{whole[:60]}...: {what} is longer than the {most:,} bytes that a file system takes: "
+            "shorten it"
+        )
 
 
 def expand_text(text: str) -> str:
@@ -42,6 +63,26 @@ def expand_text(text: str) -> str:
     `expand_path` does.
     """
     return str(expand_path(text)) if text.startswith("~") or "$" in text else text
+
+
+def with_ending(path: Path, ending: str) -> Path:
+    """`path` with more at the end of its name; itself where it has none, as `/` and `.`."""
+    return path.with_name(path.name + ending) if path.name else path
+
+
+def what_is_there(path: Path) -> str | None:
+    """What is in the place of a file, in words; None for a regular file, or a link to one."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return "a link that leads nowhere" if path.is_symlink() else "no such file"
+    except ValueError:
+        return "no such file"
+    except OSError as error:  # e.g. too long, a circle of links, no permission
+        return f"no such file ({error.strerror})"
+    if stat.S_ISREG(mode):
+        return None
+    return "a folder, not a file" if stat.S_ISDIR(mode) else "a pipe or a device, not a file"
 
 
 def user_path(text: str) -> Path:
