@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import signal
 import sys
 import tempfile
 import time
@@ -56,6 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.table is not None:
         print(table(read_log(options.table)))
         return 0
+    for number in (signal.SIGINT, signal.SIGTERM):  # a background job of a shell ignores the first
+        signal.signal(number, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="faults_") as temporary:
         campaign = Campaign(options, (options.folder or Path(temporary)) / "runs")
         try:

@@ -68,6 +68,8 @@ KINDS: dict[str, Kind] = {
             scenarios.newest_damaged_and_wanted,
         ),
     ),
+    "configs": Kind(500, (_of_module("configs", "config_case"),), needs_bench=False),
+    "misuses": Kind(300, (_of_module("misuse", "misuse_case"),), needs_bench=False),
 }
 
 
