@@ -81,10 +81,16 @@ _FULL_BYTES = 1 << 20  # less is no room for a file of a library's
 UNNAMED = "a file or folder that the library did not name"
 
 
+class FileContentError(OSError, ValueError):
+    """A file does not hold what it should, or changed under its reader; the text says which."""
+
+
 def in_words(error: OSError) -> str:
     """The file, what failed, and a way out; the error's own text where it was raised with one."""
     if error.errno is None:
-        return str(error)
+        _, found, inner = str(error).rpartition(f"{type(error).__name__}: ")
+        # torch's loader puts the traceback of its process into the text.
+        return inner.strip() if found and "Original Traceback" in str(error) else str(error)
     names = [os.fsdecode(name) for name in _names(error)]
     known = _WORDS.get(error.errno)
     if known is None or not names and isinstance(error, ConnectionError):

@@ -62,7 +62,16 @@ def build_run_datasets(
     scratch. `say` gets what is worth a line in the log. Raises ConfigError for data that cannot be
     trained on.
     """
-    build, left_out = DATA_KINDS[type(config.data)].build, left_out_of(config, progress)
+    left_out = left_out_of(config, progress)
+
+    def build(config: RunConfig, progress: Progress | None, say: Say) -> Datasets:
+        try:
+            return DATA_KINDS[type(config.data)].build(config, progress, say)
+        except ConfigError:
+            raise
+        except ValueError as error:  # of a file: of the tokenizer, of a source
+            raise ConfigError(str(error), source=f"data {config.data.name!r}") from None
+
     if not left_out:
         return build(config, progress, say)
     samples = _samples_to_come(config, progress or {"step": 0, "samples": 0})
