@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
 import shutil
@@ -99,6 +100,22 @@ def in_words(error: OSError) -> str:
     what = what.format(room=_room(names[-1]) if names else "")
     text = error.strerror or os.strerror(error.errno)
     return f"{' -> '.join(names) or UNNAMED}: {what} ({text}): {way_out}"
+
+
+def reason(error: BaseException) -> str:
+    """Why a file that the message names already cannot be read: a line, without a class's name."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start:,} is no UTF-8 text"
+    if isinstance(error, json.JSONDecodeError):
+        return f"line {error.lineno} is no JSON ({error.msg})"
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.strerror or os.strerror(error.errno)
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    if isinstance(error, TypeError | AttributeError):
+        return "its keys or values are others"
+    first = next((line for line in str(error).splitlines() if line.strip()), "")
+    return first[:200] or "its content is another"
 
 
 @contextlib.contextmanager

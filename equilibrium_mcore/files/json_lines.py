@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from equilibrium_mcore.files.errors import reason
 from equilibrium_mcore.files.named import NamedFile
 from equilibrium_mcore.files.whole import sync_stream
 
@@ -93,7 +94,7 @@ def read_log(
             # Every whole line ends in a newline, so only what follows the last one may be cut.
             if number == len(lines):
                 return
-            text = f"{path}, line {number}: no record of this log: {error}"
+            text = f"{path}, line {number}: no record of this log: {reason(error)}"
             if broken is None:
                 raise ValueError(text) from None
             broken(text)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from equilibrium_mcore.config.installation import command
+from equilibrium_mcore.files.errors import reason
 
 
 @contextlib.contextmanager
@@ -22,8 +23,7 @@ def loading(folder: Path) -> Iterator[None]:
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # whatever a damaged file makes its parsers raise
-        first = (str(error).splitlines() or ["no more is known"])[0][:300]
-        raise ValueError(f"{folder} cannot be loaded: {first}. {_way_out()}") from None
+        raise ValueError(f"{folder} cannot be loaded: {reason(error)}. {_way_out()}") from None
 
 
 def check_files(folder: Path) -> None:
@@ -38,8 +38,7 @@ def check_files(folder: Path) -> None:
                 with safe_open(str(path), framework="pt"):
                     pass
         except (SafetensorError, ValueError, OSError, RecursionError) as error:
-            first = (str(error).splitlines() or ["no more is known"])[0][:300]
-            raise ValueError(f"{path} cannot be read: {first}. {_way_out()}") from None
+            raise ValueError(f"{path} cannot be read: {reason(error)}. {_way_out()}") from None
 
 
 def _way_out() -> str:
