@@ -27,7 +27,7 @@ def main(arguments: list[str], *, program: str | None = None) -> int:
     """
     try:
         config = load_run_config(
-            arguments, host=describe_host(), program=program, also_check=tell_of_the_export
+            arguments, host=describe_host(), program=program, also_check=check_without_starting
         )
         return run_stage(config)
     except ConfigError as error:
@@ -40,10 +40,15 @@ def main(arguments: list[str], *, program: str | None = None) -> int:
         return 1
 
 
-def tell_of_the_export(config: RunConfig) -> None:
-    """Say on stderr what an export will make of the run's tokenizer."""
-    from equilibrium_mcore.hugging_face.tokenizer_check import print_tokenizer_notes
+def check_without_starting(config: RunConfig, elsewhere: bool = False) -> None:
+    """What `--check` asks beside the rules of the settings; notes go to stderr.
 
+    `elsewhere`: the run is for another host. Raises ConfigError with every problem.
+    """
+    from equilibrium_mcore.hugging_face.tokenizer_check import print_tokenizer_notes
+    from equilibrium_mcore.training.ready import check_ready
+
+    check_ready(config, elsewhere=elsewhere, say=lambda text: print(text, file=sys.stderr))
     print_tokenizer_notes(config, sys.stderr)
 
 

@@ -21,6 +21,8 @@ from importlib import import_module
 
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.installation import COMMANDS, PROGRAM
+from equilibrium_mcore.config.load import HOSTS
+from equilibrium_mcore.config.rule_kit import GPU_HOST, Host
 from equilibrium_mcore.files.errors import in_words, refusal_behind
 from equilibrium_mcore.training.signals import take_signals_at_once
 
@@ -96,6 +98,21 @@ def run_command(
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def add_host(parser: argparse.ArgumentParser) -> None:
+    """`--host`: by what `--check` judges."""
+    text = "what --check judges by: this host, or one with a GPU and the fast packages (this)"
+    parser.add_argument("--host", choices=HOSTS, help=text)
+
+
+def judged_by(name: str | None, *, check: bool) -> Host:
+    """The host that a config is judged by. Raises ConfigError where no check is asked for."""
+    from equilibrium_mcore.parallel.host import describe_host
+
+    if name is not None and not check:
+        raise wrong_command_line("--host is for --check: a start is judged by the host it is on")
+    return GPU_HOST if name == "gpu" else describe_host()
 
 
 def with_commands(text: str, program: str | None) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 
+from equilibrium_mcore.cli.command import add_host, judged_by
 from equilibrium_mcore.config.installation import command_line
 from equilibrium_mcore.files.paths import user_path
 
@@ -28,16 +29,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("folder", type=user_path, metavar="RUN_FOLDER", help="a run's output directory")
     add("overrides", nargs="*", metavar="key=value", help="settings that change")
     add("--check", action="store_true", help="verify every byte and the settings; start nothing")
+    add_host(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Check, train; the exit status."""
     from equilibrium_mcore.experiments import resume
-    from equilibrium_mcore.parallel.host import describe_host
+    from equilibrium_mcore.train import check_without_starting
 
-    host = None if options.check else describe_host()
+    host = judged_by(options.host, check=options.check)
     config = resume.load_stored_run(options.folder, options.overrides, host=host)
     if not options.check:
         return resume.resume(config, command_line())
-    print(resume.as_text(resume.find_to_resume(config, verify=True), config))
+    found = resume.find_to_resume(config, verify=True)
+    check_without_starting(config, options.host == "gpu")
+    print(resume.as_text(found, config))
     return 0

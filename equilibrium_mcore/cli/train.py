@@ -20,6 +20,7 @@ import argparse
 import sys
 from typing import Any
 
+from equilibrium_mcore.cli.command import add_host, judged_by
 from equilibrium_mcore.config.installation import command_line
 from equilibrium_mcore.config.stages import MEANINGS, STAGES
 from equilibrium_mcore.files.paths import user_path
@@ -47,21 +48,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("run_name", "what the run is called, also in Weights & Biases", required=True)
     add("experiment", "an experiment file instead of the template", type=user_path)
     parser.add_argument("--check", action="store_true", help="print the config; start nothing")
+    add_host(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Check, train; the exit status."""
     from equilibrium_mcore.config.yaml_io import to_yaml
     from equilibrium_mcore.experiments.start import ExperimentNames, load_named_run, start
-    from equilibrium_mcore.parallel.host import describe_host
-    from equilibrium_mcore.train import tell_of_the_export
+    from equilibrium_mcore.train import check_without_starting
 
     given = vars(options)
-    check, changes = given.pop("check"), given.pop("overrides")
-    host = None if check else describe_host()
-    config = load_named_run(ExperimentNames(**given), changes, host=host)
+    check, changes, host = given.pop("check"), given.pop("overrides"), given.pop("host")
+    config = load_named_run(ExperimentNames(**given), changes, host=judged_by(host, check=check))
     if not check:
         return start(config, command_line())
-    tell_of_the_export(config)
+    check_without_starting(config, host == "gpu")
     sys.stdout.write(to_yaml(config.model_dump(mode="json")))
     return 0

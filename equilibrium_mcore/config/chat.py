@@ -14,9 +14,10 @@ from equilibrium_mcore.config.data import TokenizerConfig
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.problems import parse
 from equilibrium_mcore.config.section import (
-    NonNegativeInt,
     PositiveInt,
+    Processes,
     Section,
+    SmallInt,
     UserPath,
     setting,
 )
@@ -102,8 +103,8 @@ class ConversationsConfig(Section):
         "where encoded examples are kept for all ranks and the next start; null: conversations/ in "
         "the run's output_directory",
     )
-    num_workers: NonNegativeInt = setting(0, "loader processes per rank")
-    prefetch_factor: PositiveInt = setting(2, "micro-batches that each loader process has ready")
+    num_workers: Processes = setting(0, "loader processes per rank")
+    prefetch_factor: SmallInt = setting(2, "micro-batches that each loader process has ready")
 
     packing: ClassVar[str] = "documents"  # each example is one; see DataConfig.packing
 

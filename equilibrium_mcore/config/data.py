@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 from equilibrium_mcore.config.section import (
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Processes,
     Section,
+    SmallInt,
     UserPath,
     setting,
 )
@@ -82,8 +83,8 @@ class DataConfig(Section):
     cache_directory: UserPath | None = setting(
         None, "order megatron: where index caches go; null: beside the data"
     )
-    num_workers: NonNegativeInt = setting(0, "loader processes per rank")
-    prefetch_factor: PositiveInt = setting(2, "micro-batches that each loader process has ready")
+    num_workers: Processes = setting(0, "loader processes per rank")
+    prefetch_factor: SmallInt = setting(2, "micro-batches that each loader process has ready")
 
     @property
     def padding_multiple(self) -> int:

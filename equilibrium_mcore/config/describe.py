@@ -19,6 +19,7 @@ from equilibrium_mcore.config.filters import FILTER_CLASSES
 from equilibrium_mcore.config.mixture import MixtureConfig
 from equilibrium_mcore.config.problems import sections_in
 from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.config.section import MOST, MOST_FLOAT
 from equilibrium_mcore.files.tables import markdown_table
 from equilibrium_mcore.files.whole import write_whole
 
@@ -137,7 +138,7 @@ def _limits(metadata: Any) -> str:
         for part in (item, *getattr(item, "metadata", ())):
             for name, sign in _SIGNS.items():
                 limit = getattr(part, name, None)
-                if limit is not None:
+                if limit is not None and limit not in (MOST, MOST_FLOAT):  # said once, above
                     found.append(f"{sign} {limit}")
     return ", ".join(dict.fromkeys(found))
 

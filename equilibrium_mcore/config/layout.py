@@ -135,6 +135,7 @@ def train_samples(config: RunConfig) -> int:
 
 
 def divisors(number: int) -> list[int]:
-    """All divisors, ascending."""
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    """All divisors, ascending; of a number beyond 10^12 the small ones and their counterparts."""
+    most = min(math.isqrt(number), 10**6)
+    small = [d for d in range(1, most + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})

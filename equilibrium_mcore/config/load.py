@@ -17,18 +17,19 @@ from equilibrium_mcore.config.installation import command, shipped
 from equilibrium_mcore.config.layout import launched_world_size
 from equilibrium_mcore.config.problems import parse, parse_field, takes_text
 from equilibrium_mcore.config.references import FOLDERS, resolve
-from equilibrium_mcore.config.rule_kit import Host, choices
+from equilibrium_mcore.config.rule_kit import GPU_HOST, Host, choices
 from equilibrium_mcore.config.schema import ModelConfig, RunConfig
 from equilibrium_mcore.config.stages import with_stage_defaults
 from equilibrium_mcore.config.yaml_io import parse_yaml, read_mapping, to_yaml
 from equilibrium_mcore.files.paths import expand_path, what_is_there
 from equilibrium_mcore.files.whole import write_whole
 
+HOSTS = ("this", "gpu")
 # With these YAML begins an alias, an anchor, a tag, a directive and a comment, or nothing at all.
 RESERVED = tuple("*&!%@`#")
 
 USAGE = """\
-usage: {program} RUN.yaml [key=value ...] [--check]
+usage: {program} RUN.yaml [key=value ...] [--check [--host this|gpu]]
 
 Trains the model that RUN.yaml names on the data that it names: every stage (`stage:`).
 `python -m equilibrium_mcore.pretrain` is the same command.
@@ -38,7 +39,10 @@ Trains the model that RUN.yaml names on the data that it names: every stage (`st
   key=value        overrides a setting; the value is YAML, and keys reach inside the model and
                    the data:  training.steps=100  model.moe.top_k=4  data.sources.0.weight=0.5
                    model=llama_1b  optimizer.adamw.learning_rates='{embedding: 1e-3}'
-  --check          prints the effective config, if it is good, and starts nothing
+  --check          prints the effective config, if a start would accept it, or every problem:
+                   settings, data, tokenizer, checkpoints, the output directory; starts nothing
+  --host this|gpu  what --check judges by: this host (the default), or one with a GPU, Transformer
+                   Engine and mamba-ssm; what is not on this host is then said and left out
   --help           prints this
 
 sections of a run:
@@ -64,22 +68,26 @@ def load_run_config(
     *,
     host: Host | None = None,
     program: str | None = None,
-    also_check: Callable[[RunConfig], object] = lambda config: None,
+    also_check: Callable[[RunConfig, bool], object] = lambda config, elsewhere: None,
 ) -> RunConfig:
     """The run that the command line `RUN.yaml [key=value ...]` asks for.
 
     Under a launcher (torchrun, srun) its number of ranks is checked too, and so is what `host`
     has, if that is given. Raises ConfigError with every problem; `--help` and `--check` print and
-    raise SystemExit(0). `--check` does not ask what this host has: a run for a cluster can be
-    checked on a laptop; what is no matter of settings is left to `also_check`.
+    raise SystemExit(0). What is no matter of settings is left to `also_check`, which `--check`
+    calls with the run and whether it is for another host (`--host gpu`): a run for a cluster can
+    be checked on a laptop.
     """
     if any(argument in ("-h", "--help") for argument in arguments):
         print(usage(program or command("run")))
         raise SystemExit(0)
-    check_only = "--check" in arguments
-    given = [argument for argument in arguments if argument != "--check"]
+    check_only, (elsewhere, given) = "--check" in arguments, _host_option(arguments)
+    given = [argument for argument in given if argument != "--check"]
+    problems = []
+    if elsewhere is not None and not check_only:
+        problems.append("--host is for --check: a start is judged by the host that it is on")
     paths = [word for word in given if "=" not in word and not word.startswith("-")]
-    problems = [
+    problems += [
         f"{word}: unknown option; settings are given as key=value, e.g. training.steps=100"
         for word in given
         if word.startswith("-")
@@ -94,12 +102,36 @@ def load_run_config(
         raise ConfigError(problems, source="the command line")
     overrides = [word for word in given if "=" in word]
     world_size = launched_world_size(os.environ)
-    config = load_run(paths[0], overrides, world_size=world_size, host=None if check_only else host)
+    judged_by = GPU_HOST if elsewhere else host
+    config = load_run(paths[0], overrides, world_size=world_size, host=judged_by)
     if check_only:
+        try:
+            also_check(config, bool(elsewhere))
+        except ConfigError as error:
+            raise ConfigError(error.problems, source=paths[0]) from None
         sys.stdout.write(to_yaml(config.model_dump(mode="json")))
-        also_check(config)
         raise SystemExit(0)
     return config
+
+
+def _host_option(arguments: Sequence[str]) -> tuple[bool | None, list[str]]:
+    """Whether `--host` names another host (None: it is not there), and the other arguments.
+
+    Raises ConfigError for a host that is none.
+    """
+    given, elsewhere = list(arguments), None
+    for index, word in enumerate(arguments):
+        if word == "--host" or word.startswith("--host="):
+            name = word.partition("=")[2] if "=" in word else "".join(arguments[index + 1 :][:1])
+            if name not in HOSTS:
+                raise ConfigError(
+                    f"--host {name}: must be one of {', '.join(HOSTS)}", source="the command line"
+                )
+            elsewhere = name == "gpu"
+            given.remove(word)
+            if "=" not in word:
+                given.remove(name)
+    return elsewhere, given
 
 
 def load_run(

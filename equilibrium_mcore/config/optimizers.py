@@ -6,9 +6,12 @@ for each; `tests/test_rows.py` finds them and asks that none is forgotten.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import Field
 
 from equilibrium_mcore.config.section import (
+    Epsilon,
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
@@ -18,6 +21,7 @@ from equilibrium_mcore.config.section import (
     setting,
 )
 
+Iterations = Annotated[int, Field(gt=0, le=100)]
 OptimizerName = Literal["muon", "soap", "cosmos", "adamw"]
 """An optimizer: the name of its section, and of its rows."""
 
@@ -33,7 +37,7 @@ class MuonConfig(Section):
     learning_rate: PositiveFloat = setting(0.02, "peak learning rate")
     momentum: Fraction = setting(0.95, "decay of the momentum")
     nesterov: bool = setting(True, "look ahead along the momentum")
-    newton_schulz_steps: PositiveInt = setting(5, "iterations of the orthogonalisation")
+    newton_schulz_steps: Iterations = setting(5, "iterations of the orthogonalisation")
     coefficients: Literal["simple", "quintic", "polar_express", "cans", "aol"] = setting(
         "quintic", "coefficients of the iteration, by emerging-optimizers' names"
     )
@@ -54,7 +58,7 @@ class SoapConfig(Section):
     beta1: Fraction = setting(0.95, "decay of the momentum")
     beta2: Fraction = setting(0.95, "decay of the second moment in the eigenbasis")
     preconditioner_beta: Fraction = setting(0.95, "decay of the preconditioners L and R")
-    epsilon: PositiveFloat = setting(1e-8, "added to the root of the second moment")
+    epsilon: Epsilon = setting(1e-8, "added to the root of the second moment")
     basis_interval_steps: PositiveInt = setting(
         10, "steps between two refreshes of the eigenbases (one power iteration and a QR)"
     )
@@ -73,14 +77,14 @@ class CosmosConfig(Section):
     )
     beta1: Fraction = setting(0.9, "decay of the momentum")
     beta2: Fraction = setting(0.96, "decay of the subspace and of the second moment in it")
-    epsilon: PositiveFloat = setting(1e-8, "added to the root of the second moment")
+    epsilon: Epsilon = setting(1e-8, "added to the root of the second moment")
     muon_weight: NonNegativeFloat = setting(
         0.2, "root mean square of Muon's share beside SOAP's (the paper's gamma)"
     )
     update_rms: PositiveFloat = setting(
         0.2, "root mean square of an update at learning rate 1; 0.2 is AdamW's usual size"
     )
-    newton_schulz_steps: PositiveInt = setting(5, "iterations of the orthogonalisation")
+    newton_schulz_steps: Iterations = setting(5, "iterations of the orthogonalisation")
     coefficients: Literal["simple", "quintic", "polar_express", "cans", "aol"] = setting(
         "simple", "coefficients of the iteration, by emerging-optimizers' names"
     )
@@ -100,7 +104,7 @@ class AdamWConfig(Section):
     ] = setting({}, "peak learning rate of one kind of parameter, instead of learning_rate")
     beta1: Fraction = setting(0.9, "decay of the first moment")
     beta2: Fraction = setting(0.95, "decay of the second moment")
-    epsilon: PositiveFloat = setting(1e-8, "added to the root of the second moment")
+    epsilon: Epsilon = setting(1e-8, "added to the root of the second moment")
     weight_decay: NonNegativeFloat = setting(
         0.0, "decoupled weight decay, on embedding, output and router only"
     )

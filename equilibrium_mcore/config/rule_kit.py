@@ -18,6 +18,13 @@ class Host:
     has_mamba_ssm: bool = False
     device_name: str = "CPU"
     compute_capability: tuple[int, int] | None = None
+    memory_gib: float | None = None  # of a host without a GPU
+
+
+# A host with the fast packages; which GPU it has is not known.
+GPU_HOST = Host(
+    has_cuda=True, has_transformer_engine=True, has_mamba_ssm=True, device_name="a GPU host"
+)
 
 
 class Subject(NamedTuple):

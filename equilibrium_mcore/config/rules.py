@@ -9,10 +9,13 @@ from equilibrium_mcore.config.layout_rules import LAYOUT_RULES
 from equilibrium_mcore.config.model_rules import MODEL_RULES
 from equilibrium_mcore.config.rule_kit import Host, Rule, Subject
 from equilibrium_mcore.config.schema import ModelConfig, RunConfig
+from equilibrium_mcore.config.sizes import SIZE_RULES
 from equilibrium_mcore.config.stages import STAGE_RULES
 from equilibrium_mcore.config.training_rules import TRAINING_RULES
 
-RULES: list[Rule] = [*MODEL_RULES, *LAYOUT_RULES, *TRAINING_RULES, *STAGE_RULES]
+RULES: list[Rule] = [
+    *MODEL_RULES, *LAYOUT_RULES, *SIZE_RULES, *TRAINING_RULES, *STAGE_RULES,
+]  # fmt: skip
 
 __all__ = ["RULES", "Host", "check", "check_model", "check_sections"]
 

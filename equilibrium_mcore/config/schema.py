@@ -15,11 +15,14 @@ from equilibrium_mcore.config.objectives import NextTokenConfig, ObjectiveConfig
 from equilibrium_mcore.config.optimizers import OptimizerConfig
 from equilibrium_mcore.config.pattern import LABELS, LAYER_KINDS
 from equilibrium_mcore.config.section import (
+    Epsilon,
+    Minutes,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Section,
+    Seed,
     UserPath,
     setting,
 )
@@ -106,7 +109,7 @@ class ModelConfig(Section):
         128, "the embedding table is padded to a multiple of this, whatever the layout"
     )
     tie_embeddings: bool = setting(False, "use the embedding table as the output layer")
-    norm_epsilon: PositiveFloat = setting(1e-5, "epsilon of every RMSNorm")
+    norm_epsilon: Epsilon = setting(1e-5, "epsilon of every RMSNorm")
     init_std: PositiveFloat = setting(0.02, "standard deviation of initial weights")
     mamba: MambaConfig | None = setting(None, "needed by M")
     attention: AttentionConfig | None = setting(None, "needed by *")
@@ -149,7 +152,7 @@ class ParallelismConfig(Section):
     moe_dispatcher: Literal["alltoall", "allgather"] = setting(
         "alltoall", "how tokens travel to their experts"
     )
-    timeout_minutes: PositiveInt = setting(10, "after this long a stuck collective is an error")
+    timeout_minutes: Minutes = setting(10, "after this long a stuck collective is an error")
 
 
 class TrainingConfig(Section):
@@ -188,7 +191,7 @@ class TrainingConfig(Section):
         "samples that are passed over, [first, count] by their position in the data, as a "
         "rollback notes them in ledger.jsonl",
     )
-    seed: NonNegativeInt = setting(1234, "seed of weights, data order and dropout")
+    seed: Seed = setting(1234, "seed of weights, data order and dropout")
     precision: Literal["fp32", "bf16", "fp16", "fp8"] = setting("bf16", "number format")
     fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = setting(
         "tensorwise", "precision fp8: Transformer Engine's recipe"

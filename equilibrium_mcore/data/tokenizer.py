@@ -193,7 +193,10 @@ class HuggingFaceTokenizer(Tokenizer):
         # Documents are neither cut nor padded here, whatever the file says.
         self.backend.no_truncation()
         self.backend.no_padding()
-        self.vocab_size = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
+        ids = self.backend.get_vocab(with_added_tokens=True).values()
+        if not ids:
+            raise ValueError(f"{path} holds no token: name the file of a trained tokenizer")
+        self.vocab_size = 1 + max(ids)
         named = self._named_tokens()
         self.bos_id = self._id_of(named.get("bos_token"))
         self.eos_id = self._id_of(named.get("eos_token"))

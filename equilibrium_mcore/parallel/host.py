@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from importlib.metadata import PackageNotFoundError, version
 
 from equilibrium_mcore.config.rule_kit import Host
@@ -20,7 +21,7 @@ FAST_PACKAGES = (
 def describe_host() -> Host:
     """Facts that a config can ask for. Does not create a CUDA context beyond naming the device."""
     if not accelerator.has_cuda():
-        return Host()
+        return Host(memory_gib=_memory_gib())
     import torch
 
     return Host(
@@ -30,6 +31,14 @@ def describe_host() -> Host:
         device_name=torch.cuda.get_device_name(),
         compute_capability=torch.cuda.get_device_capability(),
     )
+
+
+def _memory_gib() -> float | None:
+    """The machine's memory; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def has_nvidia_apex() -> bool:

@@ -17,6 +17,7 @@ from equilibrium_mcore.config.layout import resolve_world_size
 from equilibrium_mcore.config.schema import ParallelismConfig
 from equilibrium_mcore.parallel.rank_job import (
     REFUSED,
+    TOLD,
     RankError,
     RankInfo,
     rank_info_from_environment,
@@ -25,6 +26,7 @@ from equilibrium_mcore.parallel.rank_process import story_of
 from equilibrium_mcore.parallel.rank_server import RankServer
 from equilibrium_mcore.processes.stacks import print_stacks_on_signal
 
+MOST_LOCAL_RANKS = 64  # processes of some 0.5 GiB each
 PACKAGE = Path(__file__).resolve().parents[1]
 
 __all__ = ["RankInfo", "launch", "rank_info_from_environment", "this_command"]
@@ -47,6 +49,7 @@ def launch(layout: ParallelismConfig, run_rank: Callable[[RankInfo], None]) -> i
         print_stacks_on_signal()
         run_rank(RankInfo.alone())
         return 0
+    refuse_local_ranks(layout)
     from equilibrium_mcore.parallel import accelerator
 
     if accelerator.has_cuda():
@@ -67,6 +70,17 @@ def launch(layout: ParallelismConfig, run_rank: Callable[[RankInfo], None]) -> i
     return 0
 
 
+def refuse_local_ranks(layout: ParallelismConfig) -> None:
+    """Raise ConfigError for more ranks than one host should fork."""
+    world_size = resolve_world_size(layout)
+    if world_size > MOST_LOCAL_RANKS:
+        raise ConfigError(
+            f"the layout needs {world_size:,} ranks, and without a launcher they are processes of "
+            f"this host, at most {MOST_LOCAL_RANKS}: start it by torchrun or srun, or lower "
+            "parallelism.world_size"
+        )
+
+
 def this_command() -> str:
     """What this process was started with, as a launcher takes it."""
     program, *arguments = sys.argv
@@ -80,7 +94,8 @@ def _run_launched(rank_info: RankInfo, run_rank: Callable[[RankInfo], None]) -> 
         run_rank(rank_info)
     except Exception as error:
         text, code = story_of(error)
-        print(f"rank {rank_info.rank} failed:\n{text}", file=sys.stderr, flush=True)
+        how = ": error: " if code in (REFUSED, TOLD) else " failed:\n"
+        print(f"rank {rank_info.rank}{how}{text}", file=sys.stderr, flush=True)
         # Leaving groups in order would wait for the other ranks, which wait for this one.
         os._exit(REFUSED if code == REFUSED else 1)
     return 0

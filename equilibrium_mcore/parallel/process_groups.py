@@ -21,6 +21,7 @@ from equilibrium_mcore.config.layout import megatron_sizes
 from equilibrium_mcore.config.schema import ParallelismConfig
 from equilibrium_mcore.parallel import accelerator
 from equilibrium_mcore.parallel.rank_job import RankInfo
+from equilibrium_mcore.parallel.rendezvous import meeting
 
 # Within a node: tensor, then context, then expert; pipeline stages lie furthest apart.
 RANK_ORDER = "tp-cp-ep-dp-pp"
@@ -28,13 +29,14 @@ RANK_ORDER = "tp-cp-ep-dp-pp"
 
 def join(rank_info: RankInfo, layout: ParallelismConfig, *, seed: int) -> ProcessGroupCollection:
     """Take this rank's place: the default group, the groups of `layout`, and seeds. Collective."""
-    initialize_distributed(
-        rank=rank_info.rank,
-        world_size=rank_info.world_size,
-        local_rank=rank_info.local_rank,
-        timeout_minutes=layout.timeout_minutes,
-        init_method=rank_info.init_method,
-    )
+    with meeting(rank_info, timeout_minutes=layout.timeout_minutes):
+        initialize_distributed(
+            rank=rank_info.rank,
+            world_size=rank_info.world_size,
+            local_rank=rank_info.local_rank,
+            timeout_minutes=layout.timeout_minutes,
+            init_method=rank_info.init_method,
+        )
     groups = initialize_groups(layout)
     seed_everything(seed)
     return groups

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,15 +28,31 @@ class RankInfo:
         return cls(rank=0, world_size=1, local_rank=0, init_method="")
 
 
-def rank_info_from_environment(environment: Mapping[str, str]) -> RankInfo | None:
-    """Of this process, when torchrun or srun started it; None when it was started plainly."""
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        return RankInfo(
-            rank=int(environment["RANK"]),
-            world_size=int(environment["WORLD_SIZE"]),
-            local_rank=int(environment.get("LOCAL_RANK", 0)),
-            init_method="env://",
+def launcher_number(environment: Mapping[str, str], name: str) -> int:
+    """A launcher's variable as a number. Raises ConfigError for what is none."""
+    text = environment[name].strip()
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise ConfigError(
+            f"{name}={environment[name]!r}: a launcher gives a whole number of at least 0: start "
+            f"the run by torchrun or srun, or unset {name} to start it plainly"
         )
+    return int(text)
+
+
+def rank_info_from_environment(environment: Mapping[str, str]) -> RankInfo | None:
+    """Of this process, when torchrun or srun started it; None when it was started plainly.
+
+    Raises ConfigError for variables that no launcher sets so.
+    """
+    given = [name for name in ("RANK", "WORLD_SIZE") if name in environment]
+    if len(given) == 1:
+        other = "WORLD_SIZE" if given == ["RANK"] else "RANK"
+        raise ConfigError(
+            f"{given[0]}={environment[given[0]]!r} is set and {other} is not, and a launcher sets "
+            f"both: start the run by torchrun or srun, or unset {given[0]}"
+        )
+    if given:
+        return _rank_info(environment, "RANK", "WORLD_SIZE", "LOCAL_RANK")
     if "SLURM_STEP_NUM_TASKS" in environment and "SLURM_PROCID" in environment:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in environment:
@@ -44,13 +61,26 @@ def rank_info_from_environment(environment: Mapping[str, str]) -> RankInfo | Non
                     "cannot find each other: export it in the batch script, as "
                     "slurm/pretrain_3b.sh does"
                 )
-        return RankInfo(
-            rank=int(environment["SLURM_PROCID"]),
-            world_size=int(environment["SLURM_STEP_NUM_TASKS"]),
-            local_rank=int(environment.get("SLURM_LOCALID", 0)),
-            init_method="env://",
-        )
+        return _rank_info(environment, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     return None
+
+
+def _rank_info(environment: Mapping[str, str], rank: str, world: str, local: str) -> RankInfo:
+    """By the names of the variables; the last may be missing."""
+    number, world_size = launcher_number(environment, rank), launcher_number(environment, world)
+    local_rank = launcher_number(environment, local) if local in environment else 0
+    if number >= world_size:
+        raise ConfigError(
+            f"{rank}={number} with {world}={world_size}: ranks are 0 to {world_size - 1}"
+            if world_size
+            else f"{world}=0: a run has at least one rank"
+        )
+    if local_rank >= world_size:
+        raise ConfigError(
+            f"{local}={local_rank} with {world}={world_size}: the ranks of a host are numbered "
+            f"from 0, and there are {world_size} in all"
+        )
+    return RankInfo(number, world_size, local_rank, init_method="env://")
 
 
 @dataclass(frozen=True)

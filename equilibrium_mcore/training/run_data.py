@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from equilibrium_mcore.data.chat.build import build_conversations, epoch_sequenc
 from equilibrium_mcore.data.ledger.dataset import LedgerDataset
 from equilibrium_mcore.data.left_out import LeftOut, RemainingSamples
 from equilibrium_mcore.data.samples import Samples
+from equilibrium_mcore.data.sources import SPLITS, check_sources
 from equilibrium_mcore.data.tokenizer import load_tokenizer
 
 CONVERSATIONS_FOLDER = "conversations"  # in the output directory: what was encoded
@@ -62,16 +64,7 @@ def build_run_datasets(
     scratch. `say` gets what is worth a line in the log. Raises ConfigError for data that cannot be
     trained on.
     """
-    left_out = left_out_of(config, progress)
-
-    def build(config: RunConfig, progress: Progress | None, say: Say) -> Datasets:
-        try:
-            return DATA_KINDS[type(config.data)].build(config, progress, say)
-        except ConfigError:
-            raise
-        except ValueError as error:  # of a file: of the tokenizer, of a source
-            raise ConfigError(str(error), source=f"data {config.data.name!r}") from None
-
+    build, left_out = _built_by(config), left_out_of(config, progress)
     if not left_out:
         return build(config, progress, say)
     samples = _samples_to_come(config, progress or {"step": 0, "samples": 0})
@@ -79,6 +72,42 @@ def build_run_datasets(
         progress = {**progress, "samples": left_out.passed(progress["samples"])}
     built = build(config, progress, say)
     return replace(built, train=RemainingSamples(built.train, left_out, samples=samples))
+
+
+def _built_by(config: RunConfig) -> Callable[[RunConfig, Progress | None, Say], Datasets]:
+    """The builder of the config's kind of data, whose errors are those of settings."""
+
+    def build(config: RunConfig, progress: Progress | None, say: Say) -> Datasets:
+        with _told_of_data(config):
+            return DATA_KINDS[type(config.data)].build(config, progress, say)
+
+    return build
+
+
+@contextlib.contextmanager
+def _told_of_data(config: RunConfig) -> Iterator[None]:
+    """Files that cannot be read are told as settings that name the wrong ones are."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error), source=f"data {config.data.name!r}") from error
+
+
+def check_run_data(config: RunConfig) -> None:
+    """Check indexed datasets as `build_run_datasets` does at first, and write nothing.
+
+    Raises ConfigError.
+    """
+    needed = (train_samples(config), _validation_samples(config), 0)
+    with _told_of_data(config):
+        check_sources(
+            config.data,
+            tokenizer=load_tokenizer(config.data.tokenizer),
+            model_vocab_size=config.model.vocab_size,
+            needed=dict(zip(SPLITS, needed, strict=True)),
+        )
 
 
 def left_out_of(config: RunConfig, progress: Progress | None) -> LeftOut:
@@ -108,7 +137,8 @@ def with_steps(config: RunConfig, *, say: Say = lambda text: None) -> RunConfig:
     training = config.training
     if training.steps is not None:
         return config
-    sequences, counted = DATA_KINDS[type(config.data)].count(config, training.epochs)
+    with _told_of_data(config):
+        sequences, counted = DATA_KINDS[type(config.data)].count(config, training.epochs)
     steps = math.ceil(sequences / training.global_batch_size)
     say(
         f"training.epochs={training.epochs:g}: {counted}; {sequences:,} sequences / "
@@ -181,7 +211,7 @@ def _conversations(config: RunConfig, progress: Progress | None, say: Say) -> Da
             "conversations: it was trained on other data. Start a new run in another "
             f"output_directory with checkpoint.initial_weights={config.output_directory}"
         )
-    training, data = config.training, _cached(config)
+    training, data = config.training, cached_conversations(config)
     settings = {
         "sequence_length": training.sequence_length,
         "seed": training.seed,
@@ -205,7 +235,7 @@ def _conversations(config: RunConfig, progress: Progress | None, say: Say) -> Da
 
 def _conversation_epochs(config: RunConfig, epochs: float) -> tuple[int, str]:
     counted = epoch_sequences(
-        _cached(config),
+        cached_conversations(config),
         epochs=epochs,
         sequence_length=config.training.sequence_length,
         seed=config.training.seed,
@@ -213,7 +243,7 @@ def _conversation_epochs(config: RunConfig, epochs: float) -> tuple[int, str]:
     return counted.sequences, f"{epochs:g} x {counted.epoch}"
 
 
-def _cached(config: RunConfig) -> ConversationsConfig:
+def cached_conversations(config: RunConfig) -> ConversationsConfig:
     """The data's settings with a place for what was encoded."""
     if config.data.cache_directory is not None:
         return config.data

@@ -53,15 +53,37 @@ def check_run_folder(config: RunConfig) -> None:
     made or written, where another run works in it, and where a run from scratch would find an
     earlier run there.
     """
+    _make_and_probe(config.output_directory)
+    _refuse_owned(config)
+    _refuse_used(config)
+
+
+def look_at_run_folder(config: RunConfig) -> None:
+    """What `check_run_folder` can say without making the folder. Raises ConfigError."""
+    folder = config.output_directory.absolute()
+    if folder.exists():
+        place = folder
+    else:
+        place = next(parent for parent in folder.parents if os.path.lexists(parent))
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        what = "no permission to write there" if place.is_dir() else "no folder"
+        raise ConfigError(
+            f"output_directory={str(config.output_directory)!r}: cannot be {_doing(folder)}: "
+            f"{what} ({place}). {_WRITABLE.capitalize()}: {_ELSEWHERE}"
+        )
+    if folder.exists():
+        _refuse_owned(config)
+        _refuse_used(config)
+
+
+def _refuse_owned(config: RunConfig) -> None:
     folder = config.output_directory
-    _make_and_probe(folder)
     found = look(folder / LOCK_FILE)
     if found is not None:
         try:
             refuse_if_held(folder / LOCK_FILE, found, Owner.of_this_process(config.name))
         except LockHeldError as error:
             raise _held(folder, error) from None
-    _refuse_used(config)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
 from equilibrium_mcore.checkpoint.choose import StartingPoint, choose
-from equilibrium_mcore.checkpoint.compatibility import check_resumable
 from equilibrium_mcore.checkpoint.sharded import load_checkpoint, load_weights
 from equilibrium_mcore.config import rules
 from equilibrium_mcore.config.errors import ConfigError
@@ -41,6 +40,7 @@ from equilibrium_mcore.parallel.launch import RankInfo
 from equilibrium_mcore.processes.console import say
 from equilibrium_mcore.training.anomalies import Watch
 from equilibrium_mcore.training.objective import Objective, build_objective
+from equilibrium_mcore.training.ready import check_start
 from equilibrium_mcore.training.run_data import build_run_datasets, left_out_of, with_steps
 
 logger = logging.getLogger(__name__)
@@ -149,9 +149,8 @@ def setup(config: RunConfig, rank_info: RankInfo, *, datasets: Datasets | None =
     config = with_steps(config, say=tell)
     groups = process_groups.join(rank_info, config.parallelism, seed=config.training.seed)
     choice = choose(config)
-    if choice.checkpoint is not None:  # before data of another run is read
-        saved = choice.checkpoint
-        check_resumable(saved.config, config, checkpoint=str(saved.path))
+    # Before data of another run is read.
+    check_start(config, checkpoint=choice.checkpoint, weights=choice.weights)
     if datasets is None:
         datasets = build_run_datasets(config, choice.progress, say=tell)
     transformer, chunks = build_chunks(config, groups)

@@ -44,6 +44,24 @@ CASES = [
         {"training.steps": None, "training.epochs": 2.0},
     ),
     (
+        "layers_can_be_built",
+        {"model.layer_pattern": "M" * 10_001},
+        ["model.layer_pattern", "10,001 letters", "at most 10,000"],
+        {"model.layer_pattern": "M" * 10_000},
+    ),
+    (
+        "the_host_can_hold_it",
+        {"model.hidden_size": 2**30, "host": Host(memory_gib=64.0)},
+        ["weights", "GiB with their gradients", "this host has 64 GiB"],
+        {"model.hidden_size": 2**30, "host": GPU},
+    ),
+    (
+        "the_host_can_hold_it",
+        {"training.sequence_length": 2**30, "host": Host(memory_gib=64.0)},
+        ["sequence_length=1073741824", "logits", "64 GiB"],
+        {"host": Host(memory_gib=64.0)},
+    ),
+    (
         "a_stage_has_its_data",
         {"stage": "sft", "data.type": "indexed"},
         ["data.type='indexed'", "stage='sft'", "pretrain or midtrain"],
