@@ -153,6 +153,8 @@ def _hidden_number(text: str, path: str | os.PathLike[str]) -> int | None:
     """The number of an error that a library put into words, while it wrote `path`."""
     if rust := re.search(r"\(os error (\d+)\)", text):  # safetensors, tokenizers
         return int(rust[1])
+    if text.startswith("Parent directory") and text.rstrip(".").endswith("does not exist"):
+        return errno.ENOENT  # torch
     if "inline_container" not in text and "PytorchStreamWriter" not in text:
         return None
     for code in _WORDS:  # torch's writer, where a file cannot be opened

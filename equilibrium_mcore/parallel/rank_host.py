@@ -21,12 +21,14 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from equilibrium_mcore.files.errors import in_words
+from equilibrium_mcore.files.named import open_named
 from equilibrium_mcore.parallel.rank_job import Job, JobOutcome
 from equilibrium_mcore.parallel.rank_process import ASKERS_SIGNALS, play
 from equilibrium_mcore.parallel.rank_report import failures, stacks
 from equilibrium_mcore.processes.stacks import STACKS_SIGNAL
 
 GRACE_SECONDS = 1.0
+PROBE_BYTES = 1 << 16  # what tracebacks and the rendezvous take
 POLL_SECONDS = 1.0  # the pipe may be held open by another child of the tool: its pid is asked too
 
 
@@ -82,6 +84,16 @@ def _told_folder(connection: Connection, prefix: str) -> Path:
     return folder
 
 
+def _check_room(job: Job) -> None:
+    """Ranks can leave their files. Raises OSError: a rank could not tell of its own."""
+    for rank in range(job.world_size):
+        job.file(rank, "stack").touch()
+    probe = job.folder / "probe"
+    with open_named(probe, "wb") as stream:  # not whole: it is removed at once
+        stream.write(bytes(PROBE_BYTES))
+    probe.unlink()
+
+
 class _Host:
     """Forks the ranks of one job after another, and waits for whatever comes first."""
 
@@ -105,6 +117,7 @@ class _Host:
         """Fork the ranks of a job and see them through. Raises AskerGoneError; none is left."""
         try:
             job.folder.mkdir()
+            _check_room(job)
             _import_once(job.modules)
             return _Ranks(job, self).outcome()
         except AskerGoneError:

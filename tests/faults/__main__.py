@@ -6,7 +6,8 @@ most the save interval is lost, an error is one message that names the file, not
 status is 1 when a promise did not hold; the case is printed with the command that repeats it.
 
 With --results every case is a line of a file, and what the file holds of this seed is not done
-again: the same command goes on where it was stopped.
+again: the same command goes on where it was stopped. With --mended the cases that broke are done
+once more; of a case with several lines the last counts.
 
 Examples:
     python -m tests.faults --seed 0 --minutes 5
@@ -30,7 +31,7 @@ from pathlib import Path
 from equilibrium_mcore.files.json_lines import JsonLinesLog, read_log
 from tests.faults.bench import Bench
 from tests.faults.campaign import KINDS, Result, run_case
-from tests.faults.table import table
+from tests.faults.table import newest, table
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--case", type=int, metavar="N", help="this case alone, of the one kind in --only")
     add("--only", nargs="+", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
     add("--results", type=Path, metavar="FILE", help="append to it, and do not repeat what it has")
+    add("--mended", action="store_true", help="do the broken cases of the results again")
     add("--table", type=Path, metavar="FILE", help="only print the counts of a file of results")
     add("--folder", type=Path, help="keep the runs in this new folder")
     options = parser.parse_args(arguments)
@@ -81,7 +83,8 @@ class Campaign:
         self.results: list[Result] = []  # of this seed: of the file, and of this call
         if options.results is not None:
             if options.results.exists():
-                self.results = [r for r in read_log(options.results) if r["seed"] == options.seed]
+                found = newest(read_log(options.results))
+                self.results = [result for result in found if result["seed"] == options.seed]
             self._log = JsonLinesLog(options.results)
 
     @property
@@ -97,6 +100,12 @@ class Campaign:
         names = options.only or list(KINDS)
         if options.case is not None:
             return self._do(names[0], options.case)
+        if options.mended:
+            for result in [r for r in self.results if r["outcome"] == "broken"]:
+                if result["kind"] in names:
+                    self.results.remove(result)
+                    self._do(result["kind"], result["number"])
+            return None
         done = {(r["kind"], r["number"]) for r in self.results}
         counts = Counter()
         for result in self.results:
@@ -110,10 +119,11 @@ class Campaign:
                 names = [other for other in names if other != name]
                 continue
             if time.monotonic() - began > options.minutes * 60:
-                return
+                return None
             if (name, numbers[name]) not in done:
                 counts[name] += self._do(name, numbers[name])
             numbers[name] += 1
+        return None
 
     def _do(self, name: str, number: int) -> int:
         result = run_case(lambda: self.bench, self._folder, self.options.seed, name, number)

@@ -56,7 +56,7 @@ KINDS: dict[str, Kind] = {
         ),
     ),
     "signals": Kind(
-        40,
+        20,
         (signals.chain_of_signals, scenarios.stopped_by_signal, scenarios.stopped_while_starting),
     ),
     "storage": Kind(60, storage.SCENARIOS),
