@@ -19,7 +19,6 @@ from typing import Any
 from equilibrium_mcore.processes.parents import end_with_parent
 from equilibrium_mcore.processes.threads import fork_is_safe
 
-
 MOST_WORKERS = 4096  # more is a slip of the hand: no host has so many cores
 
 

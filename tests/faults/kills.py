@@ -41,14 +41,16 @@ TOLD = {
 }
 
 
-def chain_of_kills(bench: Bench, rng: random.Random, name: str) -> tuple[str, int]:
-    """A run that is killed five to ten times: who dies, and when, is drawn each time."""
+def chain_of_kills(
+    bench: Bench, rng: random.Random, name: str, *, kills: int | None = None
+) -> tuple[str, int]:
+    """A run that is killed five to ten times, or `kills`: who dies, and when, is drawn."""
     beside = rng.random() < 0.4
     run, told = bench.new_run(name), []
     words = ("checkpoint.asynchronous=true",) if beside else ()
     interval = SAVE_EVERY * (2 if beside else 1)
     pids: set[int] = set()
-    for _ in range(rng.randint(5, 10)):
+    for _ in range(kills or rng.randint(5, 10)):
         allowed = newest_steps(run)
         job = bench.start(run, *words, fresh=rng.random() < 0.04)
         moment = await_moment(bench, run, job, rng, steps=STEPS)
@@ -80,7 +82,9 @@ def _check_told(job: Job, kind: str, status: int) -> None:
     expect(TOLD[kind] in job.text(), f"what ended the {kind} is told", job.text())
 
 
-def chain_of_tool_kills(bench: Bench, rng: random.Random, name: str) -> tuple[str, int]:
+def chain_of_tool_kills(
+    bench: Bench, rng: random.Random, name: str, *, kills: int | None = None
+) -> tuple[str, int]:
     """A tool that writes is killed two to five times, and then makes what it makes undisturbed."""
     tool = rng.choice(list(TOOLS))
     words, output = TOOLS[tool]
@@ -88,7 +92,7 @@ def chain_of_tool_kills(bench: Bench, rng: random.Random, name: str) -> tuple[st
     seconds, expected = bench.reference(f"tool {tool}", lambda: undisturbed(bench, tool, inputs))
     folder, told, pids = bench.folder / name, [], set()
     folder.mkdir()
-    for _ in range(rng.randint(2, 5)):
+    for _ in range(kills or rng.randint(2, 5)):
         job = bench.command(tool, *words(inputs, folder))
         moment = rng.uniform(0, 1.1) * seconds
         _pause(job, moment)

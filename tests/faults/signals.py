@@ -13,13 +13,15 @@ from tests.faults.moments import await_moment, check_beginning, members, newest_
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
-def chain_of_signals(bench: Bench, rng: random.Random, name: str) -> tuple[str, int]:
-    """A run that is asked to stop three to six times, at any moment, and started again each time"""
+def chain_of_signals(
+    bench: Bench, rng: random.Random, name: str, *, signals: int | None = None
+) -> tuple[str, int]:
+    """A run that is asked to stop three to six times, or `signals`, and started again each time."""
     beside = rng.random() < 0.4
     run, told = bench.new_run(name), []
     words = ("checkpoint.asynchronous=true",) if beside else ()
     pids: set[int] = set()
-    for _ in range(rng.randint(3, 6)):
+    for _ in range(signals or rng.randint(3, 6)):
         allowed = newest_steps(run)
         job = bench.start(run, *words)
         moment = await_moment(bench, run, job, rng, steps=STEPS)
