@@ -107,18 +107,27 @@ class Bench:
             expect(job.wait() == 0, "a run without some samples ends with 0", job.text())
         return curve(output)
 
+    def curve_of(self, name: str, **changes: Any) -> dict[int, float]:
+        """The curve of an undisturbed run with other sections, called `name`."""
+
+        def made() -> dict[int, float]:
+            output = self.new_run(name, **changes)
+            job = self.start(output)
+            expect(job.wait() == 0, f"an undisturbed run, {name}, ends with 0", job.text())
+            return curve(output)
+
+        return self.reference(f"curve of {name}", made)
+
     def new_run(self, name: str, **changes: Any) -> Path:
-        """The output directory of a new run, with its config beside it."""
+        """The output directory of a new run, with its config beside it; `changes` are sections."""
         output = self.folder / name
-        config = tiny_run(
-            self.data,
-            output,
-            model=SMALL,
-            parallelism={"world_size": 2, "tensor": 2, "sequence": True, "expert": 2},
-            training={"steps": STEPS, "global_batch_size": BATCH, "sequence_length": 32},
-            checkpoint={"save_interval_steps": SAVE_EVERY, "keep_last": 3},
-            **changes,
-        )
+        sections: dict[str, Any] = {
+            "model": SMALL,
+            "parallelism": {"world_size": 2, "tensor": 2, "sequence": True, "expert": 2},
+            "training": {"steps": STEPS, "global_batch_size": BATCH, "sequence_length": 32},
+            "checkpoint": {"save_interval_steps": SAVE_EVERY, "keep_last": 3},
+        }
+        config = tiny_run(self.data, output, **{**sections, **changes})
         save_config(config, output.with_suffix(".yaml"))
         return output
 

@@ -33,7 +33,7 @@ from tests.faults.moments import (
     newest_steps,
 )
 
-ONE_RANK = {"parallelism": {"world_size": 1, "tensor": 1, "sequence": False, "expert": 1}}
+ONE_RANK = {"parallelism": {"world_size": 1}}
 TOLD = {
     "rank": "SIGKILL",
     "helper": "the process that starts the ranks was ended from outside",
@@ -46,7 +46,9 @@ def chain_of_kills(
 ) -> tuple[str, int]:
     """A run that is killed five to ten times, or `kills`: who dies, and when, is drawn."""
     beside = rng.random() < 0.4
-    run, told = bench.new_run(name), []
+    sections = ONE_RANK if rng.random() < 0.5 else {}
+    expected = bench.curve_of("one_rank", **ONE_RANK) if sections else bench.curve
+    run, told = bench.new_run(name, **sections), []
     words = ("checkpoint.asynchronous=true",) if beside else ()
     interval = SAVE_EVERY * (2 if beside else 1)
     pids: set[int] = set()
@@ -68,9 +70,10 @@ def chain_of_kills(
         lost = logged_steps(run) - min(newest_steps(run))
         expect(lost <= interval, f"at most {interval} steps are lost", (lost, told))
     allowed = newest_steps(run)
-    check_beginning(bench.finish(run, *words), allowed)
+    check_beginning(bench.finish(run, *words, expected=expected), allowed)
     bench.check_left(pids)
-    return f"{'asynchronous' if beside else 'synchronous'} saves; " + "; ".join(told), len(told)
+    how = f"{1 if sections else 2} ranks, {'asynchronous' if beside else 'synchronous'} saves; "
+    return how + "; ".join(told), len(told)
 
 
 def _check_told(job: Job, kind: str, status: int) -> None:
