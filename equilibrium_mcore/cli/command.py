@@ -30,6 +30,7 @@ FAILED, WRONG, INTERRUPTED = 1, 2, 130
 # What is told in a line. Anything else is a fault of ours, and has a traceback.
 TOLD = (ValueError, OSError, ImportError)
 
+MOST_PROCESSES = 1024
 TRAINS = ("train", "run", "resume")
 
 Options = argparse.Namespace
@@ -82,6 +83,7 @@ def run_command(
     )
     add_arguments(parser)
     options = parser.parse_intermixed_args(arguments)
+    _refuse_double_dashes(parser, options)
     try:
         return work(options) or 0
     except ConfigError as error:
@@ -100,6 +102,15 @@ def run_command(
         return INTERRUPTED
 
 
+def processes(text: str) -> int:
+    """argparse's `type=` for a number of processes or threads."""
+    if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= MOST_PROCESSES:
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r}: must be a whole number from 1 to {MOST_PROCESSES:,}"
+        )
+    return int(text)
+
+
 def add_host(parser: argparse.ArgumentParser) -> None:
     """`--host`: by what `--check` judges."""
     text = "what --check judges by: this host, or one with a GPU and the fast packages (this)"
@@ -113,6 +124,15 @@ def judged_by(name: str | None, *, check: bool) -> Host:
     if name is not None and not check:
         raise wrong_command_line("--host is for --check: a start is judged by the host it is on")
     return GPU_HOST if name == "gpu" else describe_host()
+
+
+def _refuse_double_dashes(parser: argparse.ArgumentParser, options: Options) -> None:
+    """argparse makes an empty list of the value in `--option=--`; end as for other wrong values."""
+    for action in parser._actions:
+        value = getattr(options, action.dest, None)
+        values = value if isinstance(action, argparse._AppendAction) else [value]
+        if action.nargs is None and any(isinstance(item, list) for item in values or ()):
+            parser.error(f"argument {'/'.join(action.option_strings)}: -- is no value")
 
 
 def with_commands(text: str, program: str | None) -> str:

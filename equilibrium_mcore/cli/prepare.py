@@ -18,6 +18,7 @@ import argparse
 import signal
 import sys
 
+from equilibrium_mcore.cli.command import processes
 from equilibrium_mcore.files.paths import user_path
 
 
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("mixture", metavar="MIXTURE", help="a YAML file, or its name in configs/data")
     add("overrides", nargs="*", metavar="key=value", help="settings of the mixture")
     add("--output", type=user_path, required=True, help="folder for the result and its work")
-    add("--workers", type=int, default=1, help="processes")
+    add("--workers", type=processes, default=1, help="processes")
     add("--local", action="append", default=[], metavar="NAME=PATH", help="read a dataset here")
     add("--total-tokens", help="instead of metadata.total_tokens, e.g. 2e9")
     add("--temperature", type=float, help="instead of sampling.temperature of every dataset")

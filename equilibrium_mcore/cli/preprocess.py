@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from equilibrium_mcore.cli.command import FAILED
+from equilibrium_mcore.cli.command import FAILED, processes
 from equilibrium_mcore.files.paths import user_path
 
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--end-of-document", help="the token that ends a document; default: the end of text")
     add("--space-mark", choices=("kept", "space"), default="kept", help="SentencePiece: U+2581")
     add("--append-eod", action="store_true", help="end each document with that token")
-    add("--workers", type=int, help="processes; default: every core that it may use")
+    add("--workers", type=processes, help="processes; default: every core that it may use")
     add("--encoder", choices=("auto", "fast", "plain"), default="auto", help="auto: fast if exact")
     add("--partitions", type=int, default=1, help="make it in N parts, then merge them")
     add("--partition", type=int, help="make only part K of N, from 1: one host's share")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from equilibrium_mcore.cli.command import processes
 from equilibrium_mcore.corpus.train_tokenizer import CHAT_TOKENS, train_tokenizer
 from equilibrium_mcore.files.paths import user_path
 
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-megabytes", type=float, default=10.0, help="how much text to sample")
     add("--special-tokens", nargs="*", default=CHAT_TOKENS, help="control tokens to reserve")
     add("--seed", type=int, default=1234)
-    add("--threads", type=int, default=None, help="default: all cores")
+    add("--threads", type=processes, default=None, help="default: all cores")
     add("--overwrite", action="store_true", help="replace an existing model")
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from equilibrium_mcore.cli.command import FAILED, wrong_command_line
+from equilibrium_mcore.cli.command import FAILED, processes, wrong_command_line
 from equilibrium_mcore.files.paths import user_path
 
 
@@ -26,15 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("directory", type=user_path, help="a run's output_directory, or one checkpoint's folder")
     workers = os.cpu_count() or 1
-    add("--workers", type=int, default=workers, help=f"files hashed at a time ({workers})")
+    add("--workers", type=processes, default=workers, help=f"files hashed at a time ({workers})")
 
 
 def run(options: argparse.Namespace) -> int:
     """Verify, print a table; the exit status."""
     from equilibrium_mcore.checkpoint.verify import as_text, verify_directory
 
-    if options.workers < 1:
-        raise wrong_command_line(f"--workers {options.workers}: at least 1 is needed")
     try:
         verdicts = verify_directory(options.directory, workers=options.workers)
     except FileNotFoundError as error:  # no verdict on what is not there

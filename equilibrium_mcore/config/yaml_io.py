@@ -183,6 +183,12 @@ def parse_yaml(text: str, *, source: object) -> Any:
         value = loader.get_single_data()
     except _RefusedError as error:
         raise ConfigError(str(error), source=source) from None
+    except UnicodeEncodeError as error:  # a byte of the command line that is no UTF-8
+        raise ConfigError(
+            f"not valid YAML: {text[error.start : error.start + 20]!a} is not UTF-8: write it as "
+            "UTF-8 text",
+            source=source,
+        ) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"not valid YAML: {_in_words(error, text)}", source=source) from None
     if loader.problems:

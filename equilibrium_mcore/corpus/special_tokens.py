@@ -14,6 +14,7 @@ from equilibrium_mcore.data.tokenizer import (
     Tokenizer,
     load_tokenizer,
 )
+from equilibrium_mcore.files.paths import real_path
 from equilibrium_mcore.files.whole import write_whole
 
 _A_PIECE = (
@@ -50,7 +51,7 @@ def add_special_tokens(
     target = output if is_model else output / "tokenizer.json"
     if is_model and output.suffix != ".model":
         raise ValueError(f"--output {output}: a SentencePiece model's name ends in .model")
-    if target.resolve() == old.path.resolve():
+    if real_path(target) == real_path(old.path):
         raise ValueError(
             f"{target} is the tokenizer itself: models were trained with it, so write another file"
         )

@@ -21,6 +21,7 @@ from equilibrium_mcore.config.rule_kit import Host
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.config.stages import DEFAULT_STAGE, STAGES
 from equilibrium_mcore.config.yaml_io import read_mapping
+from equilibrium_mcore.files.paths import real_path
 from equilibrium_mcore.files.whole import write_whole
 from equilibrium_mcore.parallel.launch import rank_info_from_environment
 from equilibrium_mcore.train import run_stage
@@ -124,7 +125,7 @@ def _values_of(names: ExperimentNames) -> dict[str, object]:
     if names.prepared is not None:
         values["data.prepared"] = str(names.prepared)
     file = _file_of(names)
-    if file.resolve().parent == TEMPLATES:  # its own are those of its example
+    if real_path(file).parent == TEMPLATES:  # its own are those of its example
         named = (names.stage, names.phase, names.data_mixture, names.model_config)
         values |= {"experiment.tags": [n for n in named if n], "experiment.description": ""}
         values.setdefault("model.checkpoint_path", None)

@@ -65,6 +65,11 @@ def expand_text(text: str) -> str:
     return str(expand_path(text)) if text.startswith("~") or "$" in text else text
 
 
+def real_path(path: Path) -> Path:
+    """`path.resolve()`; a circle of links, for which that raises, stays as it is."""
+    return Path(os.path.realpath(path))
+
+
 def with_ending(path: Path, ending: str) -> Path:
     """`path` with more at the end of its name; itself where it has none, as `/` and `.`."""
     return path.with_name(path.name + ending) if path.name else path
@@ -102,4 +107,8 @@ def report_path(text: str) -> Path:
     if path.exists() and not path.is_file():
         kind = "a folder" if path.is_dir() else "no regular file"
         raise argparse.ArgumentTypeError(f"{path} is {kind}, and is not replaced: name a file")
-    return path.resolve() if path.is_symlink() else path
+    if not path.is_symlink():
+        return path
+    if real_path(path).is_symlink():
+        raise argparse.ArgumentTypeError(f"{path} is a circle of links: name a file")
+    return real_path(path)

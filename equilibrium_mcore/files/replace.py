@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from equilibrium_mcore.files.paths import real_path
 from equilibrium_mcore.files.whole import write_whole
 
 MARKER = ".equilibrium_mcore.json"
@@ -21,11 +22,11 @@ def refuse_sources(outputs: Iterable[Path], sources: Iterable[Path], *, option: 
     """Raises FileExistsError if an output is one of the files it is made of, or holds it."""
     outputs, sources = list(outputs), list(sources)
     for output in outputs:
-        target = output.resolve()
+        target = real_path(output)
         for source in sources:
-            if not source.resolve().is_relative_to(target):
+            if not real_path(source).is_relative_to(target):
                 continue
-            place = "is" if source.resolve() == target else "holds"
+            place = "is" if real_path(source) == target else "holds"
             raise FileExistsError(
                 f"{option} {output} {place} the input {source}, which would be lost: choose "
                 f"another {option}"
@@ -40,7 +41,7 @@ def writable_folder(
     Raises FileExistsError for everything else that is there, and says what it is.
     """
     refuse_sources([output], sources, option=option)
-    target = output.resolve()
+    target = real_path(output)
     if not target.exists():
         return target
     if not overwrite:

@@ -21,6 +21,7 @@ from equilibrium_mcore.config.load import load_run
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.chat.render import Renderer, build_renderer
 from equilibrium_mcore.data.tokenizer import Tokenizer, load_tokenizer
+from equilibrium_mcore.files.paths import real_path
 from equilibrium_mcore.files.replace import mark_folder, writable_folder
 from equilibrium_mcore.files.whole import whole_folder, write_whole
 from equilibrium_mcore.hugging_face.chat_files import TEMPLATE_FILE
@@ -102,7 +103,7 @@ def export_hugging_face(
     sources = [checkpoint, checkpoint := find_checkpoint(checkpoint)]
 
     def check() -> Path:
-        if output_directory.resolve().is_relative_to(checkpoint.resolve()):
+        if real_path(output_directory).is_relative_to(real_path(checkpoint)):
             raise FileExistsError(
                 f"--output {output_directory} lies in the checkpoint {checkpoint}: choose another"
             )

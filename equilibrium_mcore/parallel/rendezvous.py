@@ -73,7 +73,7 @@ def meeting(rank_info: RankInfo, *, timeout_minutes: int) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:  # torch's DistStoreError, DistNetworkError
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        first = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise ConfigError(
             f"{me} did not meet the others at MASTER_ADDR={address} MASTER_PORT={port}: {first}. "
             "Is every rank started, with the same address and port, and is the port free on the "

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from equilibrium_mcore.files.paths import real_path
 from equilibrium_mcore.plots.figure import COLOURS, GREY, INK, colour_of, write_png
 from equilibrium_mcore.training.metrics import METRICS_FILE, TrainRecord, human, read_metrics
 
@@ -56,7 +57,7 @@ def load_curves(run: Path) -> RunCurves:
             "steps; wait for the first, or look into the run's log for why there is none"
         )
     return RunCurves(
-        name=path.resolve().parent.name,
+        name=real_path(path).parent.name,
         train=by_kind["train"],
         validation=by_kind["validation"],
         events=by_kind["event"],

@@ -26,6 +26,7 @@ from equilibrium_mcore.files.lock_file import (
 )
 from equilibrium_mcore.files.named import open_named
 from equilibrium_mcore.files.owner import Owner
+from equilibrium_mcore.files.paths import real_path
 from equilibrium_mcore.files.whole import sync_stream
 from equilibrium_mcore.processes.console import say
 
@@ -61,7 +62,7 @@ def check_run_folder(config: RunConfig) -> None:
 def look_at_run_folder(config: RunConfig) -> None:
     """What `check_run_folder` can say without making the folder. Raises ConfigError."""
     folder = config.output_directory.absolute()
-    if folder.exists():
+    if os.path.lexists(folder):  # a link that leads nowhere is there, too
         place = folder
     else:
         place = next(parent for parent in folder.parents if os.path.lexists(parent))
@@ -207,7 +208,7 @@ def _refuse_used(config: RunConfig) -> None:
             f"have it moved to {folder / ARCHIVE} with checkpoint.used_directory=archive"
         )
     weights = settings.initial_weights
-    if weights is not None and weights.resolve().is_relative_to(folder.resolve()):
+    if weights is not None and real_path(weights).is_relative_to(real_path(folder)):
         raise ConfigError(
             f"checkpoint.initial_weights={str(weights)!r} lies in output_directory="
             f"{str(folder)!r}, whose earlier run would be moved to {folder / ARCHIVE} "

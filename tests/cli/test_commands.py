@@ -13,7 +13,12 @@ import pytest
 
 from equilibrium_mcore.cli import __main__ as program
 from equilibrium_mcore.cli import convert
-from equilibrium_mcore.cli.command import run_command, with_commands, wrong_command_line
+from equilibrium_mcore.cli.command import (
+    run_command,
+    run_subcommand,
+    with_commands,
+    wrong_command_line,
+)
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.installation import COMMANDS, PACKAGE, command
 
@@ -182,3 +187,24 @@ def test_a_command_works_from_any_folder(tmp_path):
     )  # fmt: skip
     assert "tools/convert_checkpoint.py --checkpoint=" in done.stdout
     assert done.returncode == 2 and "its input experiments/full_pipeline/sft" in done.stderr
+
+
+# ------------------------------------------------------------------------------- wrong values
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "x", "", "99999999999999999999"])
+def test_a_number_of_processes_has_a_range(value, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        run_subcommand("verify", [str(tmp_path), f"--workers={value}"], program="verify")
+    assert stopped.value.code == 2
+    assert "must be a whole number from 1 to 1,024" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--workers", "--local"])
+def test_double_dashes_are_no_value(option, capsys, tmp_path):
+    words = ["mixture.yaml", "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stopped:
+        run_subcommand("prepare", [*words, f"{option}=--"], program="prepare")
+    assert stopped.value.code == 2 and "-- is no value" in capsys.readouterr().err
+    assert run_subcommand("prepare", words, program="prepare") == 2  # lists that are meant
+    assert "mixture.yaml: no such file" in capsys.readouterr().err

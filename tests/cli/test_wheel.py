@@ -134,7 +134,7 @@ def test_commands_work_outside_of_the_repository(installed):
     assert "preprocess" in installed("--help").stdout
     assert "3,004,048" in installed("count", "equilibrium_tiny").stdout
     # A file of the project is found by its name, and what a message names is there.
-    told = installed("run", "configs/runs/quickstart.yaml", "--check").stdout
+    told = installed("run", "configs/runs/quickstart.yaml", "--check", "--host", "gpu").stdout
     assert "name: quickstart" in told
     missing = installed("plot", "nothing", status=1).stderr
     assert "equilibrium-mcore run RUN.yaml" in missing and "tools/" not in missing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from equilibrium_mcore.config.errors import MOST_SHOWN, ConfigError
 from equilibrium_mcore.config.load import load_model, load_run, load_run_config
 from equilibrium_mcore.config.yaml_io import MOST_BYTES, parse_yaml, read_mapping
-from equilibrium_mcore.files.paths import expand_path
+from equilibrium_mcore.files.paths import expand_path, report_path
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n"
@@ -29,6 +30,7 @@ REFUSED = {
     "a:\n\tb: 1": "the line begins with a tab: indent by spaces",
     "a: \0": "line 1: the character U+0000 is not allowed",
     "a: 1\nb: 'x": "line 2, column",
+    "a: \udcff": "is not UTF-8",
     "a: 1\n---\nb: 2": "but found another document",
     "a: 1" + "0" * 5000: "has 5,001 digits",
     "a: 0x" + "f" * 5000: "has 5,002 digits",
@@ -149,6 +151,14 @@ def test_a_model_that_cannot_be() -> None:
     for name in ("/", ".", "..", "x" * 300, "a\0b"):
         with pytest.raises(ConfigError):
             load_model(name)
+
+
+def test_a_report_in_a_circle_of_links(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "link").symlink_to(tmp_path / "report")
+    with pytest.raises(ArgumentTypeError, match="a circle of links"):
+        report_path(str(tmp_path / "loop"))
+    assert report_path(str(tmp_path / "link")) == tmp_path / "report"
 
 
 def test_paths_that_no_file_system_takes() -> None:

@@ -105,8 +105,9 @@ def test_the_help_has_both_spellings_and_check_writes_nothing(here, prepared):
     prepared("pretrain/phase1/mixture1")
     options = ["--stage", "pretrain", "--phase", "phase1", "--model-config", "llama/1b"]
     options += ["--data-mixture", "mixture1", "--output-dir", "exp", "--run-name", "a"]
-    done = train(*options, "--check", folder=here)
+    done = train(*options, "--check", "--host", "gpu", folder=here)
     assert done.returncode == 0, done.stderr
+    assert "not on this host, and not checked" in done.stderr
     assert parse_yaml(done.stdout, source="")["training"]["micro_batch_size"] == 4
     assert not (here / "exp").exists()
     assert train(*options, "training.lr=1", folder=here).returncode == 2

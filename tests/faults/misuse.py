@@ -12,6 +12,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from equilibrium_mcore.config.installation import COMMANDS
 from tests.faults.bench import expect
 from tests.support.attempts import TRACEBACK, attempt
@@ -38,6 +40,49 @@ WRITTEN = (
 INTEGERS = ("0", "-1", "1", "3", "999999999999", "99999999999999999999")
 NUMBERS = (*INTEGERS, "1.5", "-0.5", "0.3", "nan", "inf", "-inf", "1e400", "1e-320")
 NO_NUMBERS = ("x", "", " ", "1e3", "２", "0x10", "1_0", "1,5")
+# A command line that works, by the names of its files; one thing of it is spoilt.
+GOOD = {
+    "count": ["@good_config"],
+    "groups": ["@good_config"],
+    "tokenizer": ["--input", "@good_lines", "--output", "@new_model", "--vocab-size=300"],
+    "preprocess": [
+        "--input", "@good_lines", "--output-prefix", "@new", "--tokenizer-model", "@good_tokenizer",
+        "--tokenizer-type=SentencePieceTokenizer", "--workers=1",
+    ],
+    "merge": ["--input", "@good_prefix", "@other_prefix", "--output-prefix", "@new"],
+    "add-tokens": ["@good_tokenizer", "--output", "@new_model", "--tokens", "<|x|>"],
+    "try-filter": ["@good_lines", "--filter=type=length,min_length=10", "--sample=20"],
+    "perplexity-model": [
+        "--input", "@good_lines", "--output", "@new_tensors", "--max-characters=20000",
+    ],
+    "quality-classifier": [
+        "--positive", "@good_lines", "--negative", "@other_lines", "--output", "@new_tensors",
+        "--bits=10",
+    ],
+    "prepare": ["@good_mixture", "--output", "@new_folder", "--workers=1"],
+    "analyze": ["@good_mixture", "--model", "llama_1b"],
+    "train": [
+        "--stage=pretrain", "--data_mixture", "@good_mixture", "--model_config=llama_1b",
+        "--output_dir", "@new_folder", "--run_name=x", "--check",
+    ],
+    "run": ["@good_config", "--check"],
+    "resume": ["@good_run", "--check"],
+    "pipeline": ["@good_pipeline", "--dry-run"],
+    "ledger": ["@good_run", "--step=1"],
+    "plot": ["@good_run", "--output", "@new_png"],
+    "verify": ["@good_run"],
+    "convert": ["--checkpoint", "@good_run", "--output", "@new_folder"],
+    "generate": ["@good_run", "--prompt=a", "--max-new-tokens=2"],
+}  # fmt: skip
+PIPELINE = """\
+name: two
+folder: out
+variables: {text: hello}
+steps:
+  - name: first
+    command: [tools/count_parameters.py, "${text}"]
+    outputs: {file: "${folder}/a"}
+"""
 TEXTS = ("", " ", "no such", "é世界", "a=b", "*-|*-", "=", "=1", "a.b.c=1", "-", "x" * 400, "a\nb",
          "name=", "training.steps=0", "{", "--", "..", "/")  # fmt: skip
 
@@ -52,7 +97,8 @@ def misuse_case(rng: random.Random, folder: Path) -> str:
     m = materials()
     paths = {**menagerie(folder / "odd"), **_good(m, folder / "good")}
     name = rng.choice(list(COMMANDS))
-    words = _words(rng, name, paths)
+    drawn = name not in GOOD or rng.random() < 0.3
+    words = _words(rng, name, paths) if drawn else _spoilt(rng, name, paths)
     told = f"{name} {' '.join(_short(word) for word in words)}"
     before = state_of(folder)
     found = attempt(call, [name, *words], folder=folder, seconds=SECONDS)
@@ -82,7 +128,22 @@ def _good(m: Materials, folder: Path) -> dict[str, Path]:
     shutil.copytree(m.folder / "data", folder / "data")
     shutil.copytree(m.run, folder / "run")
     shutil.copy(m.config, folder / "run.yaml")
+    (folder / "pipeline.yaml").write_text(PIPELINE)
+    source = {"name": "a", "source": str(folder / "data" / "first.jsonl"), "mix_ratio": 1.0}
+    mixture = {
+        "metadata": {"phase": "pretrain", "total_tokens": 2000},
+        "tokenizer": {**m.data["tokenizer"], "model": str(folder / "data" / "tokenizer.model")},
+        "datasets": [source],
+        "validation": {"ratio": 0.1, "seed": 7},
+    }
+    (folder / "mixture.yaml").write_text(yaml.safe_dump(mixture))
     return {
+        "good_mixture": folder / "mixture.yaml",
+        "good_pipeline": folder / "pipeline.yaml",
+        "other_lines": folder / "data" / "second.jsonl",
+        "other_prefix": folder / "data" / "second_text_document",
+        "new_tensors": folder / "new.safetensors",
+        "new_folder": folder / "new_folder",
         "good_lines": folder / "data" / "first.jsonl",
         "good_tokenizer": folder / "data" / "tokenizer.model",
         "good_prefix": folder / "data" / "first_text_document",
@@ -94,6 +155,27 @@ def _good(m: Materials, folder: Path) -> dict[str, Path]:
         "new_json": folder / "new.json",
         "new_model": folder / "new.model",
     }
+
+
+def _spoilt(rng: random.Random, name: str, paths: dict[str, Path]) -> list[str]:
+    """A command line that works, with one or two words changed, taken out or added."""
+    words = [str(paths[w[1:]]) if w.startswith("@") else w for w in GOOD[name]]
+    for _ in range(rng.choice((1, 1, 1, 2))):
+        place = rng.randrange(len(words))
+        word = words[place]
+        how = rng.random()
+        if how < 0.1:
+            del words[place]
+        elif how < 0.3:
+            words[place:place] = _words(rng, name, paths)[:2]
+        elif word.startswith("--") and "=" in word:
+            number = word.rpartition("=")[2].isdigit()
+            odd = rng.choice((*INTEGERS, *NO_NUMBERS) if number else TEXTS)
+            words[place] = f"{word.partition('=')[0]}={odd}"
+        elif not word.startswith("--"):
+            words[place] = str(paths[rng.choice(list(paths))])
+        words = words or ["--"]
+    return [*words, *(word for word in BOUNDED.get(name, []) if word not in words)]
 
 
 def _words(rng: random.Random, name: str, paths: dict[str, Path]) -> list[str]:

@@ -68,6 +68,14 @@ def test_missing_data_is_told_and_left_out_for_another_host(copied, tmp_path, na
     assert len(said) == 1 and name in said[0]
 
 
+@pytest.mark.parametrize("what", ["file", "file/below", "link"])
+def test_an_output_directory_that_cannot_be_made(data, tmp_path, what):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    told = problems(tiny_run(data, tmp_path / what))
+    assert f"output_directory='{tmp_path / what}': cannot be made" in told
+
+
 def test_problems_of_all_kinds_are_told_at_once(copied, data, tmp_path):
     (tmp_path / "file").write_text("")
     config = tiny_run(
