@@ -9,6 +9,7 @@ from functools import partial
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.load import load_run_config
 from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.files.errors import in_words, refusal_behind
 from equilibrium_mcore.parallel import accelerator
 from equilibrium_mcore.parallel.host import describe_host
 from equilibrium_mcore.parallel.launch import launch, rank_info_from_environment
@@ -21,7 +22,8 @@ def main(arguments: list[str], *, program: str | None = None) -> int:
     """Check the config, then run its stage in every rank; the exit status.
 
     0 trained to its end, or stopped by a signal with all saved, which Slurm's scripts rely on; 2
-    for settings that cannot be; 1 where a rank failed. `program` is what `--help` calls this.
+    for settings that cannot be; 1 where a rank failed or the operating system refused something.
+    `program` is what `--help` calls this.
     """
     try:
         config = load_run_config(
@@ -31,6 +33,11 @@ def main(arguments: list[str], *, program: str | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
+    except (OSError, RuntimeError) as error:
+        if (refusal := refusal_behind(error)) is None:
+            raise
+        print(f"error: {in_words(refusal)}", file=sys.stderr)
+        return 1
 
 
 def check_without_starting(config: RunConfig, elsewhere: bool = False) -> None:

@@ -16,6 +16,7 @@ from equilibrium_mcore.certify.verdict import Verdict, worst_verdict
 from equilibrium_mcore.config.layout import expert_parallel_size, model_parallel_size
 from equilibrium_mcore.config.load import run_from_mapping
 from equilibrium_mcore.config.schema import ParallelismConfig, RunConfig
+from equilibrium_mcore.files.errors import naming
 from equilibrium_mcore.models.packing import packed_documents, rank_tokens
 from equilibrium_mcore.parallel import process_groups
 from equilibrium_mcore.parallel.launch import RankInfo
@@ -59,7 +60,8 @@ def _packed(
         prepare()
     with in_float64():
         differences = _differences(rank_info, config)
-    torch.save(differences, folder / f"rank_{rank_info.rank}.pt")
+    with naming(folder / f"rank_{rank_info.rank}.pt"):
+        torch.save(differences, folder / f"rank_{rank_info.rank}.pt")
 
 
 def _differences(rank_info: RankInfo, config: RunConfig) -> dict[str, float]:

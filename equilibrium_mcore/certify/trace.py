@@ -24,6 +24,7 @@ from equilibrium_mcore.certify.whole import pieces_of
 from equilibrium_mcore.checkpoint.pieces import FullTensor, TensorShard, assemble, whole_shard
 from equilibrium_mcore.checkpoint.save import save_checkpoint
 from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.files.errors import naming
 from equilibrium_mcore.parallel.launch import RankInfo
 from equilibrium_mcore.training.setup import Run, setup, teardown
 from equilibrium_mcore.training.step import train_step
@@ -89,7 +90,8 @@ def trace_rank(
             save_last=save_last,
             gradients_from=gradients_from,
         )
-    torch.save(trace, _file(folder, rank_info))
+    with naming(_file(folder, rank_info)):
+        torch.save(trace, _file(folder, rank_info))
 
 
 def _trace(

@@ -16,6 +16,7 @@ from equilibrium_mcore.certify.tokens import made_up_datasets
 from equilibrium_mcore.certify.whole import pieces_of
 from equilibrium_mcore.checkpoint.pieces import assemble
 from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.files.errors import naming
 from equilibrium_mcore.hugging_face.config_json import config_values
 from equilibrium_mcore.hugging_face.mapping import ParamMapping, plan
 from equilibrium_mcore.hugging_face.weights import to_hugging_face
@@ -66,7 +67,8 @@ def _train_both(rank_info: RankInfo, config: RunConfig, folder: Path) -> None:
         bias_update_rate=moe.expert_bias_update_rate if moe and moe.expert_bias else None,
     )
     seen = {"ours": dataclasses.asdict(ours), "theirs": dataclasses.asdict(theirs)}
-    torch.save(seen, folder / FILE)
+    with naming(folder / FILE):
+        torch.save(seen, folder / FILE)
     teardown(run)
 
 

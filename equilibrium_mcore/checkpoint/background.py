@@ -7,7 +7,6 @@ Both are given the same files and write the same bytes. `InPlace` returns when t
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import NoReturn, Protocol
 from equilibrium_mcore.checkpoint.data_files import DataFile, WrittenFile, write_data_file
 from equilibrium_mcore.checkpoint.shared_buffer import SharedBuffer
 from equilibrium_mcore.checkpoint.writer_jobs import FileToWrite, Removal, Reservation, WriteJob
+from equilibrium_mcore.files.whole import remove_rest
 
 HELD_BACK = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -68,7 +68,7 @@ class InPlace:
         return _raised(self._written)
 
     def remove(self, folder: Path) -> None:
-        shutil.rmtree(folder)
+        remove_rest(folder)
 
     def close(self) -> None:
         self._written = []
@@ -124,7 +124,7 @@ class Background:
         try:
             self._pipe.send(Removal(str(folder)))
         except OSError:  # it has ended, with nothing to write: the next save says so
-            shutil.rmtree(folder)
+            remove_rest(folder)
 
     def close(self) -> None:
         with suppress(OSError):  # nothing is left to write, so its end matters no more

@@ -6,6 +6,7 @@ packages torch alone is imported, since the process that writes beside training 
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from equilibrium_mcore.checkpoint.manifest import describe_file
+from equilibrium_mcore.files.errors import naming
+from equilibrium_mcore.files.named import NamedFile
 from equilibrium_mcore.files.whole import sync_stream
 
 
@@ -59,11 +62,39 @@ class WrittenFile:
 
 
 def write_data_file(file: DataFile) -> WrittenFile:
-    """Write the file, bring it to the disk, hash it. Raises OSError."""
+    """Write the file, bring it to the disk, hash it. Raises OSError, which names the file."""
     transforms, results = _StorageWriterTransforms(), []
-    with file.path.open("wb") as stream:  # not whole: its folder has no final name yet
-        for item, content in file.items:
-            arguments = (transforms, stream, content, item, file.name)
-            results.append(_write_item(*arguments, SerializationFormat.TORCH_SAVE))
-        sync_stream(stream)
-    return WrittenFile(file.path.name, results, describe_file(file.path))
+    with naming(file.path):
+        disk = _RefusalsKept(file.path, "wb")  # not whole: its folder has no final name yet
+        with disk.refusals_raised(), io.BufferedWriter(disk) as stream:
+            for item, content in file.items:
+                arguments = (transforms, stream, content, item, file.name)
+                results.append(_write_item(*arguments, SerializationFormat.TORCH_SAVE))
+            sync_stream(stream)
+        return WrittenFile(file.path.name, results, describe_file(file.path))
+
+
+class _RefusalsKept(NamedFile):
+    """A file that keeps the error of the operating system which a write met.
+
+    torch's writer makes a RuntimeError of it, which speaks of positions in a zip file.
+    """
+
+    _refusal: OSError | None = None
+
+    def write(self, content: Any) -> int | None:
+        try:
+            return super().write(content)
+        except OSError as error:
+            self._refusal = error
+            raise
+
+    @contextlib.contextmanager
+    def refusals_raised(self) -> Iterator[None]:
+        """Where something inside fails after such an error, that error is raised."""
+        try:
+            yield
+        except Exception:
+            if self._refusal is not None:
+                raise self._refusal from None
+            raise

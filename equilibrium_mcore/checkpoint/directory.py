@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from equilibrium_mcore.checkpoint.lineage import Lineage
+from equilibrium_mcore.files.errors import reason
 from equilibrium_mcore.files.whole import write_whole
 
 LATEST = "latest"
@@ -73,7 +74,7 @@ def resume_order(run_directory: str | Path) -> tuple[list[Path], str | None]:
     except FileNotFoundError:
         name, wrong = "", "is missing" if present else None
     except (OSError, UnicodeDecodeError) as error:
-        name, wrong = "", f"cannot be read: {error}"
+        name, wrong = "", f"cannot be read: {reason(error)}"
     named = pointer.parent / name
     if name and Path(name).name == name and named.is_dir():
         return [named, *_led_to(named, present)], None

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.files.errors import reason
 from equilibrium_mcore.files.whole import write_whole
 
 MANIFEST_FILE = "manifest.json"
@@ -90,7 +91,7 @@ def read_manifest(folder: Path) -> Files | None:
                 raise ValueError(f"{name!r} is no entry of a file")
         return files
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        damage = Damage(MANIFEST_FILE, f"is no manifest: {error}")
+        damage = Damage(MANIFEST_FILE, f"is no manifest: {reason(error)}")
         raise DamagedCheckpointError(folder, [damage]) from None
 
 
@@ -113,7 +114,7 @@ def wrong_hashes(folder: Path, files: Files, names: Iterable[str]) -> list[Damag
         try:
             found = describe_file(folder / name)[HASH]
         except OSError as error:
-            damages.append(Damage(name, f"cannot be read: {error}"))
+            damages.append(Damage(name, f"cannot be read: {reason(error)}"))
             continue
         if found != files[name][HASH]:
             what = f"expected {HASH} {files[name][HASH][:16]}..., found {found[:16]}..."

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from equilibrium_mcore.checkpoint.manifest import Damage, DamagedCheckpointError
+from equilibrium_mcore.files.errors import reason
 
 METADATA_FILE = ".metadata"
 SMALL_BYTES = 4 << 20  # of `.metadata`, up to which reading it slowly is no loss
@@ -93,7 +94,7 @@ def read_metadata(folder: Path) -> Metadata:
             if not 0 <= info.offset <= info.offset + info.length:
                 raise ValueError(f"it names {info.length} bytes at {info.offset}")
     except Exception as error:  # a broken pickle raises whatever its bytes make it raise
-        what = f"cannot be read: {type(error).__name__}: {error}"
+        what = f"cannot be read: {reason(error)}"
         if isinstance(error, _NotAllowedError):
             what = _refused(str(error))
         raise DamagedCheckpointError(folder, [Damage(METADATA_FILE, what)]) from None

@@ -37,6 +37,7 @@ from equilibrium_mcore.checkpoint.shared_buffer import ALIGNMENT
 from equilibrium_mcore.checkpoint.together import on_every_rank, on_first_rank
 from equilibrium_mcore.config.load import save_config
 from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.files.errors import naming
 from equilibrium_mcore.files.whole import sync_directory, sync_file
 from equilibrium_mcore.optim.optimizer import HybridOptimizer
 
@@ -123,7 +124,8 @@ def finish_save(save: SaveInProgress) -> SavedCheckpoint:
     for files in on_every_rank(lambda: _written(save)):
         written |= files
     for finalize in save.finalize:
-        finalize()
+        with naming(publish.partial_content(save.path, save.line)):
+            finalize()
     written |= on_first_rank(lambda: _seal(save))
     return on_first_rank(lambda: _publish(save, written))
 
@@ -158,7 +160,7 @@ def _planned(sharded: dict[str, Any], content: Path) -> AsyncRequest:
     """megatron-core's plan of a save: who writes what into which file. Collective."""
     filesystem_async._results_queue = queue.Queue()  # else it starts a process for its results
     torch_strategy._logged_mcore_async_deprecation = True  # its plan is used, not its processes
-    with _nothing_copied():
+    with _nothing_copied(), naming(content):
         return dist_checkpointing.save(
             sharded, str(content), async_sharded_save=True, async_strategy="mcore"
         )

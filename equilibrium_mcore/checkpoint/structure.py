@@ -21,6 +21,7 @@ from equilibrium_mcore.checkpoint.safe_load import METADATA_FILE, read_object
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.load import load_run
 from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.files.errors import reason
 
 FORMAT_FILE = "metadata.json"  # megatron-core's
 PROGRESS_KEY = "common_state/shard_0_1"  # megatron-core's name for plain values
@@ -45,7 +46,7 @@ def read_facts(path: Path, *, needed: bool) -> dict[str, Any]:
     except KeyError as error:
         what = f"has no {error}"
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        what = f"cannot be read: {error}"
+        what = f"cannot be read: {reason(error)}"
     else:
         return facts
     raise DamagedCheckpointError(path, [Damage(directory.STATE_FILE, what)])
@@ -71,7 +72,7 @@ def wrong_format(path: Path) -> Iterator[Damage]:
         if backend != "torch_dist":
             yield Damage(FORMAT_FILE, f"sharded_backend={backend!r}, expected 'torch_dist'")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        yield Damage(FORMAT_FILE, f"cannot be read: {type(error).__name__}: {error}")
+        yield Damage(FORMAT_FILE, f"cannot be read: {reason(error)}")
 
 
 def cut_short(path: Path, metadata: Metadata, files: Files | None) -> Iterator[Damage]:
@@ -117,7 +118,7 @@ def _saved_progress(path: Path, metadata: Metadata) -> dict[str, Any]:
         progress = read_object(path, metadata, PROGRESS_KEY)[0].get("progress", {})
         return json.loads(json.dumps(progress))
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        damage = Damage(METADATA_FILE, f"leads to no progress: {type(error).__name__}: {error}")
+        damage = Damage(METADATA_FILE, f"leads to no progress: {reason(error)}")
         raise DamagedCheckpointError(path, [damage]) from None
 
 

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     while True:
         try:
             message = connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             return 0
         if message is None:
             return 0
@@ -41,7 +41,11 @@ def main(arguments: Sequence[str]) -> int:
         elif isinstance(message, Reservation):
             buffer.find_pages(message.buffer_bytes)
         else:
-            connection.send(_answer(message, buffer))
+            answer = _answer(message, buffer)
+            try:
+                connection.send(answer)
+            except ConnectionError:
+                return 0
 
 
 def _answer(job: WriteJob, buffer: SharedBuffer) -> list[WrittenFile] | Exception:

@@ -23,6 +23,7 @@ from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.installation import COMMANDS, PROGRAM
 from equilibrium_mcore.config.load import HOSTS
 from equilibrium_mcore.config.rule_kit import GPU_HOST, Host
+from equilibrium_mcore.files.errors import in_words, refusal_behind
 from equilibrium_mcore.training.signals import take_signals_at_once
 
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
@@ -89,7 +90,13 @@ def run_command(
         print(f"error: {error}", file=sys.stderr)
         return WRONG
     except told as error:
-        print(f"error: {error}", file=sys.stderr)
+        text = in_words(error) if isinstance(error, OSError) else error
+        print(f"error: {text}", file=sys.stderr)
+        return FAILED
+    except RuntimeError as error:
+        if (refusal := refusal_behind(error)) is None:
+            raise
+        print(f"error: {in_words(refusal)}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -20,7 +20,7 @@ from equilibrium_mcore.cli.command import add_host, judged_by
 from equilibrium_mcore.config.installation import command_line
 from equilibrium_mcore.files.paths import user_path
 
-TOLD = ()  # what fails in a rank has a traceback
+TOLD = (OSError,)  # what else fails has a traceback
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

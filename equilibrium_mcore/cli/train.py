@@ -25,7 +25,7 @@ from equilibrium_mcore.config.installation import command_line
 from equilibrium_mcore.config.stages import MEANINGS, STAGES
 from equilibrium_mcore.files.paths import user_path
 
-TOLD = ()  # what fails in a rank has a traceback
+TOLD = (OSError,)  # what else fails has a traceback
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

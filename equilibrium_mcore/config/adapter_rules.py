@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from equilibrium_mcore.config.pattern import count_kinds
 from equilibrium_mcore.config.rule_kit import RuleTable, Subject
 
 ADAPTER_RULES = RuleTable()
@@ -25,7 +26,7 @@ def adapters_of_experts_are_whole(subject: Subject) -> Iterator[str]:
     config = subject.config
     if config.adapters is None or not config.adapters.experts:
         return
-    if config.model.moe is None:
+    if "moe" not in count_kinds(config.model.layer_pattern):
         yield "adapters.experts=True, but no layer of model.layer_pattern is a mixture of experts"
     if config.parallelism.expert_tensor > 1:
         yield (

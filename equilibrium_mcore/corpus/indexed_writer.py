@@ -31,6 +31,7 @@ from equilibrium_mcore.data.indexed_files import (
     dataset_paths,
     fingerprint_of,
 )
+from equilibrium_mcore.files.named import open_named
 from equilibrium_mcore.files.replace import refuse_existing
 from equilibrium_mcore.files.whole import partial_path, rename_durably, sync_stream
 
@@ -98,7 +99,7 @@ class IndexedWriter:
         refuse_existing_dataset(prefix, overwrite=overwrite)
         prefix.parent.mkdir(parents=True, exist_ok=True)
         self._bin = _open_locked(partial_path(dataset_paths(prefix)[0]))
-        self._lengths = _lengths_path(prefix).open("a+b")  # not whole: as the .bin
+        self._lengths = open_named(_lengths_path(prefix), "a+b")  # not whole: as the .bin
         self._rewound = False
         self._hasher = BlockHasher()
         self._hashes: BlockHashes | None = None
@@ -172,7 +173,7 @@ class IndexedWriter:
             self.rewind()
         binary, index, description = map(partial_path, dataset_paths(self.prefix))
         description.unlink(missing_ok=True)  # of a dead run
-        with index.open("wb") as stream:  # not whole: published with the .bin, by `publish`
+        with open_named(index, "wb") as stream:  # not whole: published with the .bin, by `publish`
             hashed = HashedStream(stream)
             self._write_index(hashed)
             sync_stream(stream)
@@ -188,7 +189,7 @@ class IndexedWriter:
         """Write the manifest, with the hashes, to be published with the rest."""
         values = asdict(replace(manifest, hashes=self._hashes))
         description = partial_path(dataset_paths(self.prefix)[2])
-        with description.open("w", encoding="utf-8") as stream:  # not whole: as the index
+        with open_named(description, "w") as stream:  # not whole: as the index
             json.dump(values, stream, indent=2)
             stream.write("\n")
             sync_stream(stream)
@@ -282,7 +283,7 @@ def _open_locked(path: Path) -> IO[bytes]:
     """Open for appending; raises FileExistsError while another process writes it."""
     deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
     while True:
-        stream = path.open("ab")  # not whole: grows for hours, and a later run resumes it
+        stream = open_named(path, "ab")  # not whole: grows for hours, and a later run resumes it
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -17,6 +17,7 @@ from typing import Any
 
 from equilibrium_mcore.corpus.indexed_writer import WriterState
 from equilibrium_mcore.data.inputs import Input, Position
+from equilibrium_mcore.files.errors import reason
 from equilibrium_mcore.files.whole import TEMPORARY, write_whole
 
 FORMAT_VERSION = 1
@@ -76,7 +77,7 @@ class Journal:
             return None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{self.path} is not a journal of this tool ({error!r}). Remove it, or start "
+                f"{self.path} is not a journal of this tool ({reason(error)}). Remove it, or start "
                 f"from the beginning with --restart"
             ) from None
         differences = list(_differences(facts, self.facts))

@@ -16,6 +16,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import IO
 
+from equilibrium_mcore.files.errors import FileContentError
+
 BLOCK_BYTES = 16 << 20
 READ_BYTES = 1 << 20
 DIGITS = 32  # hexadecimal, of each block
@@ -92,7 +94,7 @@ def rehash(path: Path, whole: Sequence[str], end: int) -> BlockHasher:
         while left:
             data = stream.read(min(left, READ_BYTES))
             if not data:
-                raise ValueError(f"{path} became shorter while it was read: start again")
+                raise FileContentError(f"{path} became shorter while it was read: start again")
             hasher.update(data)
             left -= len(data)
     return hasher
@@ -128,9 +130,9 @@ def compare_read(path: Path, made: Sequence[str], wanted: Sequence[str], size: i
             raise damage(path, start, min(start + BLOCK_BYTES, size), *pair)
 
 
-def damage(path: Path, start: int, end: int, found: str, wanted: str) -> ValueError:
+def damage(path: Path, start: int, end: int, found: str, wanted: str) -> FileContentError:
     """The error of a block whose bytes are not those that were written."""
-    return ValueError(
+    return FileContentError(
         f"{path}: bytes {start:,} to {end:,} are not those that were written (SHA-256 "
         f"{found[:12]}..., its manifest has {wanted[:12]}...): the file is damaged or another one. "
         f"Copy it again, or make the dataset again"
@@ -146,7 +148,7 @@ class FileBlocks:
     def __init__(self, path: Path, wanted: list[str], block_bytes: int, size: int) -> None:
         self.path, self._wanted, self._block_bytes, self._size = path, wanted, block_bytes, size
         if len(wanted) != -(-size // block_bytes):
-            raise ValueError(
+            raise FileContentError(
                 f"{path} has {size:,} bytes, but its manifest has the hashes of {len(wanted):,} "
                 f"blocks of {block_bytes:,}: one of them is of another dataset. Copy the dataset's "
                 f"files again, or make it again"

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from equilibrium_mcore.files.errors import reason
+
 READ_BYTES = 1 << 18  # of a compressed file at a time
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 # Sixteen kinds of frames that a reader of Zstandard skips (RFC 8878, 3.1.2); a file may begin so.
@@ -82,7 +84,7 @@ def decompressed_blocks(path: Path, compression: str) -> Iterator[tuple[bytes, i
     except (zlib.error, zstandard.ZstdError) as error:
         raise ValueError(
             f"{path} is damaged: {compression} cannot read on after {done:,} bytes of content "
-            f"({error}). Copy it again"
+            f"({reason(error)}). Copy it again"
         ) from None
     if stage is not None:
         raise ValueError(

@@ -23,6 +23,7 @@ import numpy as np
 
 from equilibrium_mcore.config.installation import command
 from equilibrium_mcore.data.block_hashes import BlockHashes
+from equilibrium_mcore.files.errors import reason
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -143,8 +144,8 @@ def read_manifest(prefix: Path) -> Manifest | None:
         return Manifest(**{**values, "hashes": hashes and BlockHashes(**hashes)})
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path} is not a manifest of `{command('preprocess')}` ({error}); make the dataset "
-            f"again, or remove the file to use the dataset without its checks"
+            f"{path} is not a manifest of `{command('preprocess')}` ({reason(error)}); make the "
+            f"dataset again, or remove the file to use the dataset without its checks"
         ) from None
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from equilibrium_mcore.data.compression import compression_of, decompressed_blocks
+from equilibrium_mcore.files.named import open_named
 
 RANGE_BYTES = 4 << 20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # of UTF-8, which some editors put in front of a file
@@ -217,7 +218,9 @@ class RangeCutter:
 
     def _spooled(self, number: int, pieces: list[bytes], after: int, read: int) -> Range:
         path = self.spool()
-        with path.open("wb") as stream:  # not whole: a worker reads it once, then it is removed
+        with open_named(
+            path, "wb"
+        ) as stream:  # not whole: a worker reads it once, then it is removed
             stream.writelines(pieces)
         size = sum(map(len, pieces))
         span = InputSlice(number, self.inputs[number].path, path, 0, size, after == size)

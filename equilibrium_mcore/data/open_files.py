@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from equilibrium_mcore.config.installation import command
+from equilibrium_mcore.files.errors import FileContentError
 
 MOST_OPEN = 4096
 SHARE_OF_LIMIT = 4  # a process needs files for other things too
@@ -86,7 +87,7 @@ class OpenFiles:
             more = os.pread(descriptor, length - len(data), offset + len(data))
             if not more:
                 size = os.fstat(descriptor).st_size
-                raise ValueError(self._changed(path, f"it ends at byte {size:,}"))
+                raise FileContentError(self._changed(path, f"it ends at byte {size:,}"))
             data += more
         return np.frombuffer(data, dtype)
 
@@ -101,7 +102,7 @@ class OpenFiles:
         file = self._file(path)
         size = os.fstat(file.descriptor).st_size
         if size < offset + count * np.dtype(dtype).itemsize:
-            raise ValueError(self._changed(path, f"it ends at byte {size:,}"))
+            raise FileContentError(self._changed(path, f"it ends at byte {size:,}"))
         if file.map is None:
             file.map = mmap.mmap(file.descriptor, 0, access=mmap.ACCESS_READ)
         return np.frombuffer(file.map, dtype, count, offset)[places]
@@ -111,13 +112,13 @@ class OpenFiles:
         try:
             facts = _Facts.of(path.stat())
         except FileNotFoundError:
-            raise ValueError(self._changed(path, "it is gone")) from None
+            raise FileContentError(self._changed(path, "it is gone")) from None
         expected = self._facts.setdefault(path, facts)
         if facts.size != expected.size:
             change = f"it had {expected.size:,} bytes and has {facts.size:,}"
-            raise ValueError(self._changed(path, change))
+            raise FileContentError(self._changed(path, change))
         if facts != expected:
-            raise ValueError(self._changed(path, "it was written to, or replaced"))
+            raise FileContentError(self._changed(path, "it was written to, or replaced"))
 
     def _file(self, path: Path) -> _Open:
         now, found = time.monotonic(), self._open.get(path)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from equilibrium_mcore.config.data import TokenizerConfig
 from equilibrium_mcore.config.installation import command
+from equilibrium_mcore.files.errors import reason
 
 # Looked for in this order when the tokenizer itself names no end of text.
 END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<eod>", "<EOD>", "</s>", "<eos>")
@@ -119,8 +120,8 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             # From bytes: the library prints to stderr when a file is bad.
             self.processor.LoadFromSerializedProto(path.read_bytes())
-        except RuntimeError as error:
-            raise ValueError(f"{path} is not a SentencePiece model ({error})") from None
+        except RuntimeError:
+            raise ValueError(f"{path} is not a SentencePiece model") from None
         processor = self.processor
         self.vocab_size = processor.get_piece_size()
         self.bos_id = _known(processor.bos_id())
@@ -186,7 +187,9 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             self.backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"{path} is not a Hugging Face tokenizer.json ({error})") from None
+            raise ValueError(
+                f"{path} is not a Hugging Face tokenizer.json ({reason(error)})"
+            ) from None
         # Documents are neither cut nor padded here, whatever the file says.
         self.backend.no_truncation()
         self.backend.no_padding()
@@ -209,7 +212,7 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             entries = json.loads(config.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{config} is not JSON ({error})") from None
+            raise ValueError(f"{config} cannot be read ({reason(error)})") from None
         tokens = {k: v for k, v in entries.items() if k.endswith("_token")}
         return {
             key: value["content"] if isinstance(value, dict) else value

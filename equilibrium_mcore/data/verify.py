@@ -24,6 +24,7 @@ from equilibrium_mcore.data.indexed_files import (
     read_header,
     read_manifest,
 )
+from equilibrium_mcore.files.errors import FileContentError
 from equilibrium_mcore.processes.threads import available_cores
 
 MOST_THREADS = 8  # they share one disk
@@ -39,7 +40,7 @@ def hashed_files(prefix: Path, header: IndexHeader, hashes: BlockHashes) -> list
     files = blocks_of(hashes, binary, index)
     found = fingerprint(prefix, header)
     if found != hashes.fingerprint:
-        raise ValueError(
+        raise FileContentError(
             f"{binary} and {index.name} are not what {description.name} describes (fingerprint "
             f"{found}, the manifest has {hashes.fingerprint}): one of them was replaced or is "
             f"damaged. `{command('preprocess')} --verify {prefix}` names the place; copy the "
@@ -90,7 +91,7 @@ def _verify(prefix: Path) -> tuple[list[str], int, int]:
     manifest = read_manifest(prefix)
     if manifest is None or manifest.hashes is None:
         why = "no manifest" if manifest is None else "a manifest without hashes"
-        raise ValueError(
+        raise FileContentError(
             f"{prefix} has {why}: it was made by Megatron-LM, or by a version before there were "
             f"any, and cannot be verified. Make it again, or (where there is a manifest) copy it "
             f"by `{command('merge')} --input {prefix} --output-prefix OTHER`, which writes them"

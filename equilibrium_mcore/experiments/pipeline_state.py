@@ -12,6 +12,7 @@ from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.installation import shipped
 from equilibrium_mcore.experiments.fingerprints import fingerprint
 from equilibrium_mcore.experiments.pipeline import Pipeline, Step
+from equilibrium_mcore.files.errors import reason
 from equilibrium_mcore.files.exclusive import exclusive
 from equilibrium_mcore.files.whole import write_whole
 
@@ -36,8 +37,8 @@ class State:
             name, steps = values["pipeline"], dict(values["steps"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"{path} cannot be read as the state of a pipeline ({error!r}): move it away, and "
-                "every step runs again"
+                f"{path} cannot be read as the state of a pipeline ({reason(error)}): move it "
+                "away, and every step runs again"
             ) from None
         if name != pipeline.name:
             raise ConfigError(

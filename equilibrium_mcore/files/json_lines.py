@@ -6,12 +6,15 @@ on are read by `equilibrium_mcore.data.jsonl`.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from equilibrium_mcore.files.errors import reason
+from equilibrium_mcore.files.named import NamedFile
 from equilibrium_mcore.files.whole import sync_stream
 
 
@@ -35,7 +38,7 @@ class JsonLinesLog:
         """
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = path.open("a+b", buffering=0)
+        self._stream = NamedFile(path, "a+")
         self._drop_cut_line()
 
     def __enter__(self) -> JsonLinesLog:
@@ -51,7 +54,7 @@ class JsonLinesLog:
         """
         line = json_line(record, ascii_only=True)
         if self._stream.write(line) != len(line):
-            raise OSError(f"{self.path}: only a part of a line was written; is the disk full?")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         if durable:
             sync_stream(self._stream)
 
@@ -91,7 +94,7 @@ def read_log(
             # Every whole line ends in a newline, so only what follows the last one may be cut.
             if number == len(lines):
                 return
-            text = f"{path}, line {number}: no record of this log: {error}"
+            text = f"{path}, line {number}: no record of this log: {reason(error)}"
             if broken is None:
                 raise ValueError(text) from None
             broken(text)

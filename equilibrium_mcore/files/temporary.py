@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from equilibrium_mcore.files.named import open_named
 from equilibrium_mcore.files.owner import Owner
 
 OWNER_FILE = ".owner.json"
@@ -25,7 +26,8 @@ def temporary_folder(prefix: str) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=prefix))
     try:
         text = Owner.of_this_process(prefix).to_text()
-        (folder / OWNER_FILE).write_text(text, encoding="utf-8")
+        with open_named(folder / OWNER_FILE, "w") as stream:
+            stream.write(text)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

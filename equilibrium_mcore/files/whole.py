@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from equilibrium_mcore.files.errors import naming
+
 TEMPORARY = ".tmp"  # what temporary names end in
 PARTIAL = ".partial"  # the same of what a later process may finish
 REMOVED = ".removed"  # what the names of folders being removed end in
@@ -35,14 +37,18 @@ def whole_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(path, TEMPORARY)
     try:
-        with temporary.open(
-            mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8"
-        ) as stream:
+        with (
+            naming(path),
+            temporary.open(
+                mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8"
+            ) as stream,
+        ):
             yield stream
             sync_stream(stream)
         rename_durably(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what is told is the first error
+            temporary.unlink(missing_ok=True)
         raise
 
 
@@ -91,9 +97,10 @@ def rename_durably(source: Path, target: Path) -> None:
 
 
 def sync_stream(stream: IO[Any]) -> None:
-    """Bring what was written to an open file to the disk."""
-    stream.flush()
-    os.fsync(stream.fileno())
+    """Bring what was written to an open file to the disk. Raises OSError, which names the file."""
+    with naming(_name_of(stream)):
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def sync_file(path: str | Path) -> None:
@@ -116,7 +123,23 @@ def remove_tree(path: str | Path) -> None:
     if path.is_symlink() or not path.is_dir():
         path.unlink()
         return
-    shutil.rmtree(set_aside_for_removal(path))
+    remove_rest(set_aside_for_removal(path))
+
+
+def remove_rest(folder: Path) -> None:
+    """Remove a folder that was set aside, while another process may be removing it as well.
+
+    Raises OSError, which names the whole path, where something cannot be removed.
+    """
+
+    def unless_gone(_: object, path: str, error: BaseException) -> None:
+        if isinstance(error, FileNotFoundError):
+            return
+        if isinstance(error, OSError):  # it names what is open, relative to that
+            raise type(error)(error.errno, error.strerror, path) from None
+        raise error
+
+    shutil.rmtree(folder, onexc=unless_gone)
 
 
 def set_aside_for_removal(folder: Path) -> Path:
@@ -138,7 +161,12 @@ def _put_in_place(folder: Path, target: Path) -> None:
         os.replace(doomed, target)
         raise
     sync_directory(target.parent)
-    shutil.rmtree(doomed)
+    remove_rest(doomed)
+
+
+def _name_of(stream: IO[Any]) -> str:
+    name = getattr(stream, "name", None)
+    return os.fsdecode(name) if isinstance(name, str | bytes) else repr(stream)
 
 
 def _temporary_name(path: Path, ending: str) -> Path:
@@ -148,6 +176,7 @@ def _temporary_name(path: Path, ending: str) -> Path:
 def _sync(path: str | Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from equilibrium_mcore.config.installation import command
+from equilibrium_mcore.hugging_face.intact import loading
 from equilibrium_mcore.hugging_face.sampling import Sampling
 
 
@@ -23,7 +24,7 @@ class TextGenerator:
     """A model with its tokenizer, on the GPU where there is one."""
 
     def __init__(self, folder: Path, sampling: Sampling, *, chat: bool, seed: int) -> None:
-        """Raises ValueError where a chat is asked for and the folder has no template for it."""
+        """Raises ValueError for a folder that is damaged, or has no template for a wanted chat."""
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
@@ -31,10 +32,12 @@ class TextGenerator:
         logging.disable_progress_bar()  # of loading weights: it would stand before the text
         logging.set_verbosity_error()
         self.sampling = sampling
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        with loading(folder):
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         if chat and self.tokenizer.chat_template is None:
             raise no_template(str(folder), "--checkpoint RUN --output NEW")
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        with loading(folder):
+            model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
         self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(seed)
 

@@ -10,6 +10,7 @@ from typing import Any
 from equilibrium_mcore.config.installation import command
 from equilibrium_mcore.data.chat.render import Renderer
 from equilibrium_mcore.data.tokenizer import SPACE_MARK, SentencePieceTokenizer, Tokenizer
+from equilibrium_mcore.files.errors import naming
 from equilibrium_mcore.hugging_face.chat_files import add_chat_template
 from equilibrium_mcore.hugging_face.tokenizer_settings import adapt_settings, token_text, write_json
 
@@ -39,7 +40,8 @@ def write_tokenizer(
         shutil.copyfile(file, folder / _released_name(file, tokenizer))
     if isinstance(tokenizer, SentencePieceTokenizer):
         backend = sentencepiece_to_tokenizers(tokenizer)
-        backend.save(str(folder / "tokenizer.json"))
+        with naming(folder / "tokenizer.json"):
+            backend.save(str(folder / "tokenizer.json"))
     said = adapt_settings(tokenizer, folder, default=_settings(tokenizer))
     return said + _finish_and_check(tokenizer, folder, renderer)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from equilibrium_mcore.config.schema import ModelConfig
+from equilibrium_mcore.files.errors import naming
 from equilibrium_mcore.files.whole import write_whole
 from equilibrium_mcore.hugging_face.mapping import ParamMapping
 from equilibrium_mcore.hugging_face.source import TensorSource
@@ -157,7 +158,8 @@ def _write_shards(
     for file, names in zip(files, shards, strict=True):
         held = dict(next(tensors) for _ in names)
         assert list(held) == names
-        save_file(held, folder / file, metadata={"format": "pt"})
+        with naming(folder / file):
+            save_file(held, folder / file, metadata={"format": "pt"})
         del held
     next(tensors, None)  # lets the last one be counted
     if count > 1:

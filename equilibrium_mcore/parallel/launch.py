@@ -9,7 +9,6 @@ import os
 import shlex
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,10 +17,12 @@ from equilibrium_mcore.config.layout import resolve_world_size
 from equilibrium_mcore.config.schema import ParallelismConfig
 from equilibrium_mcore.parallel.rank_job import (
     REFUSED,
+    TOLD,
     RankError,
     RankInfo,
     rank_info_from_environment,
 )
+from equilibrium_mcore.parallel.rank_process import story_of
 from equilibrium_mcore.parallel.rank_server import RankServer
 from equilibrium_mcore.processes.stacks import print_stacks_on_signal
 
@@ -64,7 +65,7 @@ def launch(layout: ParallelismConfig, run_rank: Callable[[RankInfo], None]) -> i
             name = signal.Signals(failed.stopped_by).name
             print(f"stopped by {name} before the first step: nothing to save", file=sys.stderr)
             return 128 + failed.stopped_by
-        print(failed, file=sys.stderr, flush=True)
+        print("error: " * failed.told + str(failed), file=sys.stderr, flush=True)
         return REFUSED if failed.refused else 1
     return 0
 
@@ -91,13 +92,10 @@ def this_command() -> str:
 def _run_launched(rank_info: RankInfo, run_rank: Callable[[RankInfo], None]) -> int:
     try:
         run_rank(rank_info)
-    except ConfigError as error:  # a setting that cannot be: reported in its own words
-        print(f"rank {rank_info.rank}: error: {error}", file=sys.stderr, flush=True)
-        os._exit(REFUSED)
-    except Exception:
-        print(
-            f"rank {rank_info.rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True
-        )
+    except Exception as error:
+        text, code = story_of(error)
+        how = ": error: " if code in (REFUSED, TOLD) else " failed:\n"
+        print(f"rank {rank_info.rank}{how}{text}", file=sys.stderr, flush=True)
         # Leaving groups in order would wait for the other ranks, which wait for this one.
-        os._exit(1)
+        os._exit(REFUSED if code == REFUSED else 1)
     return 0

@@ -13,18 +13,22 @@ import pickle
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
+from equilibrium_mcore.files.errors import in_words
+from equilibrium_mcore.files.named import open_named
 from equilibrium_mcore.parallel.rank_job import Job, JobOutcome
 from equilibrium_mcore.parallel.rank_process import ASKERS_SIGNALS, play
 from equilibrium_mcore.parallel.rank_report import failures, stacks
 from equilibrium_mcore.processes.stacks import STACKS_SIGNAL
 
 GRACE_SECONDS = 1.0
+PROBE_BYTES = 1 << 16  # what tracebacks and the rendezvous take
 POLL_SECONDS = 1.0  # the pipe may be held open by another child of the tool: its pid is asked too
 
 
@@ -33,20 +37,23 @@ class AskerGoneError(Exception):
 
 
 def serve(
-    connection: Connection, theirs: Connection | None, *, folder: Path, asker: int, fresh: bool
+    connection: Connection, theirs: Connection | None, *, prefix: str, asker: int, fresh: bool
 ) -> None:
     """Run the jobs that come from process `asker` until it is gone. Never returns.
 
-    `theirs` is the asker's end, where a fork has inherited it. A `fresh` interpreter still has to
-    make the libraries ready.
+    A temporary folder is made first, and its path told, or the OSError that it met. `theirs` is
+    the asker's end, where a fork has inherited it. A `fresh` interpreter still has to make the
+    libraries ready.
     """
     if theirs is not None:
         theirs.close()
+    folder = None
     try:
         os.setsid()  # a terminal's signals go to the asker, which says what they mean
         # Only the pipe ends this process: a signal to all would leave ranks and folder to nobody.
         for number in (*ASKERS_SIGNALS, STACKS_SIGNAL):
             signal.signal(number, signal.SIG_IGN)
+        folder = _told_folder(connection, prefix)
         if fresh:
             from equilibrium_mcore.parallel import accelerator
 
@@ -59,10 +66,32 @@ def serve(
     except BaseException:
         traceback.print_exc()
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+def _told_folder(connection: Connection, prefix: str) -> Path:
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=prefix))
+    except OSError as error:
+        connection.send(error)
+        os._exit(1)
+    with contextlib.suppress(ConnectionError):  # the asker is gone: that is seen next
+        connection.send(folder)
+    return folder
+
+
+def _check_room(job: Job) -> None:
+    """Ranks can leave their files. Raises OSError: a rank could not tell of its own."""
+    for rank in range(job.world_size):
+        job.file(rank, "stack").touch()
+    probe = job.folder / "probe"
+    with open_named(probe, "wb") as stream:  # not whole: it is removed at once
+        stream.write(bytes(PROBE_BYTES))
+    probe.unlink()
 
 
 class _Host:
@@ -86,12 +115,15 @@ class _Host:
 
     def run(self, job: Job) -> JobOutcome:
         """Fork the ranks of a job and see them through. Raises AskerGoneError; none is left."""
-        job.folder.mkdir()
         try:
+            job.folder.mkdir()
+            _check_room(job)
             _import_once(job.modules)
             return _Ranks(job, self).outcome()
         except AskerGoneError:
             raise
+        except OSError as error:
+            return JobOutcome(failure=f"ranks: {in_words(error)}", told=True)
         except Exception:
             return JobOutcome(failure=f"the ranks were not started:\n{traceback.format_exc()}")
         finally:

@@ -130,22 +130,27 @@ class JobOutcome:
     results: tuple[bytes, ...] = ()
     failure: str | None = None
     refused: bool = False  # the rank that failed first met a setting that cannot be
+    told: bool = False  # the failure is in words that say what to do, without a traceback
     signalled: int = 0  # the signal that ended the rank that failed first, if one did
 
 
+TOLD = 3  # the exit status of a rank whose error says in words what a user can do about it
 REFUSED = 2  # the exit status of a rank, and of a tool, for what a setting asks and cannot be
 
 
 class RankError(RuntimeError):
     """Ranks failed, were killed or did not end; the message has tracebacks or stacks.
 
-    `refused` says that the first of them met a setting that cannot be, `stopped_by` that a signal
-    ended it which this process had handed on: it had nothing to save yet.
+    It has neither where `told`: the first failure was one of the operating system. `refused` says
+    that the first of them met a setting that cannot be, `stopped_by` that a signal ended it which
+    this process had handed on: it had nothing to save yet.
     """
 
-    def __init__(self, message: str, *, refused: bool = False, stopped_by: int = 0) -> None:
+    def __init__(
+        self, message: str, *, refused: bool = False, told: bool = False, stopped_by: int = 0
+    ) -> None:
         super().__init__(message)
-        self.refused, self.stopped_by = refused, stopped_by
+        self.refused, self.told, self.stopped_by = refused, told, stopped_by
 
 
 def pack(work: Callable[..., Any], arguments: tuple[object, ...]) -> tuple[bytes, str]:

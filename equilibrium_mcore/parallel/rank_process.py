@@ -9,7 +9,9 @@ import time
 import traceback
 
 from equilibrium_mcore.config.errors import ConfigError
-from equilibrium_mcore.parallel.rank_job import REFUSED, Job
+from equilibrium_mcore.files.errors import in_words, refusal_behind
+from equilibrium_mcore.files.named import open_named
+from equilibrium_mcore.parallel.rank_job import REFUSED, TOLD, Job
 from equilibrium_mcore.processes.parents import end_with_parent
 from equilibrium_mcore.processes.stacks import print_stacks_on_signal
 
@@ -30,20 +32,35 @@ def play(job: Job, rank: int, *, host: int) -> int:
     stacks = job.file(rank, "stack").open("w", encoding="utf-8")
     print_stacks_on_signal(stacks)
     try:
-        job.file(rank, "result").write_bytes(_work(job, rank))  # not whole: see above
+        result = _work(job, rank)
+        with open_named(job.file(rank, "result"), "wb") as stream:  # not whole: see above
+            stream.write(result)
         code = 0
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except BaseException as error:
-        # A setting that cannot be is reported in its own words; anything else with its traceback.
-        refused = isinstance(error, ConfigError)
-        text = str(error) if refused else traceback.format_exc()
-        # Not whole: see above.
-        job.file(rank, "traceback").write_text(f"{time.time()}\n{text}", encoding="utf-8")
-        code = REFUSED if refused else 1
+        text, code = story_of(error)
+        try:
+            # Not whole: see above.
+            job.file(rank, "traceback").write_text(f"{time.time()}\n{text}", encoding="utf-8")
+        except OSError:  # no room for temporary files either
+            print(f"rank {rank} failed:\n{text}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     return code
+
+
+def story_of(error: BaseException) -> tuple[str, int]:
+    """What is told of an error, and the rank's exit status.
+
+    A setting that cannot be, and what the operating system refused, are told in words; anything
+    else is a fault of ours, and has its traceback.
+    """
+    if isinstance(error, ConfigError):
+        return str(error), REFUSED
+    if (refusal := refusal_behind(error)) is not None:
+        return in_words(refusal), TOLD
+    return traceback.format_exc(), 1
 
 
 def _work(job: Job, rank: int) -> bytes:

@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Iterable, Mapping
 
-from equilibrium_mcore.parallel.rank_job import REFUSED, Job, JobOutcome
+from equilibrium_mcore.parallel.rank_job import REFUSED, TOLD, Job, JobOutcome
 from equilibrium_mcore.processes.stacks import STACKS_SIGNAL
 
 ANSWER_SECONDS = 5.0
@@ -33,8 +33,9 @@ def failures(job: Job, failed: Iterable[tuple[int, int]]) -> JobOutcome:
             stories.append((0.0, rank, f"it ended by {reason} without a traceback"))
     stories.sort()
     (_, first, text), *others = stories
-    if dict(failed)[first] == REFUSED:
-        return JobOutcome(failure=text, refused=True)
+    if dict(failed)[first] in (REFUSED, TOLD):
+        refused = dict(failed)[first] == REFUSED
+        return JobOutcome(failure=text, refused=refused, told=not refused)
     signalled = max(0, -dict(failed)[first])
     lines = [f"rank {first} failed first:", text]
     lines += [f"rank {rank} then failed: {said.splitlines()[-1][:200]}" for _, rank, said in others]

@@ -8,7 +8,6 @@ import os
 import pickle
 import shutil
 import signal
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import util
 from multiprocessing.connection import Connection
@@ -32,14 +31,11 @@ class RankServer:
     long as nothing here has started threads; later it is a fresh interpreter, which imports again.
     So make it before the first tensor operation. The helper kills the ranks and removes `folder`
     when this process closes it, or ends in whatever way.
-
-    Attributes:
-        folder: temporary, for the caller too.
     """
 
     def __init__(self, *, prefix: str = "equilibrium_ranks_", preload: Sequence[str] = ()) -> None:
         """`preload` names modules that the helper imports before it forks ranks."""
-        self.folder = Path(tempfile.mkdtemp(prefix=prefix))
+        self._folders: list[Path] = []  # that of the helper, once it was heard of
         self._preload, self._jobs = tuple(preload), 0
         self._handed_on: set[int] = set()  # signals, to the ranks of the present job
         fresh = not fork_is_safe()
@@ -48,14 +44,29 @@ class RankServer:
         self._host = context.Process(
             target=serve,
             args=(theirs, None if fresh else self._connection),
-            kwargs={"folder": self.folder, "asker": os.getpid(), "fresh": fresh},
+            kwargs={"prefix": prefix, "asker": os.getpid(), "fresh": fresh},
         )
         self._host.start()
         theirs.close()
         # Before multiprocessing waits for its children, when this process ends.
         self.close = util.Finalize(
-            self, _close, (self._connection, self._host, self.folder), exitpriority=100
+            self, _close, (self._connection, self._host, self._folders), exitpriority=100
         )
+
+    @property
+    def folder(self) -> Path:
+        """Temporary, and the helper's: whatever ends this process, somebody removes it.
+
+        Raises OSError where it cannot be made, and RankError when the helper has ended.
+        """
+        if not self._folders:
+            with self._lifeline():
+                told = self._connection.recv()
+            if isinstance(told, OSError):
+                self.close()
+                raise told
+            self._folders.append(told)
+        return self._folders[0]
 
     def __enter__(self) -> RankServer:
         return self
@@ -105,10 +116,25 @@ class RankServer:
             threads=threads_per_rank(world_size),
             limit=limit,
         )
-        try:
+        with self._lifeline():
             self._connection.send(job)
             with self._forwarding() if forward_signals else contextlib.nullcontext():
                 outcome: JobOutcome = self._connection.recv()
+        if outcome.failure is not None:
+            stopped_by = outcome.signalled if outcome.signalled in self._handed_on else 0
+            raise RankError(
+                outcome.failure,
+                refused=outcome.refused,
+                told=outcome.told,
+                stopped_by=stopped_by,
+            )
+        return [pickle.loads(result) for result in outcome.results]
+
+    @contextlib.contextmanager
+    def _lifeline(self) -> Iterator[None]:
+        """Inside, whatever is raised ends the helper; its end from outside is a RankError."""
+        try:
+            yield
         except (EOFError, ConnectionError):
             self.close()
             raise RankError(
@@ -117,10 +143,6 @@ class RankServer:
         except BaseException:  # such as Ctrl-C: the job is over too
             self.close()
             raise
-        if outcome.failure is not None:
-            stopped_by = outcome.signalled if outcome.signalled in self._handed_on else 0
-            raise RankError(outcome.failure, refused=outcome.refused, stopped_by=stopped_by)
-        return [pickle.loads(result) for result in outcome.results]
 
     @contextlib.contextmanager
     def _forwarding(self) -> Iterator[None]:
@@ -146,11 +168,12 @@ class RankServer:
                 signal.signal(number, handler)
 
 
-def _close(connection: Connection, host: Any, folder: Path) -> None:
-    """Let the helper end, with its ranks, and see that the folder is gone."""
+def _close(connection: Connection, host: Any, folders: Sequence[Path]) -> None:
+    """Let the helper end, with its ranks, and see that its folder is gone."""
     connection.close()
     host.join(CLOSE_SECONDS)
     if host.is_alive():
         host.kill()
         host.join()
-    shutil.rmtree(folder, ignore_errors=True)
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -19,6 +19,8 @@ from typing import Any
 from equilibrium_mcore.processes.parents import end_with_parent
 from equilibrium_mcore.processes.threads import fork_is_safe
 
+MOST_WORKERS = 4096  # more is a slip of the hand: no host has so many cores
+
 
 class OrderedPool:
     """Worker processes. Make it before anything starts a thread: on Linux they are then forked.
@@ -38,8 +40,13 @@ class OrderedPool:
         """Start `count` workers; `start(*arguments)` is called in each.
 
         `ahead_per_worker` tasks for each worker are under way at most. Raises ChildProcessError
-        where a worker dies at once.
+        where a worker dies at once, and ValueError for more than MOST_WORKERS.
         """
+        if count > MOST_WORKERS:
+            raise ValueError(
+                f"{count:,} workers: one host has {MOST_WORKERS:,} at most. Name about as many as "
+                "it has cores"
+            )
         self._ahead = count * ahead_per_worker
         self._executor = ProcessPoolExecutor(
             count,

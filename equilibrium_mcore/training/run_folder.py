@@ -24,6 +24,7 @@ from equilibrium_mcore.files.lock_file import (
     look,
     refuse_if_held,
 )
+from equilibrium_mcore.files.named import open_named
 from equilibrium_mcore.files.owner import Owner
 from equilibrium_mcore.files.paths import real_path
 from equilibrium_mcore.files.whole import sync_stream
@@ -146,7 +147,7 @@ def _make_and_probe(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            with probe.open("xb") as stream:  # not whole: it is removed at once
+            with open_named(probe, "xb") as stream:  # not whole: it is removed at once
                 stream.write(bytes(PROBE_BYTES))
                 sync_stream(stream)
         finally:

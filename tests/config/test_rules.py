@@ -733,6 +733,30 @@ CASES = [
         ["gradient_bucket_size=1000", "overlap_grad_reduce: true"],
         {"parallelism": {"gradient_bucket_size": 1000, "overlap_grad_reduce": True}, "host": CPU},
     ),
+    (
+        "adapters_freeze_the_rest",
+        {"adapters": {}, "training.frozen": ["*.in_proj.*"]},
+        ["training.frozen=['*.in_proj.*']", "everything but the adapters is frozen"],
+        {"adapters": {}},
+    ),
+    (
+        "adapters_of_experts_are_whole",
+        {"adapters": {"experts": True}, "parallelism.expert_tensor": 2},
+        ["adapters.experts=True", "expert_tensor=2", "is not cut"],
+        {"adapters": {"experts": True}},
+    ),
+    (
+        "adapters_of_experts_are_whole",
+        {"adapters": {"experts": True}, **DENSE},
+        ["adapters.experts=True", "no layer of model.layer_pattern"],
+        {"adapters": {}, **DENSE},
+    ),
+    (
+        "adapters_of_shared_experts_do_not_overlap",
+        {"adapters": {}, "parallelism.overlap_shared_experts": True},
+        ["overlap_shared_experts=True with adapters"],
+        {"adapters": {}},
+    ),
 ]
 
 

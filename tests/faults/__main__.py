@@ -1,27 +1,37 @@
-"""Accidents to a small run, drawn from a seed, until the time is up.
+"""Accidents to small runs and to tools, drawn from a seed; their counts.
 
-Each case starts a real run (two ranks, on the CPU), does something to it, runs the same command
-again, and asks that the curve is bit for bit that of a run to which nothing happened, that nothing
-is left over and nothing is lost. The status is 1 when a promise did not hold; the case is then
-printed with the command that repeats it.
+Each case does something to a real command, gives the same command again, and asks for the promises
+of docs/guides/reliability.md: the curve is bit for bit that of a run to which nothing happened, at
+most the save interval is lost, an error is one message that names the file, nothing hangs. The
+status is 1 when a promise did not hold; the case is printed with the command that repeats it.
+
+With --results every case is a line of a file, and what the file holds of this seed is not done
+again: the same command goes on where it was stopped. With --mended the cases that broke are done
+once more; of a case with several lines the last counts.
 
 Examples:
     python -m tests.faults --seed 0 --minutes 5
-    python -m tests.faults --seed 0 --only newest_damaged two_runs
-    python -m tests.faults --seed 0 --case 7
+    python -m tests.faults --seed 0 --whole --minutes 600 --results results.jsonl
+    python -m tests.faults --seed 0 --only kills signals --cases 10
+    python -m tests.faults --seed 0 --only damaged --case 7
+    python -m tests.faults --table results.jsonl
 """
 
 from __future__ import annotations
 
 import argparse
-import random
+import contextlib
+import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
-from tests.faults.bench import Bench, BrokenPromiseError
-from tests.faults.scenarios import SCENARIOS
+from equilibrium_mcore.files.json_lines import JsonLinesLog, read_log
+from tests.faults.bench import Bench
+from tests.faults.campaign import KINDS, Result, run_case
+from tests.faults.table import newest, table
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,49 +42,107 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
+    whole = ", ".join(f"{kind.target} {name}" for name, kind in KINDS.items())
     add("--seed", type=int, default=0, help="what is drawn (0)")
     add("--minutes", type=float, default=5, help="no case begins after so long (5)")
-    add("--cases", type=int, help="at most so many cases")
-    add("--case", type=int, metavar="N", help="this case alone")
-    add("--only", nargs="+", choices=SCENARIOS, metavar="SCENARIO", help=", ".join(SCENARIOS))
+    add("--cases", type=int, help="at most so many cases of each kind")
+    add("--whole", action="store_true", help=f"stop at these counts: {whole}")
+    add("--case", type=int, metavar="N", help="this case alone, of the one kind in --only")
+    add("--only", nargs="+", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
+    add("--results", type=Path, metavar="FILE", help="append to it, and do not repeat what it has")
+    add("--mended", action="store_true", help="do the broken cases of the results again")
+    add("--table", type=Path, metavar="FILE", help="only print the counts of a file of results")
     add("--folder", type=Path, help="keep the runs in this new folder")
     options = parser.parse_args(arguments)
+    if options.case is not None and len(options.only or ()) != 1:
+        parser.error("--case names a case of one kind: give that with --only")
+    if options.table is not None:
+        print(table(read_log(options.table)))
+        return 0
+    for number in (signal.SIGINT, signal.SIGTERM):  # a background job of a shell ignores the first
+        signal.signal(number, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="faults_") as temporary:
-        return _campaign(options, (options.folder or Path(temporary)) / "runs")
+        campaign = Campaign(options, (options.folder or Path(temporary)) / "runs")
+        try:
+            campaign.go()
+        except KeyboardInterrupt:
+            print("stopped; what is in the results is kept", file=sys.stderr)
+        finally:
+            campaign.close()
+    print("\n" + table(campaign.results))
+    return 1 if any(result["outcome"] == "broken" for result in campaign.results) else 0
 
 
-def _campaign(options: argparse.Namespace, folder: Path) -> int:
-    began = time.monotonic()
-    names = options.only or list(SCENARIOS)
-    bench = Bench(folder, say=lambda text: print(f"... {text}", flush=True))
-    counts = {name: [0, 0] for name in names}
-    number = -1 if options.case is None else options.case - 1
-    while options.case is None or number < options.case:
-        number += 1
-        late = time.monotonic() - began > options.minutes * 60
-        if options.case is None and (late or number == options.cases):
-            break
-        # Every scenario comes in turn; what happens in it depends on seed and number alone.
-        name = names[number % len(names)]
-        held = _case(bench, options.seed, number, name)
-        counts[name][not held] += 1
-    print("\n| accident | held | broken |\n|---|---:|---:|")
-    for name, (held, broken) in counts.items():
-        print(f"| {name} | {held} | {broken} |")
-    return 1 if any(broken for _, broken in counts.values()) else 0
+class Campaign:
+    """Cases of every kind in turn, until the time is up or the counts are reached."""
 
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self.options, self._folder = options, folder
+        self._bench: Bench | None = None
+        self._log = None
+        self.results: list[Result] = []  # of this seed: of the file, and of this call
+        if options.results is not None:
+            if options.results.exists():
+                found = newest(read_log(options.results))
+                self.results = [result for result in found if result["seed"] == options.seed]
+            self._log = JsonLinesLog(options.results)
 
-def _case(bench: Bench, seed: int, number: int, name: str) -> bool:
-    began = time.monotonic()
-    rng = random.Random(f"{seed} {number} {name}")
-    try:
-        told = SCENARIOS[name](bench, rng, f"case_{number}_{name}")
-    except BrokenPromiseError as broken:
-        print(f"BROKEN case {number}, {name}: {broken}", flush=True)
-        print(f"again: python -m tests.faults --seed {seed} --only {name} --case {number}")
-        return False
-    print(f"held   case {number}, {name}: {told} ({time.monotonic() - began:.0f} s)", flush=True)
-    return True
+    @property
+    def bench(self) -> Bench:
+        """Made for the first case that needs it."""
+        if self._bench is None:
+            self._bench = Bench(self._folder, say=lambda text: print(f"... {text}", flush=True))
+        return self._bench
+
+    def go(self) -> None:
+        """Do cases. Raises KeyboardInterrupt."""
+        began, options = time.monotonic(), self.options
+        names = options.only or list(KINDS)
+        if options.case is not None:
+            return self._do(names[0], options.case)
+        if options.mended:
+            for result in [r for r in self.results if r["outcome"] == "broken"]:
+                if result["kind"] in names:
+                    self.results.remove(result)
+                    self._do(result["kind"], result["number"])
+            return None
+        done = {(r["kind"], r["number"]) for r in self.results}
+        counts = Counter()
+        for result in self.results:
+            counts[result["kind"]] += result["count"]
+        numbers = dict.fromkeys(names, 0)
+        while names:
+            # The kind of which most is left, so that a call that is stopped has some of each.
+            name = min(names, key=lambda n: counts[n] / KINDS[n].target)
+            enough = options.whole and counts[name] >= KINDS[name].target
+            if enough or numbers[name] == options.cases:
+                names = [other for other in names if other != name]
+                continue
+            if time.monotonic() - began > options.minutes * 60:
+                return None
+            if (name, numbers[name]) not in done:
+                counts[name] += self._do(name, numbers[name])
+            numbers[name] += 1
+        return None
+
+    def _do(self, name: str, number: int) -> int:
+        result = run_case(lambda: self.bench, self._folder, self.options.seed, name, number)
+        self.results.append(result)
+        if self._log is not None:
+            self._log.append(result)
+        head = f"{result['outcome']:7} {name} {number}"
+        print(f"{head}: {result['what']} ({result['seconds']:.0f} s)", flush=True)
+        if result["outcome"] == "broken":
+            words = f"--seed {result['seed']} --only {name} --case {number}"
+            print(f"again: python -m tests.faults {words}", flush=True)
+        return result["count"]
+
+    def close(self) -> None:
+        """End what was started."""
+        if self._bench is not None:
+            self._bench.close()
+        with contextlib.suppress(AttributeError):
+            self._log.close()
 
 
 if __name__ == "__main__":

@@ -16,17 +16,22 @@ import psutil
 
 from equilibrium_mcore.config.load import save_config
 from equilibrium_mcore.training.metrics import METRICS_FILE, read_metrics
+from tests.faults.nursery import Born, Command, Nursery
 from tests.support.runs import MODEL, make_data, tiny_run
 
 ROOT = Path(__file__).parents[2]
-STEPS, SAVE_EVERY, BATCH = 12, 3, 2
+STEPS, SAVE_EVERY, BATCH = 14, 2, 2
 TRAIN = ("-m", "equilibrium_mcore.pretrain")
 PATIENCE_SECONDS = 300  # only a hang takes so long, on however slow a machine
-SMALL = {**MODEL, "layer_pattern": "ME|+E", "hidden_size": 32}
+SMALL = {**MODEL, "layer_pattern": "+E", "hidden_size": 32}
 
 
 class BrokenPromiseError(AssertionError):
     """A promise that did not hold."""
+
+
+class SkippedError(Exception):
+    """A case that this machine cannot have; the text says why."""
 
 
 def expect(holds: bool, promise: str, evidence: object = "") -> None:
@@ -39,7 +44,7 @@ def expect(holds: bool, promise: str, evidence: object = "") -> None:
 class Job:
     """A started run: its process, and what it prints."""
 
-    process: subprocess.Popen
+    process: subprocess.Popen | Born
     output: Path
 
     def text(self) -> str:
@@ -72,8 +77,12 @@ class Bench:
         (folder / "data").mkdir(parents=True)
         self.temporary = folder / "temporary"  # the runs' own, so that what they leave is seen
         self.temporary.mkdir()
-        self._data = make_data(folder / "data")
+        self.data = make_data(folder / "data")
         self._jobs = 0
+        began = time.monotonic()
+        self._nursery = Nursery()
+        self.import_seconds = time.monotonic() - began  # what a fresh start takes beside
+        self.references: dict[str, Any] = {}  # what scenarios compare with, made once
         say("a run to which nothing happens")
         reference = self.new_run("reference")
         began, job = time.monotonic(), self.start(reference)
@@ -82,6 +91,12 @@ class Bench:
         expect(job.wait() == 0, "a run to which nothing happens ends with 0", job.text())
         self.curve = curve(reference)
         expect(list(self.curve) == list(range(1, STEPS + 1)), "every step is logged", self.curve)
+
+    def reference[T](self, name: str, make: Callable[[], T]) -> T:
+        """What `make` returned at its first call: something undisturbed to compare with."""
+        if name not in self.references:
+            self.references[name] = make()
+        return self.references[name]
 
     def curve_without(self, first: int, count: int) -> dict[int, float]:
         """The curve of a run that is told from the start to leave samples out."""
@@ -92,25 +107,44 @@ class Bench:
             expect(job.wait() == 0, "a run without some samples ends with 0", job.text())
         return curve(output)
 
+    def curve_of(self, name: str, **changes: Any) -> dict[int, float]:
+        """The curve of an undisturbed run with other sections, called `name`."""
+
+        def made() -> dict[int, float]:
+            output = self.new_run(name, **changes)
+            job = self.start(output)
+            expect(job.wait() == 0, f"an undisturbed run, {name}, ends with 0", job.text())
+            return curve(output)
+
+        return self.reference(f"curve of {name}", made)
+
     def new_run(self, name: str, **changes: Any) -> Path:
-        """The output directory of a new run, with its config beside it."""
+        """The output directory of a new run, with its config beside it; `changes` are sections."""
         output = self.folder / name
-        config = tiny_run(
-            self._data,
-            output,
-            model=SMALL,
-            parallelism={"world_size": 2, "tensor": 2, "sequence": True, "expert": 2},
-            training={"steps": STEPS, "global_batch_size": BATCH},
-            checkpoint={"save_interval_steps": SAVE_EVERY, "keep_last": 3},
-            **changes,
-        )
+        sections: dict[str, Any] = {
+            "model": SMALL,
+            "parallelism": {"world_size": 2, "tensor": 2, "sequence": True, "expert": 2},
+            "training": {"steps": STEPS, "global_batch_size": BATCH, "sequence_length": 32},
+            "checkpoint": {"save_interval_steps": SAVE_EVERY, "keep_last": 3},
+        }
+        config = tiny_run(self.data, output, **{**sections, **changes})
         save_config(config, output.with_suffix(".yaml"))
         return output
 
-    def start(self, output: Path, *overrides: str, program: Sequence[str] = TRAIN) -> Job:
-        """Start the run of `output` as a person would; `program` is what takes the arguments."""
-        self._jobs += 1
-        log = self.folder / f"job_{self._jobs}.txt"
+    def close(self) -> None:
+        """End what forks commands, and what it forked."""
+        self._nursery.close()
+
+    def start(
+        self, output: Path, *overrides: str, program: Sequence[str] = (), fresh: bool = False
+    ) -> Job:
+        """Start the run of `output`: forked with the libraries imported, or `fresh` as by a person.
+
+        `program` is a program of its own that takes the arguments, which is always fresh.
+        """
+        if not fresh and not program:
+            return self.command("train", str(output.with_suffix(".yaml")), *overrides)
+        program, log = program or TRAIN, self._new_log()
         with log.open("wb") as stream:
             process = subprocess.Popen(
                 [
@@ -129,11 +163,23 @@ class Bench:
             )
         return Job(process, log)
 
+    def command(self, name: str, *words: object, temporary: Path | None = None) -> Job:
+        """Start the sub-command `name`, or `train`, with the libraries imported."""
+        log = self._new_log()
+        log.touch()
+        folder = temporary or self.temporary
+        command = Command(name, tuple(map(str, words)), str(log), str(folder))
+        return Job(self._nursery.start(command), log)
+
+    def _new_log(self) -> Path:
+        self._jobs += 1
+        return self.folder / f"job_{self._jobs}.txt"
+
     def finish(
         self,
         output: Path,
         *overrides: str,
-        program: Sequence[str] = TRAIN,
+        program: Sequence[str] = (),
         expected: dict[int, float] | None = None,
     ) -> Job:
         """Run to the end, and hold the curve against that of the run to which nothing happened."""
@@ -154,12 +200,17 @@ class Bench:
             lambda: not any(_lives(pid) for pid in pids),
             "ranks end with their parent",
         )
-        wait_until(lambda: not self._left(), "no temporary folder is left", self._left)
+        wait_until(lambda: not self._left(), "no temporary folder is left", self._left, patience=60)
 
     def _left(self) -> list[str]:
         """Temporary files and folders, but for torch's cache of compiled code, which it keeps."""
         names = (path.name for path in self.temporary.iterdir())
         return sorted(name for name in names if not name.startswith("torchinductor_"))
+
+
+def no_traceback(job: Job) -> None:
+    """Nothing of Python's own is shown to a user."""
+    expect("Traceback" not in job.text(), "there is no traceback", job.text())
 
 
 def curve(output: Path) -> dict[int, float]:
@@ -181,12 +232,16 @@ def logged_steps(output: Path) -> int:
 
 
 def wait_until(
-    holds: Callable[[], bool], promise: str, evidence: Callable[[], object] = lambda: ""
+    holds: Callable[[], bool],
+    promise: str,
+    evidence: Callable[[], object] = lambda: "",
+    *,
+    patience: float = PATIENCE_SECONDS,
 ) -> None:
-    """Look until it holds; raise BrokenPromiseError when it does not for PATIENCE_SECONDS."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    """Look until it holds; raise BrokenPromiseError when it does not for `patience` seconds."""
+    deadline = time.monotonic() + patience
     while not holds():
-        expect(time.monotonic() < deadline, f"{promise}, within {PATIENCE_SECONDS} s", evidence())
+        expect(time.monotonic() < deadline, f"{promise}, within {patience} s", evidence())
         time.sleep(0.02)
 
 

@@ -165,8 +165,10 @@ def killed_saving_beside_training(bench: Bench, rng: random.Random, name: str) -
 def stopped_while_starting(bench: Bench, rng: random.Random, name: str) -> str:
     """A stop signal at any moment of the start: the run ends by it, or has saved."""
     run = bench.new_run(name)
-    job = bench.start(run)
-    seconds = rng.uniform(0, 1.2) * bench.start_seconds  # sometimes in the first steps
+    fresh = rng.random() < 0.3
+    job = bench.start(run, fresh=fresh)
+    seconds = bench.start_seconds + bench.import_seconds * fresh
+    seconds *= rng.uniform(0, 1.2)  # sometimes in the first steps
     with contextlib.suppress(subprocess.TimeoutExpired):
         job.process.wait(seconds)
     pids = {process.pid for process in job.family()}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -48,6 +50,8 @@ def _one_fails(rank_info: RankInfo, how: str) -> None:
     if rank_info.rank == 1:
         if how == "SIGKILL":
             os.kill(os.getpid(), signal.SIGKILL)
+        if how == "disk":
+            raise OSError(errno.ENOSPC, "No space left on device", "/planted/file")
         raise ConfigError("planted=1 cannot be") if how == "config" else ValueError("planted")
     torch.distributed.barrier()  # waits for a rank that never comes
 
@@ -71,6 +75,37 @@ def test_a_setting_that_a_rank_refuses_is_told_alone(ranks):
     with pytest.raises(RankError) as caught:
         ranks.run(3, _one_fails, "config")
     assert caught.value.refused and str(caught.value) == "1 problem:\n  1. planted=1 cannot be"
+
+
+def test_what_the_operating_system_refuses_a_rank_is_told_alone(ranks):
+    with pytest.raises(RankError) as caught:
+        ranks.run(2, _one_fails, "disk")
+    assert caught.value.told and not caught.value.refused
+    assert str(caught.value).startswith("/planted/file: no room is left on its file system")
+    assert "Traceback" not in str(caught.value)
+
+
+def test_a_kill_before_the_helper_starts_leaves_no_folder(tmp_path):
+    """As by a stop signal at a run's start: nobody would be there to remove it."""
+    code = (
+        "import multiprocessing.process as p, os, signal\n"
+        "from equilibrium_mcore.parallel.rank_server import RankServer\n"
+        "p.BaseProcess.start = lambda self: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "RankServer()\n"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment)
+    assert done.returncode == -signal.SIGKILL and not list(tmp_path.iterdir())
+
+
+def test_a_temporary_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(file))
+    server = RankServer()
+    with pytest.raises(OSError) as caught:
+        server.run(1, _numbers, torch.arange(1))
+    assert str(file) in str(caught.value.filename) and not server.running
 
 
 def test_work_without_a_name_is_refused(ranks):

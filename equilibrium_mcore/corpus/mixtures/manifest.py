@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from equilibrium_mcore.config.installation import command
+from equilibrium_mcore.files.errors import reason
 from equilibrium_mcore.files.whole import write_whole
 
 NAME = "manifest.json"
@@ -115,7 +116,9 @@ def read_mixture_manifest(folder: Path) -> MixtureManifest:
         ]
         return MixtureManifest(**values)
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is not a manifest of `{command('prepare')}` ({error})") from None
+        raise ValueError(
+            f"{path} is not a manifest of `{command('prepare')}` ({reason(error)})"
+        ) from None
 
 
 def versions() -> dict[str, str]:

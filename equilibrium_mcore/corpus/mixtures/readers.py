@@ -19,6 +19,7 @@ from equilibrium_mcore.corpus.mixtures.parts import BadRowError, LinePlace, Sour
 from equilibrium_mcore.data.compression import SUFFIXES, compression_of, refuse_pipe
 from equilibrium_mcore.data.jsonl import parse_object
 from equilibrium_mcore.data.text_files import lines_of_compressed, lines_of_range
+from equilibrium_mcore.files.errors import reason
 
 # Parts are read in a seeded order, so a source of many parts is sampled more evenly.
 PARTS_WANTED = 64
@@ -177,7 +178,7 @@ def _parquet(path: Path):
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a Parquet file, or damaged ({error})") from None
+        raise ValueError(f"{path} is not a Parquet file, or damaged ({reason(error)})") from None
 
 
 def _arrow_parts(dataset: DatasetConfig, path: Path) -> list[SourcePart]:
@@ -193,7 +194,7 @@ def _arrow_rows(dataset: DatasetConfig, part: SourcePart, skip: int) -> Iterator
         with pa.memory_map(part.path) as source:
             yield from _batch_rows(part.path, _record_batches(pa, source), skip, 0)
     except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{part.path} is not Arrow data, or damaged ({error})") from None
+        raise ValueError(f"{part.path} is not Arrow data, or damaged ({reason(error)})") from None
 
 
 def _record_batches(pa, source) -> Iterator[Any]:

@@ -22,6 +22,7 @@ from equilibrium_mcore.corpus.mixtures.merge import (
 )
 from equilibrium_mcore.corpus.mixtures.plan import MixturePlan
 from equilibrium_mcore.data.indexed_files import Manifest
+from equilibrium_mcore.files.named import open_named
 from equilibrium_mcore.files.whole import partial_path, rename_durably, sync_stream
 
 CONVERSATIONS = "conversations.yaml"
@@ -101,7 +102,7 @@ class _LinesWriter:
         }
         self._files: dict[bool, IO[bytes]] = {
             # Not whole: published with the other datasets, by `publish`.
-            held_out: partial_path(path).open("wb")
+            held_out: open_named(partial_path(path), "wb")
             for held_out, path in self._final.items()
         }
 

@@ -17,6 +17,7 @@ from equilibrium_mcore.data.ledger.ledger import Ledger, SamplePlan
 from equilibrium_mcore.data.ledger.source import SourceDocuments
 from equilibrium_mcore.data.open_files import OpenFiles
 from equilibrium_mcore.data.samples import PlannedSamples
+from equilibrium_mcore.files.errors import FileContentError
 
 Packing = Literal["stream", "documents"]
 
@@ -100,7 +101,7 @@ class LedgerDataset(PlannedSamples):
             ids = source.read(span)
             wrong = ids[(ids < 0) | (ids >= self._vocab_size)]
             if wrong.size:
-                raise ValueError(
+                raise FileContentError(
                     f"{source.prefix}: document {span.document} holds the token id {wrong[0]}, but "
                     f"the model's vocabulary has {self._vocab_size:,} tokens: set model.vocab_size "
                     "higher, or preprocess the text with the run's tokenizer"

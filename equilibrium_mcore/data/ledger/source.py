@@ -26,6 +26,7 @@ from equilibrium_mcore.data.indexed_files import (
 from equilibrium_mcore.data.ledger.permutation import Permutation
 from equilibrium_mcore.data.open_files import OpenFiles
 from equilibrium_mcore.data.sources import SPLITS, split_documents
+from equilibrium_mcore.files.errors import FileContentError
 
 BLOCK = 1024  # documents whose lengths are looked up together
 BLOCKS_KEPT = 3  # those being planned, those being trained on, and the next
@@ -190,7 +191,7 @@ class SourceDocuments:
             places=documents,
         ).astype(np.int64)
         if lengths.min() < 0:
-            raise ValueError(
+            raise FileContentError(
                 f"{self._index_file} is damaged: document "
                 f"{documents[lengths.argmin()]} has {lengths.min()} tokens. Make the dataset again"
             )
@@ -218,7 +219,7 @@ class SourceDocuments:
         offsets = HEADER_BYTES + 4 * self.header.sequences
         start = self._of_index(np.int64, offsets, span.document) // itemsize + span.offset
         if start < 0 or start + span.tokens > self.header.tokens:
-            raise ValueError(
+            raise FileContentError(
                 f"{self._index_file} does not fit its data: document {span.document} "
                 f"would lie at tokens {start:,} to {start + span.tokens:,} of "
                 f"{self.header.tokens:,}. Make the dataset again"

@@ -11,8 +11,8 @@ from torch import Tensor
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.parallel.launch import RankInfo
 from equilibrium_mcore.training import step
+from equilibrium_mcore.training.all_callbacks import build_callbacks
 from equilibrium_mcore.training.anomalies import Anomaly
-from equilibrium_mcore.training.callbacks import build_callbacks
 from equilibrium_mcore.training.loop import Callback, train
 from equilibrium_mcore.training.setup import Run, setup, teardown
 from equilibrium_mcore.training.step import StepOutcome
