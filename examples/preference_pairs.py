@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from pathlib import Path
 
+from equilibrium_mcore.files.paths import user_path
 from equilibrium_mcore.files.whole import write_whole
 
 
@@ -35,8 +35,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--input", type=Path, required=True, help="conversations, JSONL with messages")
-    add("--output", type=Path, required=True, help="the file of pairs to write")
+    add("--input", type=user_path, required=True, help="conversations, JSONL with messages")
+    add("--output", type=user_path, required=True, help="the file of pairs to write")
     add("--seed", type=int, default=0, help="of the draw (0)")
     options = parser.parse_args()
     lines = options.input.read_text(encoding="utf-8").splitlines()

@@ -24,6 +24,7 @@ class StageSettings(NamedTuple):
     data_folder: str
     defaults: Mapping[str, Any]
     needs_weights: bool = False
+    template: str | None = None  # the stage whose experiment template it shares
 
 
 def _on_pairs(objective: str, meaning: str) -> StageSettings:
@@ -33,6 +34,7 @@ def _on_pairs(objective: str, meaning: str) -> StageSettings:
         data_folder="posttrain/dpo",
         defaults={"objective": {"type": objective}, "data": {"type": "preferences"}},
         needs_weights=True,
+        template=None if objective == "dpo" else "dpo",
     )
 
 
@@ -66,6 +68,7 @@ STAGES: dict[str, StageSettings] = {
             "adapters": {},
         },
         needs_weights=True,
+        template="sft",
     ),
     "dpo": _on_pairs("dpo", "direct preference optimisation, on pairs of answers"),
     "ipo": _on_pairs("ipo", "identity preference optimisation, on pairs"),
