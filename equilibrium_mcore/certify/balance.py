@@ -15,7 +15,8 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
 from equilibrium_mcore.certify.whole import TensorShard, pieces_of
 from equilibrium_mcore.config.objectives import NextTokenConfig
-from equilibrium_mcore.training.objective import Objective, ObjectiveOutput, build_objective
+from equilibrium_mcore.training.all_objectives import build_objective
+from equilibrium_mcore.training.objective import Objective, ObjectiveOutput
 from equilibrium_mcore.training.setup import Run
 from equilibrium_mcore.training.step import balances, gradients_of
 

@@ -109,6 +109,17 @@ class ConversationsConfig(Section):
     packing: ClassVar[str] = "documents"  # each example is one; see DataConfig.packing
 
 
+class PreferencesConfig(ConversationsConfig):
+    """Pairs of a chosen and a rejected answer to one prompt."""
+
+    type: Literal["preferences"] = setting("preferences", "which kind of data")
+    too_long: Literal["refuse", "drop"] = setting(
+        "refuse",
+        "pairs of more tokens, both answers with their prompt together: refuse the data, or drop "
+        "them, counted",
+    )
+
+
 def parse_conversations(values: object, *, source: object = None) -> ConversationsConfig:
     """`values`, plain ones, as settings. Raises ConfigError with every problem."""
     parsed = parse(ConversationsConfig, values)

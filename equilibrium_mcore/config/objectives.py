@@ -6,7 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from equilibrium_mcore.config.section import PositiveInt, Section, setting
+from equilibrium_mcore.config.section import (
+    Fraction,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    setting,
+)
 
 
 class NextTokenConfig(Section):
@@ -27,4 +34,44 @@ class SftConfig(Section):
     )
 
 
-ObjectiveConfig = Annotated[NextTokenConfig | SftConfig, Field(discriminator="type")]
+class DpoConfig(Section):
+    """Direct preference optimisation, against the weights that the run starts from."""
+
+    type: Literal["dpo"] = setting("dpo", "which objective")
+    beta: PositiveFloat = setting(0.1, "strength of the tie to the reference")
+    label_smoothing: Fraction = setting(
+        0.0, "share of the pairs that are taken for wrong, below 0.5"
+    )
+
+
+class IpoConfig(Section):
+    """Identity preference optimisation: a regression of the margin to 1 / (2 beta)."""
+
+    type: Literal["ipo"] = setting("ipo", "which objective")
+    beta: PositiveFloat = setting(0.1, "strength of the tie to the reference")
+
+
+class SimpoConfig(Section):
+    """Simple preference optimisation: log p per token, and no reference."""
+
+    type: Literal["simpo"] = setting("simpo", "which objective")
+    beta: PositiveFloat = setting(2.0, "factor on the difference of log p per token")
+    gamma: NonNegativeFloat = setting(1.0, "margin by which the chosen answer should be likelier")
+
+
+class OrpoConfig(Section):
+    """Odds-ratio preference optimisation: the chosen answer's likelihood, and no reference."""
+
+    type: Literal["orpo"] = setting("orpo", "which objective")
+    beta: PositiveFloat = setting(0.1, "weight of the odds ratio beside the likelihood")
+
+
+PREFERENCES = (DpoConfig, IpoConfig, SimpoConfig, OrpoConfig)
+"""Those that need pairs."""
+REFERENCED = (DpoConfig, IpoConfig)
+"""Those that need the log-probabilities of a reference."""
+
+ObjectiveConfig = Annotated[
+    NextTokenConfig | SftConfig | DpoConfig | IpoConfig | SimpoConfig | OrpoConfig,
+    Field(discriminator="type"),
+]

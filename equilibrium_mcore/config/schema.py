@@ -278,7 +278,9 @@ class LoggingConfig(Section):
     )
 
 
-Stage = Literal["pretrain", "midtrain", "sft", "lora"]  # `stages.py` says what they are
+Stage = Literal[
+    "pretrain", "midtrain", "sft", "lora", "dpo", "ipo", "simpo", "orpo"
+]  # `stages.py` says what they are
 
 
 class RunConfig(Section):

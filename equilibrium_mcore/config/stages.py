@@ -24,6 +24,18 @@ class StageSettings(NamedTuple):
     data_folder: str
     defaults: Mapping[str, Any]
     needs_weights: bool = False
+    template: str | None = None  # the stage whose experiment template it shares
+
+
+def _on_pairs(objective: str, meaning: str) -> StageSettings:
+    return StageSettings(
+        meaning,
+        data="preferences",
+        data_folder="posttrain/dpo",
+        defaults={"objective": {"type": objective}, "data": {"type": "preferences"}},
+        needs_weights=True,
+        template=None if objective == "dpo" else "dpo",
+    )
 
 
 STAGES: dict[str, StageSettings] = {
@@ -56,7 +68,12 @@ STAGES: dict[str, StageSettings] = {
             "adapters": {},
         },
         needs_weights=True,
+        template="sft",
     ),
+    "dpo": _on_pairs("dpo", "direct preference optimisation, on pairs of answers"),
+    "ipo": _on_pairs("ipo", "identity preference optimisation, on pairs"),
+    "simpo": _on_pairs("simpo", "preferences by log p per token, without a reference"),
+    "orpo": _on_pairs("orpo", "fine-tuning and an odds ratio of pairs, without a reference"),
 }
 
 MEANINGS = "; ".join(f"{name}: {stage.meaning}" for name, stage in STAGES.items())

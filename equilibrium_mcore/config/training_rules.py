@@ -255,7 +255,7 @@ def validation_has_documents(subject: Subject) -> Iterator[str]:
     data, interval = subject.config.data, subject.config.training.validation_interval_steps
     if not interval:
         return
-    if data.type == "conversations":
+    if data.type != "indexed":
         if not any(source.validation for source in data.sources):
             yield (
                 f"training.validation_interval_steps={interval}, but no source of {data.name!r} "

@@ -55,11 +55,12 @@ def load_named_run(
     Raises ConfigError with every problem.
     """
     file = _file_of(names)
-    if file.is_file():
+    if file.is_file() and names.experiment:
         _check_experiment(file, names.stage)
+    stage = [] if names.experiment else [f"stage={names.stage}"]  # a template may be of several
     changes = [f"{key}={json.dumps(value)}" for key, value in _values_of(names).items()]
     world_size = launched_world_size(os.environ)
-    return load_run(file, [*changes, *overrides], world_size=world_size, host=host)
+    return load_run(file, [*changes, *stage, *overrides], world_size=world_size, host=host)
 
 
 def _check_experiment(file: Path, stage: str) -> None:
@@ -82,8 +83,8 @@ def _file_of(names: ExperimentNames) -> Path:
 
 
 def template_of(stage: str) -> Path:
-    """The experiment file that a stage starts from."""
-    return TEMPLATES / f"{stage}_template.yaml"
+    """The experiment file that a stage starts from: its own, or that of a stage like it."""
+    return TEMPLATES / f"{STAGES[stage].template or stage}_template.yaml"
 
 
 def start(config: RunConfig, command: Sequence[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from equilibrium_mcore.config.schema import RunConfig
@@ -12,13 +13,20 @@ from equilibrium_mcore.training.all_callbacks import build_callbacks
 from equilibrium_mcore.training.loop import train
 from equilibrium_mcore.training.ready import check_adapters
 from equilibrium_mcore.training.run_folder import owned_run_folder
-from equilibrium_mcore.training.setup import setup, teardown
+from equilibrium_mcore.training.setup import Run, setup, teardown
 
 STACKS_SHARE = 0.9  # of the time-out of a collective: a rank that hangs says where, then ends
 
 
-def train_rank(rank_info: RankInfo, *, config: RunConfig) -> None:
+def train_rank(
+    rank_info: RankInfo,
+    *,
+    config: RunConfig,
+    complete: Callable[[Run], None] = lambda run: None,
+) -> None:
     """Train `config` as this rank, from setup to the last step or a stop.
+
+    `complete` adds to the run what a stage needs besides, after setup. Collective.
 
     Where a collective does not return, `stacks/` in the output directory says where each rank
     was, and in which collective.
@@ -31,5 +39,6 @@ def train_rank(rank_info: RankInfo, *, config: RunConfig) -> None:
         stacks_when_stuck(stacks, seconds=patience, more=last_collectives),
     ):
         run = setup(config, rank_info)
+        complete(run)
         train(run, callbacks=build_callbacks(run.config, lock))
         teardown(run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from equilibrium_mcore.stages.offline import train_rank
+from equilibrium_mcore.stages.preferences import preference_rank
 
 # (place, config=) of every rank, from setup to the end.
 STAGE_RANKS: dict[str, Callable[..., None]] = {
@@ -12,4 +13,8 @@ STAGE_RANKS: dict[str, Callable[..., None]] = {
     "midtrain": train_rank,
     "sft": train_rank,
     "lora": train_rank,
+    "dpo": preference_rank,
+    "ipo": preference_rank,
+    "simpo": preference_rank,
+    "orpo": preference_rank,
 }

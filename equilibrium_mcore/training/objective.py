@@ -6,19 +6,18 @@ the whole global batch. megatron-core is always given positions as `num_tokens`,
 gradients and weighs the balancing losses; so an objective's sum is scaled by positions / divisor,
 and the weight of balancing losses depends on neither the objective nor how many tokens count.
 
-A new objective is a section in `config/objectives.py`, a class here, and its row in `OBJECTIVES`.
+A new objective is a section in `config/objectives.py`, a class, and its row in
+`all_objectives.OBJECTIVES`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from equilibrium_mcore.config.objectives import NextTokenConfig, SftConfig
 from equilibrium_mcore.objectives.reduction import REDUCTIONS
 
 Batch = dict[str, Tensor]
@@ -57,6 +56,9 @@ class Objective(Protocol):
         linear in the losses of a sequence sums them over `cp_group` first: `summed_over_context`.
         """
 
+    tokens_of: str
+    """The figure whose count is how many tokens were trained on."""
+
     inputs: tuple[str, ...]
     """Names of tensors of the batch that `__call__` needs beside `loss_mask`."""
 
@@ -68,6 +70,7 @@ class WeightedTokens:
     """
 
     figures = ("loss",)
+    tokens_of = "loss"
     has_perplexity = True
 
     def __init__(self, reduction: str = "token_mean", length: int | None = None) -> None:
@@ -109,14 +112,3 @@ class _SumOverContext(torch.autograd.Function):
 def summed_over_context(values: Tensor, cp_group: Any) -> Tensor:
     """Sums of sequences of which each CP rank holds a part: before any non-linearity."""
     return values if cp_group.size() == 1 else _SumOverContext.apply(values, cp_group)
-
-
-OBJECTIVES: dict[type, Callable[[Any], Objective]] = {
-    NextTokenConfig: lambda settings: WeightedTokens(),
-    SftConfig: lambda settings: WeightedTokens(settings.reduction, settings.constant_length),
-}
-
-
-def build_objective(settings: Any) -> Objective:
-    """The objective that the settings name."""
-    return OBJECTIVES[type(settings)](settings)

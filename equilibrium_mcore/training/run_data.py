@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from equilibrium_mcore.config import rules
-from equilibrium_mcore.config.chat import ConversationsConfig
+from equilibrium_mcore.config.chat import ConversationsConfig, PreferencesConfig
 from equilibrium_mcore.config.data import DataConfig
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.layout import train_samples
@@ -269,4 +269,5 @@ def _validation_samples(config: RunConfig) -> int:
 DATA_KINDS: dict[type, DataKind] = {
     DataConfig: DataKind(_indexed, _indexed_epochs, has_baseline=True),
     ConversationsConfig: DataKind(_conversations, _conversation_epochs, has_baseline=False),
+    PreferencesConfig: DataKind(_conversations, _conversation_epochs, has_baseline=False),
 }

@@ -29,6 +29,7 @@ def log_probabilities(
     temperature: float = 1.0,
     which: Weights = "current",
     chunks: list[torch.nn.Module] | None = None,
+    padded_vocabulary: bool = False,
 ) -> list[Tensor]:
     """log p of every label of `batches` in nats, one tensor [B, S] per batch. Collective.
 
@@ -46,12 +47,15 @@ def log_probabilities(
         temperature: divides the logits.
         which: the run's weights to score with; see `Run.weights`.
         chunks: a frozen model (`training/frozen.py`) to score with instead.
+        padded_vocabulary: count those rows, as the loss does, for a ratio with it.
 
     Raises ValueError for labels that are no token, and for a temperature that is not positive.
     """
     if not batches:
         return []
     _check(run, batches, temperature, which, chunks)
+    model = run.config.model
+    vocab_size = model.padded_vocab_size if padded_vocabulary else model.vocab_size
     micro_batches = [_with_places(batch) for batch in _filled_up(run, batches)]
     with run.weights(which) as own:
         chunks = own if chunks is None else chunks
@@ -59,7 +63,9 @@ def log_probabilities(
             outputs = run_schedule(
                 run,
                 micro_batches,
-                forward_step=partial(_forward_step, run=run, temperature=temperature),
+                forward_step=partial(
+                    _forward_step, run=run, temperature=temperature, vocab_size=vocab_size
+                ),
                 forward_only=True,
                 chunks=chunks,
                 collect=True,
@@ -110,7 +116,12 @@ def _with_places(batch: Batch) -> Batch:
 
 
 def _forward_step(
-    iterator: Iterator[Batch], chunk: torch.nn.Module, *, run: Run, temperature: float
+    iterator: Iterator[Batch],
+    chunk: torch.nn.Module,
+    *,
+    run: Run,
+    temperature: float,
+    vocab_size: int,
 ) -> tuple[Tensor, partial]:
     """megatron-core's forward step: this rank's logits on the last stage, hidden states before."""
     batch, packed = rank_batch(next(iterator), run, also=("place",))
@@ -120,17 +131,25 @@ def _forward_step(
         attention_mask=None,
         packed_seq_params=packed,
     )
-    return output, partial(_values_of, batch=batch, run=run, temperature=temperature)
+    return output, partial(
+        _values_of, batch=batch, run=run, temperature=temperature, vocab_size=vocab_size
+    )
 
 
 def _values_of(
-    logits: Tensor, *, batch: Batch, run: Run, temperature: float, non_loss_data: bool
+    logits: Tensor,
+    *,
+    batch: Batch,
+    run: Run,
+    temperature: float,
+    vocab_size: int,
+    non_loss_data: bool,
 ) -> Tensor:
     """(B * S,), the values of this rank's tokens at their places, and zeros elsewhere."""
     values = label_log_probabilities(
         logits,
         batch["labels"],
-        vocab_size=run.config.model.vocab_size,
+        vocab_size=vocab_size,
         tp_group=run.groups.tp,
         temperature=temperature,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -31,7 +31,7 @@ from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.blend import Datasets
 from equilibrium_mcore.data.left_out import LeftOut
 from equilibrium_mcore.data.samples import Samples
-from equilibrium_mcore.data.stream import DatasetStream, TrainStream
+from equilibrium_mcore.data.stream import Batch, DatasetStream, TrainStream
 from equilibrium_mcore.models.provider import build_model
 from equilibrium_mcore.models.transformer_config import build_transformer_config
 from equilibrium_mcore.optim.frozen import all_names, freeze, frozen_names
@@ -40,8 +40,9 @@ from equilibrium_mcore.parallel import accelerator, process_groups
 from equilibrium_mcore.parallel.host import describe_host
 from equilibrium_mcore.parallel.launch import RankInfo
 from equilibrium_mcore.processes.console import say
+from equilibrium_mcore.training.all_objectives import build_objective
 from equilibrium_mcore.training.anomalies import Watch
-from equilibrium_mcore.training.objective import Objective, build_objective
+from equilibrium_mcore.training.objective import Objective
 from equilibrium_mcore.training.ready import check_start
 from equilibrium_mcore.training.run_data import build_run_datasets, left_out_of, with_steps
 
@@ -79,6 +80,8 @@ class Run:
     resumed_from: Path | None = None
     stream: TrainStream | None = None  # made once the run knows where it stands
     left_out: LeftOut = field(default_factory=LeftOut)  # samples that are passed over
+    # Adds to whole micro-batches, of training and validation, before they are weighed. Collective.
+    prepare: Callable[[Run, list[Batch]], None] = lambda run, batches: None
     watch: Watch | None = None  # judges every step, where `training.anomalies` is set
 
     def progress_to_save(self) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def train_step(run: Run, *, stop_requested: bool = False) -> StepOutcome:
     aux, stops = extra
     result, anomaly = _update(run, figures["loss"])
     if anomaly is None or run.watch.settings.policy == "skip":
-        _advance(run, tokens=round(counts["loss"]))
+        _advance(run, tokens=round(counts[run.objective.tokens_of]))
     if anomaly is not None:
         for bias, before in biases:
             bias.copy_(before)
@@ -62,7 +62,7 @@ def train_step(run: Run, *, stop_requested: bool = False) -> StepOutcome:
     aux_scale = moe_layers * run.micro_batches * run.data_parallel_size
     return StepOutcome(
         figures=figures,
-        tokens=round(counts["loss"]),
+        tokens=round(counts[run.objective.tokens_of]),
         aux_loss=aux / aux_scale if moe_layers and balances(run) else None,
         gradient_norm=result.gradient_norm,
         learning_rates=rates,
@@ -115,6 +115,7 @@ def gradients_of(run: Run, batches: list[Batch]) -> list[Tensor]:
 
     Gives the figures of `objective_of` for every micro-batch, on ranks of the last stage.
     """
+    run.prepare(run, batches)
     for chunk in run.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
@@ -139,6 +140,7 @@ def validation_figures(run: Run) -> dict[str, float]:
     batches = stream.next_batches(count)
     stream.close()
     with run.weights("evaluation") as chunks, evaluating(chunks):
+        run.prepare(run, batches)
         outputs = run_schedule(
             run, batches, forward_step=_objective_step(run, batches), forward_only=True
         )

@@ -17,6 +17,7 @@ class LikelierDocument:
     """-log sigmoid(mean loss of the second - mean loss of the first); the mean over all pairs."""
 
     figures = ("loss", "margin")
+    tokens_of = "loss"
     has_perplexity = False
     inputs = ("document", "documents", "weight")
 

@@ -30,6 +30,8 @@ CONVERSATIONS = {
     "template": "chatml",
 }
 
+PREFERENCES = {**CONVERSATIONS, "type": "preferences"}
+
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -46,6 +48,8 @@ def prepared(here: Path) -> Callable[..., Path]:
         folder = place or here / "data" / name
         folder.mkdir(parents=True)
         file = "conversations.yaml" if "type" in data else "blend.yaml"
+        if data.get("type") == "preferences":
+            file = "preferences.yaml"
         (folder / file).write_text(to_yaml(data))
         facts = {"name": name.replace("/", "_"), "phase": "any", "blends": [file], **manifest}
         (folder / "manifest.json").write_text(json.dumps(facts))

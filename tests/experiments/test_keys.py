@@ -13,7 +13,7 @@ from equilibrium_mcore.config.experiment_keys import KEYS
 from equilibrium_mcore.config.load import load_run, load_run_config, save_config
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.config.yaml_io import read_mapping
-from tests.experiments.conftest import BLEND, CONVERSATIONS
+from tests.experiments.conftest import BLEND, CONVERSATIONS, PREFERENCES
 
 ROOT = Path(__file__).parents[2]
 TEMPLATES = ROOT / "configs" / "experiments"
@@ -154,12 +154,12 @@ def test_the_effective_config_is_a_run_of_settings(roadmap, here):
     assert load_run(here / "config.yaml") == config
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "midtrain", "sft"])
+@pytest.mark.parametrize("stage", ["pretrain", "midtrain", "sft", "dpo"])
 def test_templates_are_whole(stage, here, prepared, weights):
     file = TEMPLATES / f"{stage}_template.yaml"
     mixture = read_mapping(file)["data"]["config_path"]
     name = mixture.removeprefix("configs/data/").removesuffix(".yaml")
-    prepared(name, CONVERSATIONS if stage == "sft" else BLEND)
+    prepared(name, {"sft": CONVERSATIONS, "dpo": PREFERENCES}.get(stage, BLEND))
     overrides = [] if stage == "pretrain" else [f"model.checkpoint_path={weights}"]
     config = load_run(file, overrides)
     assert config.stage == stage

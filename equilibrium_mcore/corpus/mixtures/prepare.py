@@ -4,6 +4,7 @@
     OUTPUT/mixture.yaml                     the effective settings
     OUTPUT/blend.yaml                       what a run names as `data:`; one per curriculum stage
     OUTPUT/conversations.yaml               the same for the phase posttrain_sft
+    OUTPUT/preferences.yaml                 the same for the phase posttrain_dpo
     OUTPUT/data/NAME_text_document.*        an indexed dataset; its last documents are held out
     OUTPUT/data/NAME.{train,validation}.jsonl   posttrain phases instead
     OUTPUT/.work/                           shards; a killed run resumes from them
@@ -54,7 +55,7 @@ from equilibrium_mcore.corpus.mixtures.shards import (
 )
 from equilibrium_mcore.corpus.mixtures.workers import ShardWorkers
 from equilibrium_mcore.corpus.mixtures.write import (
-    CONVERSATIONS,
+    DATA_FILES,
     OutputSet,
     blend_texts,
     conversation_texts,
@@ -364,7 +365,7 @@ def _check_final_names(options: Options, work: Path, request: str) -> None:
 
 def _final_places(output: Path) -> list[Path]:
     """The folder of the datasets, and the files beside it."""
-    files = (NAME, "mixture.yaml", "blend.yaml", CONVERSATIONS)
+    files = (NAME, "mixture.yaml", "blend.yaml", *(file for file, _ in DATA_FILES.values()))
     return [output / "data", *(output / name for name in files)]
 
 

@@ -25,7 +25,11 @@ from equilibrium_mcore.data.indexed_files import Manifest
 from equilibrium_mcore.files.named import open_named
 from equilibrium_mcore.files.whole import partial_path, rename_durably, sync_stream
 
-CONVERSATIONS = "conversations.yaml"
+# By a mixture's kind: the file that a run names as `data:`, and what its data is.
+DATA_FILES = {
+    "conversation": ("conversations.yaml", "conversations"),
+    "preference": ("preferences.yaml", "preferences"),
+}
 
 
 class OutputSet:
@@ -164,21 +168,22 @@ def blend_texts(
 
 
 def conversation_texts(plan: MixturePlan, facts: list[SourceFacts], output: Path) -> dict[str, str]:
-    """File name to YAML of the conversations that a run names as `data:`, a source a dataset.
+    """File name to YAML of conversations, or pairs, that a run names as `data:`; a source a dataset
 
     A curriculum's stages are files of one source. Without a tokenizer of the mixture's there is
-    none in it: the run names it. Other phases than conversations have no such file.
+    none in it: the run names it. Other phases have no such file.
     """
     mixture = plan.mixture
-    if mixture.kind != "conversation":
+    if mixture.kind not in DATA_FILES:
         return {}
-    values: dict[str, Any] = {"type": "conversations", "name": mixture.name}
+    file, kind = DATA_FILES[mixture.kind]
+    values: dict[str, Any] = {"type": kind, "name": mixture.name}
     if mixture.tokenizer is not None:
         values["tokenizer"] = mixture.tokenizer.model_dump(mode="json", exclude_none=True)
     values["sources"] = [_conversation_source(source, output) for source in facts]
     values["template"] = "chatml"
     head = f"# Written by tools/prepare_dataset.py from the mixture {mixture.name}.\n"
-    return {CONVERSATIONS: head + to_yaml(values)}
+    return {file: head + to_yaml(values)}
 
 
 def _conversation_source(source: SourceFacts, output: Path) -> dict[str, Any]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
-from equilibrium_mcore.config.chat import ConversationsConfig
+from equilibrium_mcore.config.chat import ConversationsConfig, PreferencesConfig
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.data.chat.dataset import ConversationDataset
 from equilibrium_mcore.data.chat.encode import EncodingReport
 from equilibrium_mcore.data.chat.epochs import PackedEpoch, count_sequences, packed_epoch
 from equilibrium_mcore.data.chat.examples import Examples
 from equilibrium_mcore.data.chat.order import Packing
+from equilibrium_mcore.data.chat.preferences import PreferenceDataset, pair_units
 from equilibrium_mcore.data.chat.render import Renderer, build_renderer
 from equilibrium_mcore.data.chat.store import load_or_encode
 from equilibrium_mcore.data.repeats import same_text
@@ -59,7 +60,8 @@ def build_conversations(
     """
     renderer, examples, report = _examples(config, part, sequence_length)
     tokenizer = renderer.vocabulary.tokenizer
-    dataset = ConversationDataset(
+    kind = PreferenceDataset if isinstance(config, PreferencesConfig) else ConversationDataset
+    dataset = kind(
         examples,
         sequence_length=sequence_length,
         samples=samples,
@@ -71,7 +73,7 @@ def build_conversations(
         state=state,
         first_sample=first_sample,
     )
-    epoch = packed_epoch(examples, **_plan(config, sequence_length, seed))
+    epoch = packed_epoch(examples, dataset.units(examples), **_plan(config, sequence_length, seed))
     return BuiltConversations(dataset, report, epoch)
 
 
@@ -81,8 +83,11 @@ def epoch_sequences(
     """Sequences that the training part's first `epochs` epochs make. Raises as above."""
     _, examples, _ = _examples(config, "train", sequence_length)
     plan = _plan(config, sequence_length, seed)
+    units = examples.lengths
+    if isinstance(config, PreferencesConfig):
+        units = pair_units(examples, config.document_multiple)
     return EpochSequences(
-        count_sequences(examples, epochs=epochs, **plan), packed_epoch(examples, **plan)
+        count_sequences(units, epochs=epochs, **plan), packed_epoch(examples, units, **plan)
     )
 
 

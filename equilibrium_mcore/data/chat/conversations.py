@@ -11,7 +11,7 @@ assistant's message with `"weight": 0` is context only; a row's own `weight` sca
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +42,12 @@ class ConversationError(ValueError):
 
 
 def read_conversations(path: Path) -> Iterator[Conversation]:
-    """The conversations of a JSONL file, plain, .gz or .zst, in order; blank lines are none.
+    """The conversations of a JSONL file, as `read_rows` gives them."""
+    return read_rows(path, parse_conversation)
+
+
+def read_rows[Row](path: Path, parse: Callable[[Mapping[str, Any], int], Row]) -> Iterator[Row]:
+    """`parse(row, line)` of a JSONL file, plain, .gz or .zst, in order; blank lines are none.
 
     Raises ConfigError that names file, line and key of all bad rows, up to twenty.
     """
@@ -57,7 +62,7 @@ def read_conversations(path: Path) -> Iterator[Conversation]:
         if not line.strip():
             continue
         try:
-            yield parse_conversation(parse_object(line, strict=True), number)
+            yield parse(parse_object(line, strict=True), number)
         except ValueError as error:
             problems.append(f"{path}, line {number}: {error}")
             if len(problems) == MOST_PROBLEMS:
@@ -82,42 +87,44 @@ def parse_conversation(row: Mapping[str, Any], line: int = 0) -> Conversation:
 # ------------------------------------------------------------------------------------------ forms
 
 
-def _messages(row: Mapping[str, Any], key: str = "messages") -> Iterator[Turn]:
+def read_turns(row: Mapping[str, Any], key: str = "messages") -> Iterator[Turn]:
+    """The turns of a list of messages, after the row's own `system`."""
     messages = row[key]
     if not isinstance(messages, list) or not messages:
         raise ConversationError(key, f"holds {messages!r:.60}, and a list of messages is needed")
-    turns = [_turn(message, f"{key}[{number}]") for number, message in enumerate(messages)]
+    turns = [read_turn(message, f"{key}[{number}]") for number, message in enumerate(messages)]
     if all(turn.role != "system" for turn in turns):
         yield from _system(row)
     yield from turns
 
 
 def _sharegpt(row: Mapping[str, Any]) -> Iterator[Turn]:
-    return _messages(row, "conversations")
+    return read_turns(row, "conversations")
 
 
 def _alpaca(row: Mapping[str, Any]) -> Iterator[Turn]:
     yield from _system(row)
-    asked = [_text(row.get(key) or "", key) for key in ("instruction", "input")]
+    asked = [read_text(row.get(key) or "", key) for key in ("instruction", "input")]
     yield Turn("user", "\n\n".join(part for part in asked if part))
     if "output" not in row:
         raise ConversationError("output", "missing beside 'instruction'")
-    yield Turn("assistant", _text(row["output"], "output"))
+    yield Turn("assistant", read_text(row["output"], "output"))
 
 
 def _system(row: Mapping[str, Any]) -> Iterator[Turn]:
     text = row.get("system")
     if text:
-        yield Turn("system", _text(text, "system"))
+        yield Turn("system", read_text(text, "system"))
 
 
-_FORMS = {"messages": _messages, "conversations": _sharegpt, "instruction": _alpaca}
+_FORMS = {"messages": read_turns, "conversations": _sharegpt, "instruction": _alpaca}
 
 
 # ------------------------------------------------------------------------------------------ parts
 
 
-def _turn(message: Any, key: str) -> Turn:
+def read_turn(message: Any, key: str) -> Turn:
+    """A message. Raises ConversationError."""
     for role_key, content_key in (("role", "content"), ("from", "value")):
         if not isinstance(message, Mapping) or role_key not in message:
             continue
@@ -132,7 +139,7 @@ def _turn(message: Any, key: str) -> Turn:
                     f"{key}.{name}",
                     "only the content is trained on: write it there, as the model shall",
                 )
-        content = _text(message.get(content_key), f"{key}.{content_key}")
+        content = read_text(message.get(content_key), f"{key}.{content_key}")
         return Turn(ROLE_NAMES[role], content, _trained(message, ROLE_NAMES[role], key))
     raise ConversationError(
         key, f"is {message!r:.80}; a message has role and content, or from and value"
@@ -150,7 +157,7 @@ def _trained(message: Mapping[str, Any], role: str, key: str) -> bool:
     return bool(weight)
 
 
-def _text(value: Any, key: str) -> str:
+def read_text(value: Any, key: str) -> str:
     """Text, or the texts of a list of parts, as some services write it."""
     if isinstance(value, list):
         parts = [p.get("text") if isinstance(p, Mapping) else p for p in value]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,9 +41,10 @@ class ConversationDataset(PlannedSamples):
         """
         self.examples, self.pad_id = examples, pad_id
         self.packing = Packing(sequence_length, document_multiple)
-        _check(examples, self.packing, vocab_size)
+        units = self.units(examples)
+        _check(units, int(examples.ids.max()), self.packing, vocab_size)
         order = ExampleOrder(
-            examples.lengths,
+            units,
             examples.fingerprint,
             seed=seed,
             window=window,
@@ -50,6 +52,10 @@ class ConversationDataset(PlannedSamples):
             state=state,
         )
         super().__init__(order, samples=samples, first_sample=first_sample)
+
+    def units(self, examples: Examples) -> np.ndarray:
+        """Positions of what is packed as one; int[units]."""
+        return examples.lengths
 
     def __getitem__(self, item: int | SequencePlan) -> dict[str, Tensor]:
         """int64 `tokens`, `labels`, `position_ids` and float32 `loss_mask`, each [sequence]."""
@@ -64,9 +70,9 @@ class ConversationDataset(PlannedSamples):
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def _check(examples: Examples, packing: Packing, vocab_size: int) -> None:
+def _check(units: np.ndarray, largest: int, packing: Packing, vocab_size: int) -> None:
     problems = []
-    longest = int(examples.lengths.max())
+    longest = int(units.max())
     if padded(longest, packing.document_multiple) > packing.sequence_length:
         padding = f", padded to {packing.document_multiple}" * (packing.document_multiple > 1)
         problems.append(
@@ -79,7 +85,6 @@ def _check(examples: Examples, packing: Packing, vocab_size: int) -> None:
             f"document_multiple={packing.document_multiple}: what is left of a sequence is padded "
             "to one, too; make it a multiple"
         )
-    largest = int(examples.ids.max())
     if largest >= vocab_size:
         problems.append(
             f"the examples hold the token id {largest:,}, but the model's vocabulary has "

@@ -71,13 +71,18 @@ def encode_sources(
                 continue
             if example is not None:
                 examples.append(example)
-    if refused:
-        more = len(refused) - SHOWN
-        shown = refused[:SHOWN] + ([f"... and {more:,} more"] if more > 0 else [])
-        raise ConfigError(shown, source="conversations")
+    refuse_all(refused, source="conversations")
     if not examples:
         raise ConfigError(f"no conversation is left for {part}: {report}", source="conversations")
     return Examples.of(examples), report
+
+
+def refuse_all(problems: Sequence[str], *, source: str) -> None:
+    """Raise ConfigError with the first of them, and how many more there are."""
+    if problems:
+        more = len(problems) - SHOWN
+        shown = [*problems[:SHOWN], *([f"... and {more:,} more"] if more > 0 else [])]
+        raise ConfigError(shown, source=source)
 
 
 def fitting_turns(turns: Sequence[Turn], fits: Callable[[Sequence[Turn]], bool]) -> Sequence[Turn]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from equilibrium_mcore.data.chat.examples import Examples
 from equilibrium_mcore.data.chat.order import ExampleOrder, Packing
 
@@ -39,9 +41,14 @@ class PackedEpoch:
         )
 
 
-def packed_epoch(examples: Examples, *, seed: int, window: int, packing: Packing) -> PackedEpoch:
-    """The first epoch. Others differ by a few sequences."""
-    sequences = count_sequences(examples, epochs=1, seed=seed, window=window, packing=packing)
+def packed_epoch(
+    examples: Examples, units: np.ndarray, *, seed: int, window: int, packing: Packing
+) -> PackedEpoch:
+    """The first epoch. Others differ by a few sequences.
+
+    `units` are the positions of what is packed as one: of examples, or of pairs.
+    """
+    sequences = count_sequences(units, epochs=1, seed=seed, window=window, packing=packing)
     return PackedEpoch(
         examples=len(examples),
         sequences=sequences,
@@ -52,10 +59,10 @@ def packed_epoch(examples: Examples, *, seed: int, window: int, packing: Packing
 
 
 def count_sequences(
-    examples: Examples, *, epochs: float, seed: int, window: int, packing: Packing
+    units: np.ndarray, *, epochs: float, seed: int, window: int, packing: Packing
 ) -> int:
     """Sequences that the first `epochs` epochs make; a part of an epoch is rounded up."""
-    order = ExampleOrder(examples.lengths, "", seed=seed, window=window, packing=packing)
+    order = ExampleOrder(units, "", seed=seed, window=window, packing=packing)
     total = 0
     for number in range(math.ceil(epochs)):
         sequences = _next_epoch(order)

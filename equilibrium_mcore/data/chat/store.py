@@ -18,10 +18,11 @@ from typing import Literal
 
 import numpy as np
 
-from equilibrium_mcore.config.chat import ConversationsConfig
+from equilibrium_mcore.config.chat import ConversationsConfig, PreferencesConfig
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.data.chat.encode import EncodingReport, SourceCounts, encode_sources
 from equilibrium_mcore.data.chat.examples import Examples
+from equilibrium_mcore.data.chat.preferences import encode_preferences
 from equilibrium_mcore.data.chat.render import Renderer
 from equilibrium_mcore.files.lock import FileLock
 from equilibrium_mcore.files.lock_file import LockHeldError
@@ -67,9 +68,12 @@ def _encoded(
     max_tokens: int,
     folder: Path | None,
 ) -> tuple[Examples, EncodingReport]:
-    examples, report = encode_sources(
-        config.sources, renderer, part=part, max_tokens=max_tokens, too_long=config.too_long
-    )
+    if isinstance(config, PreferencesConfig):
+        examples, report = encode_preferences(config, renderer, part=part, max_tokens=max_tokens)
+    else:
+        examples, report = encode_sources(
+            config.sources, renderer, part=part, max_tokens=max_tokens, too_long=config.too_long
+        )
     if folder is None:
         return examples, report
     save_examples(folder, examples, report)
@@ -134,6 +138,8 @@ def _key(config: ConversationsConfig, renderer: Renderer, part: str, max_tokens:
         "sources": [source.name for source in config.sources],
         "files": files,
     }
+    if isinstance(config, PreferencesConfig):  # whose pairs are measured with their padding
+        values |= {"type": config.type, "multiple": config.document_multiple}
     return hashlib.blake2b(json.dumps(values).encode(), digest_size=8).hexdigest()
 
 

@@ -1,6 +1,7 @@
 """Rows to documents: text, turns and preferences in the forms that public sets have."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,8 @@ from equilibrium_mcore.corpus.mixtures.documents import (
     field_of,
     to_document,
 )
+from equilibrium_mcore.data.chat.conversations import read_rows
+from equilibrium_mcore.data.chat.preferences import parse_preference
 
 USER, ASSISTANT = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
 WORSE = {"role": "assistant", "content": "No."}
@@ -185,7 +188,7 @@ def test_conversations_have_the_tokenizer_of_the_mixture_and_what_was_held_out(
     assert source.validation == [] and len(source.train[0].read_text().splitlines()) == 20
 
 
-def test_preferences_have_no_file_that_a_run_names(tmp_path, write_rows, mixture, run):
+def test_preferences_have_a_file_that_a_run_names(tmp_path, write_rows, mixture, run):
     rows = [{"p": f"Question {n}?", "c": "Yes.", "r": f"No {n}."} for n in range(20)]
     config = mixture(
         ("pairs", write_rows(tmp_path / "pairs.jsonl", rows), 1.0,
@@ -194,5 +197,27 @@ def test_preferences_have_no_file_that_a_run_names(tmp_path, write_rows, mixture
         metadata={"phase": "posttrain_dpo"},
     )  # fmt: skip
     manifest = run(config)
-    assert manifest.blends == [] and not (tmp_path / "out/conversations.yaml").exists()
+    assert manifest.blends == ["preferences.yaml"]
+    named = read_mapping(tmp_path / "out/preferences.yaml")
+    assert named["type"] == "preferences" and named["sources"][0]["name"] == "pairs"
+    source = named["sources"][0]
+    files = [Path(path) for path in (*source["train"], *source["validation"])]
+    found = [pair for path in files for pair in read_rows(path, parse_preference)]
+    assert len(found) == 20 and found[0].chosen[0].content == "Yes."
+
+
+def test_prompts_have_no_file_that_a_run_names(tmp_path, write_rows, mixture, run):
+    rows = [{"p": f"Question {n}?"} for n in range(20)]
+    config = mixture(
+        (
+            "prompts",
+            write_rows(tmp_path / "prompts.jsonl", rows),
+            1.0,
+            {"columns": {"prompt": "p"}},
+        ),
+        total_tokens=None,
+        metadata={"phase": "posttrain_rlaif"},
+    )
+    manifest = run(config)
+    assert manifest.blends == [] and not list((tmp_path / "out").glob("*.yaml.*"))
     assert "no stage trains" in summary(manifest, tmp_path / "out")

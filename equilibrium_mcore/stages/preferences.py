@@ -1,0 +1,21 @@
+"""Stages that train on pairs: a reference scores each batch before the policy learns from it."""
+
+from __future__ import annotations
+
+from equilibrium_mcore.config.objectives import REFERENCED
+from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.parallel.launch import RankInfo
+from equilibrium_mcore.stages.offline import train_rank
+from equilibrium_mcore.training.reference import Reference
+from equilibrium_mcore.training.setup import Run
+
+
+def preference_rank(rank_info: RankInfo, *, config: RunConfig) -> None:
+    """Train `config` on preferences as this rank, from setup to the last step or a stop."""
+    train_rank(rank_info, config=config, complete=with_reference)
+
+
+def with_reference(run: Run) -> None:
+    """Give the run the reference that its objective needs. Collective."""
+    if isinstance(run.config.objective, REFERENCED):
+        run.prepare = Reference(run)

@@ -1,0 +1,182 @@
+"""Training on pairs through the stage's own function: layouts, references, resumes, data."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.parallel.launch import RankInfo
+from equilibrium_mcore.stages.table import STAGE_RANKS
+from tests.data.chat.support import write_rows
+from tests.support.runs import MODEL, tiny_run, train_steps
+
+UNBALANCED = {**MODEL, "moe": {**MODEL["moe"], "load_balancing": "none"}}
+LAYOUTS = {
+    "mixed": {"world_size": 4, "tensor": 2, "sequence": True, "expert": 2},
+    "context_pipeline": {"world_size": 4, "context": 2, "pipeline": 2},
+    "virtual": {"world_size": 2, "pipeline": 2, "virtual_pipeline": 2},
+    "data": {"world_size": 2},
+}
+KINDS = {  # stage, and whether adapters train
+    "dpo": ("dpo", False),
+    "dpo of adapters": ("dpo", True),
+    "ipo": ("ipo", False),
+    "simpo": ("simpo", False),
+    "orpo": ("orpo", False),
+}
+IN_CI = {("dpo of adapters", "mixed")}
+
+
+def pairs(count: int, seed: int) -> list[dict]:
+    """Questions whose good answer repeats one word and whose bad one another."""
+    draw = random.Random(seed)
+    words = ["".join(draw.choices("abcdefgh", k=4)) for _ in range(40)]
+    return [
+        {
+            "prompt": f"say {draw.choice(words)}",
+            "chosen": " ".join(["good"] * draw.randint(1, 5)),
+            "rejected": " ".join(["bad"] * draw.randint(1, 5)),
+        }
+        for _ in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def preferences(data: dict, tmp_path_factory) -> dict[str, Any]:
+    """The `data` section of a run on preferences."""
+    folder = tmp_path_factory.mktemp("preferences")
+    return {
+        "type": "preferences",
+        "name": "pairs",
+        "tokenizer": data["tokenizer"],
+        "template": "plain",
+        "sources": [
+            {
+                "name": "made_up",
+                "train": [str(write_rows(folder / "train.jsonl", pairs(60, 1)))],
+                "validation": [str(write_rows(folder / "validation.jsonl", pairs(12, 2)))],
+            }
+        ],
+        "window": 16,
+        "document_multiple": 4,
+    }
+
+
+@pytest.fixture(scope="module")
+def pretrained(ranks, data: dict, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrained")
+    ranks.run(1, train_steps, tiny_run(data, folder, parallelism={"world_size": 1}), 2, True)
+    return folder
+
+
+def config_of(kind: str, preferences: dict, pretrained: Path, output: Path, **changes: Any) -> Any:
+    stage, adapts = KINDS[kind]
+    training = {
+        "sequence_length": 192,
+        "micro_batch_size": 1,
+        "global_batch_size": 2,
+        "steps": 6,
+        "precision": "fp32",
+        "validation_interval_steps": 3,
+        "validation_batches": 1,
+    }
+    return tiny_run(
+        preferences,
+        output,
+        stage=stage,
+        model=UNBALANCED,
+        training={**training, **changes.pop("training", {})},
+        parallelism=changes.pop("parallelism", {"world_size": 1}),
+        checkpoint={"initial_weights": str(pretrained)},
+        objective={"type": stage},
+        adapters={"rank": 4} if adapts else None,
+        **changes,
+    )
+
+
+def stage_rank(rank_info: RankInfo, config: RunConfig) -> None:
+    """What `python -m equilibrium_mcore.train` runs in a rank."""
+    STAGE_RANKS[config.stage](rank_info, config=config)
+
+
+def records(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def one_rank(ranks, preferences, pretrained, tmp_path_factory):
+    """Folders of runs on one rank, made when asked for."""
+    made: dict[str, Path] = {}
+
+    def folder_of(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp("one_rank")
+            ranks.run(1, stage_rank, config_of(kind, preferences, pretrained, made[kind]))
+        return made[kind]
+
+    return folder_of
+
+
+CASES = [
+    pytest.param(k, n, marks=[] if (k, n) in IN_CI else [pytest.mark.slow])
+    for k in KINDS
+    for n in LAYOUTS
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_pairs_are_the_same_in_every_layout(
+    ranks, preferences, pretrained, one_rank, tmp_path, kind, name
+):
+    layout = LAYOUTS[name]
+    config = config_of(kind, preferences, pretrained, tmp_path, parallelism=layout)
+    ranks.run(layout["world_size"], stage_rank, config)
+    for what in ("train", "validation"):
+        found, expected = records(tmp_path, what), records(one_rank(kind), what)
+        assert len(found) == len(expected) > 0
+        for record, other in zip(found, expected, strict=True):
+            assert record.get("tokens") == other.get("tokens")
+            for figure in ("loss", "nll", "accuracy", "margin", "chosen_reward"):
+                assert record[figure] == pytest.approx(other[figure], rel=1e-4, abs=2e-5), figure
+
+
+def test_trap_the_first_step_is_on_the_reference(one_rank):
+    """Ratios of 1: loss log 2 and no margin, though the vocabulary is padded."""
+    first = records(one_rank("dpo of adapters"), "train")[0]
+    assert first["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    assert first["margin"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_it_learns_the_preference(one_rank):
+    """By the held-out pairs."""
+    last = records(one_rank("dpo of adapters"), "validation")[-1]
+    assert last["accuracy"] > 0.9 and last["margin"] > 0
+
+
+def test_a_resumed_run_is_the_straight_one_to_the_bit(
+    ranks, preferences, pretrained, one_rank, tmp_path
+):
+    kind = "dpo of adapters"
+    stops = {"training": {"stop_after_steps": 3}}
+    ranks.run(1, stage_rank, config_of(kind, preferences, pretrained, tmp_path, **stops))
+    ranks.run(1, stage_rank, config_of(kind, preferences, pretrained, tmp_path))
+
+    def curve(folder: Path) -> list:
+        return [(r["step"], r["tokens"], r["loss"], r["margin"]) for r in records(folder, "train")]
+
+    assert curve(tmp_path) == curve(one_rank(kind))
+
+
+@pytest.mark.slow
+def test_a_frozen_copy_is_the_reference_that_adapters_leave(
+    ranks, preferences, pretrained, one_rank
+):
+    """Before a step, both score alike: the same loss, though one has a second model."""
+    losses = [records(one_rank(kind), "train")[0]["loss"] for kind in ("dpo", "dpo of adapters")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
