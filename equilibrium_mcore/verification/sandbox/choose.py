@@ -7,10 +7,13 @@ from functools import cache
 from types import ModuleType
 
 from equilibrium_mcore.config.rewards import SandboxConfig
-from equilibrium_mcore.verification.sandbox import bubblewrap
+from equilibrium_mcore.verification.sandbox import bubblewrap, namespaces
 from equilibrium_mcore.verification.sandbox.session import SandboxError, Session
 
-BACKENDS: dict[str, ModuleType] = {bubblewrap.NAME: bubblewrap}
+BACKENDS: dict[str, ModuleType] = {
+    bubblewrap.NAME: bubblewrap,
+    namespaces.NAME: namespaces,
+}
 WAY_OUT = (
     "Code of a model is never run without one. Install bubblewrap (apt-get install bubblewrap, dnf "
     "install bubblewrap) and allow user namespaces (in a container: --security-opt "

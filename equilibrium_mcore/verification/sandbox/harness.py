@@ -44,7 +44,10 @@ class Harness:
                 os.dup2(source, target)
             os.chdir("/tmp")
             words = [sys.executable, "-I", "-S", "-B", "-c", self.setup["answer_process"]]
-            os.execve(words[0], words, {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"})
+            environment = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"}
+            if "LD_LIBRARY_PATH" in os.environ:  # Python itself may need it
+                environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
+            os.execve(words[0], words, environment)
         for descriptor in (stdin, stdout, control_read, replies_write):
             os.close(descriptor)
         first = {key: self.setup[key] for key in ("code", "prelude", "libraries", "limits")}

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from equilibrium_mcore.config.rewards import SandboxConfig
+from equilibrium_mcore.verification.sandbox.file_system import environment, python_inside
 
 START_SECONDS = 300.0  # for a hang alone
 TICK_SECONDS = 0.1
@@ -39,14 +40,14 @@ class Session:
         self._config = config
         self._limit = 4 * (config.output_kb << 10) + LINE_BYTES  # JSON may escape each byte
         self._buffer, self._errors = b"", b""
-        words = [backend.python_inside(), "-I", "-S", "-B", "-c", _source("harness")]
+        words = [python_inside(), "-I", "-S", "-B", "-c", _source("harness")]
         command = backend.command(
             words, libraries=config.libraries, file_bytes=config.files_mb << 20
         )
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env={"PATH": os.environ.get("PATH", os.defpath)},
+            env={"PATH": os.environ.get("PATH", os.defpath), **environment()},
             start_new_session=True,
         )  # fmt: skip
         assert self.process.stdin and self.process.stdout and self.process.stderr
