@@ -23,11 +23,27 @@ class CodeTests:
     """1 where every test passes (or their share), else 0."""
 
     def __init__(self, config: CodeTestsConfig) -> None:
-        """Raises NoSandboxError where code cannot be run safely."""
+        """Raises NoSandboxError where code cannot be run safely, SandboxError for a library."""
         self.name = reward_name(config)
         self._config = config
         self._backend = choose_backend(config.sandbox.kind)
+        if config.sandbox.libraries:
+            self._try_libraries()
         self.notes = [f"{self.name}: code runs in the sandbox {self._backend.NAME}"]
+
+    def _try_libraries(self) -> None:
+        """Each must be there and readable inside: as root, the sandbox is another user."""
+        for library in self._config.sandbox.libraries:
+            if not library.is_dir():
+                raise SandboxError(f"sandbox.libraries has {library}, which is no folder")
+        with self._session("import os") as session:
+            for library in self._config.sandbox.libraries:
+                reply = session.ask({"expression": f"os.listdir({str(library.resolve())!r})"})
+                if reply["status"] not in ("value", "output"):
+                    raise SandboxError(
+                        f"sandbox.libraries has {library}, which cannot be read inside "
+                        f"({reply.get('reason')}): let all users read it (chmod -R a+rX)"
+                    )
 
     def score(self, example: Example) -> Part:
         """Find the code, run it test by test."""

@@ -122,52 +122,60 @@ class Harness:
             os.close(output_read)
 
     def _exchange(self, writes: int, reads: int, data: bytes) -> dict:
-        """Write the input while reading the output, within time and size."""
+        """Write the input while reading the output, within time and size.
+
+        It is over when the program has ended, whatever processes it left behind.
+        """
         deadline = time.monotonic() + self.setup["wall_seconds"]
         os.set_blocking(writes, False)
-        output = b""
+        os.set_blocking(reads, False)
+        output, status, is_open = b"", None, True
         try:
-            while True:
+            while is_open or status is None:
                 if not data and writes >= 0:
                     os.close(writes)
                     writes = -1
-                left = deadline - time.monotonic()
-                waiting = [writes] if writes >= 0 else []
-                ready = select.select([reads], waiting, [], max(left, 0))
-                if left <= 0:
+                if status is None:
+                    status = self._status()
+                if time.monotonic() > deadline:
                     return {"status": "timeout"}
+                waiting = [writes] if writes >= 0 else []
+                ready = select.select([reads] if is_open else [], waiting, [], 0.02)
                 if ready[1]:
-                    try:
-                        data = data[os.write(writes, data[:4096]) :]
-                    except BrokenPipeError:
-                        data = b""
+                    data = written(writes, data)
                 if ready[0]:
                     part = os.read(reads, 65536)
                     output += part
-                    if len(output) > self.setup["output_bytes"]:
-                        return {"status": "output"}
-                    if not part:
-                        break
+                    is_open = bool(part)
+                elif status is not None:
+                    break
+                if len(output) > self.setup["output_bytes"]:
+                    return {"status": "output"}
         finally:
             if writes >= 0:
                 os.close(writes)
-        return self._ended(output, deadline)
-
-    def _ended(self, output: bytes, deadline: float) -> dict:
-        """The output, once the program that closed it has ended as well."""
-        while True:
-            done, status = os.waitpid(self.child, os.WNOHANG)
-            if done:
-                break
-            if time.monotonic() > deadline:
-                return {"status": "timeout"}
-            time.sleep(0.005)
-        self.child = 0
-        os.close(self.control)
-        os.close(self.replies)
         if status:
             return died(status)
         return {"status": "output_text", "value": output.decode("utf-8", "replace")}
+
+    def _status(self) -> "int | None":
+        """How the child ended; None while it runs. What it left is killed."""
+        done, status = os.waitpid(self.child, os.WNOHANG)
+        if not done:
+            return None
+        self.child = 0
+        os.close(self.control)
+        os.close(self.replies)
+        self.end()
+        return status
+
+
+def written(descriptor: int, data: bytes) -> bytes:
+    """What is left of `data` after a write; nothing where nobody reads."""
+    try:
+        return data[os.write(descriptor, data[:4096]) :]
+    except BrokenPipeError:
+        return b""
 
 
 def died(status: int) -> dict:

@@ -78,18 +78,19 @@ def build_root(spec: dict) -> None:
             os.close(os.open(BASE + path, os.O_CREAT | os.O_WRONLY, 0o644))
         mount(f"/proc/self/fd/{source}", BASE + path, flags=MS_BIND | MS_REC)
         os.close(source)
+    bound = tuple(f"{BASE}{path}/" for path in spec["read_only"])
     for place in mount_points():
-        if place.removeprefix(BASE) not in (*spec["devices"], "/tmp"):
+        if f"{place}/".startswith(bound):
             make_read_only(place)
 
 
 def mount_points() -> list[str]:
-    """What is mounted below BASE."""
+    """What is mounted below BASE, but for what the host has in its folder of that name."""
     with open("/proc/self/mountinfo", encoding="utf-8") as lines:  # noqa: PTH123
         places = [line.split()[4] for line in lines]
     for code, character in ((r"\040", " "), (r"\011", "\t"), (r"\012", "\n"), (r"\134", "\\")):
         places = [place.replace(code, character) for place in places]
-    return [place for place in places if place.startswith(f"{BASE}/")]
+    return [p for p in places if p.startswith(f"{BASE}/") and os.path.exists(p)]  # noqa: PTH110
 
 
 def make_read_only(place: str) -> None:
@@ -139,7 +140,7 @@ def main() -> None:
         build_root(spec)
         change_root()
     except OSError as error:
-        sys.exit(f"{error.strerror or error}")
+        sys.exit(str(error))
     child = os.fork()
     if not child:
         first_process(words)
