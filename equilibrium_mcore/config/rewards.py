@@ -60,7 +60,7 @@ class MathAnswerConfig(Section):
     percent: Literal["value", "either"] = setting(
         "value", "value: 50% is 0.5; either: it may also be 50"
     )
-    decimal_comma: bool = setting(False, "true: 1.234,5 is what 1,234.5 is otherwise")
+    decimal_comma: bool = setting(False, "true: 1.234,5 is what 1,234.5 is otherwise, in texts of the truth as well")
     unevaluated: bool = setting(
         False, "true: an answer 12*7 may be right where the truth is 84; else it is wrong"
     )

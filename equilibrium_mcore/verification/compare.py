@@ -35,6 +35,8 @@ MAX_UNORDERED = 64  # items of a set
 
 _CHOICE = re.compile(r"\(?([A-Z])\)?[.):]?")
 _CHOICE_WORDS = re.compile(r"(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)\s*(?:is\s*)?:?\s*", re.I)
+# A number before one letter, which beside an expression is a variable and no unit.
+_TERM = re.compile(r".*[^A-Za-z][A-Za-z]")
 _CHOICE_START = re.compile(r"\(([A-Za-z])\)(?:[.:)]?\s+|$)|([A-Za-z])(?:[.:)]\s*|$)")
 
 
@@ -252,7 +254,8 @@ def _is_a_word(text: str) -> bool:
 def _source(value: Value) -> str | None:
     """What stands for a value beside an expression; None where a unit would be lost."""
     if getattr(value, "unit", None) is not None:
-        return None
+        is_term = isinstance(value, Quantity) and _TERM.fullmatch(value.source)
+        return value.source if is_term else None
     if isinstance(value, Quantity):
         amount = value.amount
         if isinstance(amount, float):

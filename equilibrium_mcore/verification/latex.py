@@ -11,6 +11,7 @@ import importlib.util
 import logging
 
 from equilibrium_mcore.verification.compare import Expressions, Rules
+from equilibrium_mcore.verification.tidy import as_latex
 
 INSTALL = "pip install 'equilibrium_mcore[verification]'"
 DIGITS = 12  # of decimals beside an exact constant, where no tolerance is set
@@ -25,16 +26,23 @@ def math_verify_expressions(rules: Rules) -> Expressions:
     """The comparison by math-verify. Raises ImportError that says what to install."""
     try:
         import math_verify
+        from latex2sympy2_extended import NormalizationConfig
     except ImportError as error:
         raise ImportError(f"latex: math_verify needs math-verify ({error}): {INSTALL}") from None
     for name in ("math_verify", "latex2sympy2_extended"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
+    # Its units are our own rules' business: it would take the t of 2t for tonnes and drop it.
+    normalization = NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none"
+    )
+    extraction = math_verify.LatexExtractionConfig(normalization_config=normalization)
+
     def read(text: str):
         # One expression in delimiters: none of math-verify's search for answers in prose.
         return math_verify.parse(
-            f"${text}$",
-            extraction_config=[math_verify.LatexExtractionConfig()],
+            f"${as_latex(text)}$",
+            extraction_config=[extraction],
             fallback_mode="no_fallback",
             parsing_timeout=None,
         )

@@ -59,7 +59,10 @@ class MathAnswer:
             return Part(
                 self.name, 0.0, "unparsed", shown(answer), f"longer than {MAX_ANSWER} characters"
             )
-        return self._compared(str(example.truth), answer)
+        truth = str(example.truth)
+        if self._config.decimal_comma and isinstance(example.truth, float):
+            truth = truth.replace(".", ",")
+        return self._compared(truth, answer)
 
     def _compared(self, truth: str, answer: str) -> Part:
         try:

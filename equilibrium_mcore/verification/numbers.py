@@ -10,7 +10,7 @@ import ast
 import math
 import operator
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from equilibrium_mcore.verification.units import MONEY_BEFORE, Unit, parse_unit
@@ -26,12 +26,14 @@ _DIGITS_COMMA = r"(?:\d{1,3}(?:\.\d{3})+(?!\d)|\d+)"
 class Quantity:
     """A number, what it is counted in, and whether a percent sign stands behind it.
 
-    `value` is the number before the percent sign, or an infinity.
+    `value` is the number before the percent sign, or an infinity. `source` is how it was written:
+    `2t` may be two tonnes or twice t.
     """
 
     value: Fraction | float
     unit: Unit | None = None
     percent: bool = False
+    source: str = field(default="", compare=False)
 
     @property
     def amount(self) -> Fraction | float:
@@ -59,7 +61,7 @@ def parse_quantity(
     if found is None:
         return None
     value, behind = found
-    return _with_unit(Quantity(sign * value), behind.strip(), money)
+    return _with_unit(Quantity(sign * value, source=text), behind.strip(), money)
 
 
 def _with_unit(quantity: Quantity, behind: str, money: str) -> Quantity | None:

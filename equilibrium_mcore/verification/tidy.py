@@ -6,6 +6,7 @@ import re
 
 # Braces of sets, apart from those that only group.
 SET_OPEN, SET_CLOSE = "⦃", "⦄"
+MAX_FONTS = 20  # commands in each other
 
 _WRAPPERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"))
 _TEXT = re.compile(
@@ -33,13 +34,19 @@ _REPLACED: tuple[tuple[str, str], ...] = (
     (r"²", "^2"),
     (r"³", "^3"),
 )
+_AS_LATEX = str.maketrans(
+    {
+        "·": r"\cdot ", "×": r"\times ", "÷": r"\div ", "∪": r"\cup ", "∅": r"\emptyset ",
+        "°": r"^{\circ}", "%": r"\%", "$": r"\$", SET_OPEN: r"\{", SET_CLOSE: r"\}",
+    }
+)  # fmt: skip
 _COMPILED = tuple((re.compile(pattern), new) for pattern, new in _REPLACED)
 
 
 def tidy(text: str) -> str:
     """`text` without delimiters of math, fonts, spacing and a full stop at its end."""
     text = _unwrap(text.strip())
-    while True:  # innermost first
+    for _ in range(MAX_FONTS):  # innermost first
         plain = _TEXT.sub(r"\1", text)
         if plain == text:
             break
@@ -50,6 +57,11 @@ def tidy(text: str) -> str:
     if text.endswith((".", ",", ";")):
         text = text[:-1].rstrip()
     return _unwrap(text)
+
+
+def as_latex(text: str) -> str:
+    """What `tidy` made of LaTeX, as LaTeX again."""
+    return text.translate(_AS_LATEX)
 
 
 def _unwrap(text: str) -> str:

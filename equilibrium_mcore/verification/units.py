@@ -125,6 +125,8 @@ def _product(text: str, known: Mapping[str, Unit]) -> Unit | None:
         raise_next = 1
         unit = _look_up(match["name"], known)
         if unit is None:
+            if len(match["name"]) < 3:  # a variable, or a product of two
+                return None
             unknown.append(_singular(match["name"].lower()))
             continue
         factor *= unit.factor**power
