@@ -1,6 +1,6 @@
 """Settings of rewards, one class per `type`; as tables in docs/reference/rewards.md.
 
-What a text is worth is the weighted sum of its rewards. `parse_rewards` reads them from plain values.
+What a text is worth is the weighted sum of its rewards. `parse_rewards` reads plain values.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from equilibrium_mcore.config.section import (
     UserPath,
     setting,
 )
+from equilibrium_mcore.config.section_text import section_from_text
 
 AnswerPlace = Literal["boxed", "tag", "hash", "phrase", "last_number", "whole"]
 
@@ -60,14 +61,16 @@ class MathAnswerConfig(Section):
     percent: Literal["value", "either"] = setting(
         "value", "value: 50% is 0.5; either: it may also be 50"
     )
-    decimal_comma: bool = setting(False, "true: 1.234,5 is what 1,234.5 is otherwise, in texts of the truth as well")
+    decimal_comma: bool = setting(
+        False, "true: 1.234,5 is what 1,234.5 is otherwise, in texts of the truth as well"
+    )
     unevaluated: bool = setting(
         False, "true: an answer 12*7 may be right where the truth is 84; else it is wrong"
     )
     latex: Literal["auto", "math_verify", "own"] = setting(
         "auto",
-        "who compares expressions that are no plain values: math-verify (the extra `verification`); "
-        "own: our parser, for which others are unparsed; auto: the first if it is installed",
+        "who compares expressions that are no plain values: math-verify (extra `verification`); "
+        "own: our parser, for which they are unparsed; auto: the first if it is installed",
     )
     seconds: PositiveFloat = setting(5.0, _SECONDS)
     wall_seconds: PositiveFloat = setting(30.0, _CLOCK)
@@ -139,7 +142,9 @@ class LengthRewardConfig(Section):
     unit: Literal["tokens", "characters", "words"] = setting(
         "tokens", "what is counted; tokens are those that the model produced"
     )
-    max_length: PositiveInt = setting(doc="from here on (soft), or beyond it (step), the value is -1")
+    max_length: PositiveInt = setting(
+        doc="from here on (soft), or beyond it (step), the value is -1"
+    )
     soft_from: NonNegativeInt | None = setting(
         None, "from here the value falls linearly, to -1 at max_length; null: a step beyond it"
     )
@@ -187,7 +192,9 @@ REWARD_CLASSES: dict[str, type[Section]] = {
 class RewardsConfig(Section):
     """What a text is worth, and when too much went wrong while finding out."""
 
-    rewards: list[RewardConfig] = setting(doc="rewards; their weighted values are added", min_length=1)
+    rewards: list[RewardConfig] = setting(
+        doc="rewards; their weighted values are added", min_length=1
+    )
     reward_workers: PositiveInt | None = setting(
         None, "processes that judge texts; null: one a core that this process may use"
     )
@@ -223,3 +230,8 @@ def parse_rewards(values: Any, *, source: object = None) -> RewardsConfig:
     if isinstance(parsed, RewardsConfig):
         return parsed
     raise ConfigError([problem.text for problem in parsed], source=source)
+
+
+def reward_from_text(text: str) -> dict[str, Any]:
+    """`type=math_answer,units=optional` as plain values; raises ConfigError for what is none."""
+    return section_from_text(text, kind="reward", example="type=math_answer,units=optional")

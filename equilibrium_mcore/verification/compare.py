@@ -34,7 +34,9 @@ MAX_EXPRESSION = 2000  # characters; longer ones are not read
 MAX_UNORDERED = 64  # items of a set
 
 _CHOICE = re.compile(r"\(?([A-Z])\)?[.):]?")
-_CHOICE_WORDS = re.compile(r"(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)\s*(?:is\s*)?:?\s*", re.I)
+_CHOICE_WORDS = re.compile(
+    r"(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)\s*(?:is\s*)?:?\s*", re.I
+)
 # A number before one letter, which beside an expression is a variable and no unit.
 _TERM = re.compile(r".*[^A-Za-z][A-Za-z]")
 _CHOICE_START = re.compile(r"\(([A-Za-z])\)(?:[.:)]?\s+|$)|([A-Za-z])(?:[.:)]\s*|$)")
@@ -165,7 +167,7 @@ class _Comparison:
         if isinstance(truth, Union) and isinstance(answer, Union):
             return self._unordered(truth.items, answer.items)
         if not isinstance(truth, Group) or not isinstance(answer, Group):
-            return None if isinstance(truth, Expression) or isinstance(answer, Expression) else False
+            return None if Expression in (type(truth), type(answer)) else False
         brackets = (truth.opens, truth.closes), (answer.opens, answer.closes)
         if brackets[0] != brackets[1] and "" not in (truth.opens, answer.opens):
             return False

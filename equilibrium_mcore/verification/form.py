@@ -16,7 +16,8 @@ class FormatReward:
         self.notes: list[str] = []
         self._config = config
         between = r".*?" if config.text_outside else r"\s*"
-        pairs = [rf"<{re.escape(tag)}>(?P<t{i}>.*?)</{re.escape(tag)}>" for i, tag in enumerate(config.tags)]
+        names = [re.escape(tag) for tag in config.tags]
+        pairs = [rf"<{name}>(?P<t{i}>.*?)</{name}>" for i, name in enumerate(names)]
         self._pattern = re.compile(between + between.join(pairs) + between, re.S)
 
     def score(self, example: Example) -> Part:

@@ -54,11 +54,8 @@ def math_verify_expressions(rules: Rules) -> Expressions:
         close = None if rules.is_exact else _are_close(ours[0], theirs[0], rules)
         if close is not None:
             return close
-        return bool(
-            math_verify.verify(
-                ours, theirs, float_rounding=DIGITS, numeric_precision=DIGITS + 3, timeout_seconds=None
-            )
-        )
+        digits = {"float_rounding": DIGITS, "numeric_precision": DIGITS + 3}
+        return bool(math_verify.verify(ours, theirs, timeout_seconds=None, **digits))
 
     return are_same
 

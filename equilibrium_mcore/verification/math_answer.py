@@ -67,9 +67,7 @@ class MathAnswer:
     def _compared(self, truth: str, answer: str) -> Part:
         try:
             with _limited_memory():
-                equality = compare(
-                    truth, answer, rules=self._rules, expressions=self._expressions
-                )
+                equality = compare(truth, answer, rules=self._rules, expressions=self._expressions)
         except TruthError as error:
             return Part(self.name, 0.0, "error", shown(answer), str(error))
         except MemoryError:

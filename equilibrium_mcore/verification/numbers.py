@@ -109,18 +109,23 @@ def _forms(comma: bool, thousands: bool) -> _Forms:
     point = "," if comma else r"\."
     digits = r"\d+" if not thousands else _DIGITS_COMMA if comma else _DIGITS
     number = rf"(?:{digits}(?:{point}\d+)?|{point}\d+)"
-    frac = rf"\\frac\s*(?:\{{\s*(?P<n1>-?{number})\s*\}}|(?P<n2>\d))\s*(?:\{{\s*(?P<d1>{number})\s*\}}|(?P<d2>\d))"
+    above = rf"(?:\{{\s*(?P<n1>-?{number})\s*\}}|(?P<n2>\d))"
+    frac = rf"\\frac\s*{above}\s*(?:\{{\s*(?P<d1>{number})\s*\}}|(?P<d2>\d))"
     slash = rf"(?P<n3>{number})\s*/\s*(?P<d3>{number})"
     exponent = r"(?:\{\s*(?P<e1>[+-]?\d{1,4})\s*\}|(?P<e2>[+-]?\d{1,4}))"
     return _Forms(
         mixed=re.compile(rf"(?P<whole>\d+)\s*{frac}|(?P<whole2>\d+)\s+(?P<n>\d+)\s*/\s*(?P<d>\d+)"),
         fraction=re.compile(rf"{frac}|{slash}(?![\d.,])"),
-        repeating=re.compile(rf"(?P<whole>\d*){point}(?P<once>\d*)\\overline\s*\{{(?P<again>\d+)\}}"),
+        repeating=re.compile(
+            rf"(?P<whole>\d*){point}(?P<once>\d*)\\overline\s*\{{(?P<again>\d+)\}}"
+        ),
         scientific=re.compile(
             rf"(?P<m>{number})\s*(?:[eE](?P<e0>[+-]?\d{{1,4}})|[×·*x]\s*10\s*\^\s*{exponent})"
         ),
         ten=re.compile(rf"10\s*\^\s*{exponent}(?![\d^])"),
-        power=re.compile(r"(?P<b>\d{1,4})\s*\^\s*(?:\{\s*(?P<p1>\d{1,3})\s*\}|(?P<p2>\d))(?![\d^{])"),
+        power=re.compile(
+            r"(?P<b>\d{1,4})\s*\^\s*(?:\{\s*(?P<p1>\d{1,3})\s*\}|(?P<p2>\d))(?![\d^{])"
+        ),
         decimal=re.compile(rf"{number}(?![\d]|{point}\d)"),
         comma=comma,
     )
@@ -191,7 +196,7 @@ _VALUES = {
 }
 
 
-# ---------------------------------------------------------------------------------- plain arithmetic
+# --------------------------------------------------------------------------------- plain arithmetic
 
 _ARITHMETIC = re.compile(r"[\d\s.,()+\-*/×·÷]+")
 _OPERATIONS = {
@@ -203,7 +208,7 @@ _OPERATIONS = {
 
 
 def is_arithmetic(text: str) -> bool:
-    """Whether `text` only adds, subtracts, multiplies and divides numbers: `12*7`, not `sqrt(2)`."""
+    """Whether `text` only adds, subtracts, multiplies, divides numbers: `12*7`, not `sqrt(2)`."""
     return bool(_ARITHMETIC.fullmatch(text)) and bool(re.search(r"[+\-*/×·÷]", text))
 
 

@@ -30,13 +30,14 @@ class Plugin:
         try:
             signature.bind(prompt="", text="", truth=None, **self._arguments)
         except TypeError as error:
+            names = ", ".join(("prompt", "text", "truth", *self._arguments))
             raise RewardError(
-                f"reward {self.name!r}: {self._path}{signature} cannot be called with prompt, text, "
-                f"truth{''.join(f', {name}' for name in self._arguments)} ({error}); it must be: {FORM}"
+                f"reward {self.name!r}: {self._path}{signature} cannot be called with {names} "
+                f"({error}); it must be: {FORM}"
             ) from None
 
     def score(self, example: Example) -> Part:
-        """Its value. Raises RewardError for a value of another type: that is a fault of its code."""
+        """Its value. Raises RewardError for a value of another type: a fault of its code."""
         value = self._function(
             prompt=example.prompt, text=example.text, truth=example.truth, **self._arguments
         )

@@ -1,4 +1,4 @@
-"""What is judged, and what a judgement is: values that pass between rewards and who asks for them."""
+"""What is judged, and what a judgement is: values between rewards and who asks for them."""
 
 from __future__ import annotations
 

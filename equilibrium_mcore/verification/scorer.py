@@ -1,7 +1,7 @@
 """Scores texts: every reward of the settings, in worker processes, in the order they were given.
 
-    with Scorer(parse_rewards([{"type": "math_answer"}])) as scorer:
-        scored = scorer.score([Example(text="... \\boxed{4}", truth="4")])
+with Scorer(parse_rewards([{"type": "math_answer"}])) as scorer:
+    scored = scorer.score([Example(text="... \\boxed{4}", truth="4")])
 """
 
 from __future__ import annotations
@@ -125,8 +125,9 @@ class Scorer:
 
     def _parts(self, place: int, example: Example, judged: dict[Any, Part]) -> list[Part]:
         """In the order of the settings."""
+        at_once = {number: reward.score(example) for number, reward in self._at_once.items()}
         return [
-            self._at_once[number].score(example) if number in self._at_once else judged[place, number]
+            at_once[number] if number in at_once else judged[place, number]
             for number in range(len(self._names))
         ]
 

@@ -1,4 +1,4 @@
-"""Units that convert to each other exactly, and money signs; a word that is none is a unit by itself.
+"""Units that convert to each other exactly, and money; a word that is none is a unit by itself.
 
 A unit is a power product of base units with an exact factor, so 90 km/h is 25 m/s.
 """
@@ -85,7 +85,9 @@ def _known() -> dict[str, Unit]:
 
 
 _KNOWN = _known()
-_FACTOR = re.compile(r"(?P<name>[^\W\d_]+|°[CF]?|US\$|[$€£¥¢µ][^\W\d_]*)(?:\^?(?P<power>[-−]?[1-4]))?")
+_FACTOR = re.compile(
+    r"(?P<name>[^\W\d_]+|°[CF]?|US\$|[$€£¥¢µ][^\W\d_]*)(?:\^?(?P<power>[-−]?[1-4]))?"
+)
 _SUPERSCRIPTS = str.maketrans({"²": "^2", "³": "^3"})
 _WORDS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 
@@ -109,6 +111,11 @@ def parse_unit(text: str) -> Unit | None:
         for name, power in unit.powers:
             powers[name] = powers.get(name, 0) + sign * power
     return Unit(factor, tuple(sorted((n, p) for n, p in powers.items() if p)))
+
+
+def is_known(unit: Unit) -> bool:
+    """Whether all of a unit is in the table."""
+    return all(name in _TABLE for name, _ in unit.powers)
 
 
 def _product(text: str, known: Mapping[str, Unit]) -> Unit | None:

@@ -7,21 +7,24 @@ from dataclasses import dataclass
 
 from equilibrium_mcore.verification.numbers import Quantity, parse_quantity
 from equilibrium_mcore.verification.tidy import (
-    SET_CLOSE,
     SET_OPEN,
     matching_bracket,
     split_outside,
     tidy,
 )
-from equilibrium_mcore.verification.units import Unit, parse_unit
+from equilibrium_mcore.verification.units import Unit, is_known, parse_unit
 
 MAX_DEPTH = 5
 _LIST = re.compile(r"[,;]\s*(?:and|or)\s+|[,;]\s*|\s+(?:and|or)\s+")
 _LIST_WITH_DECIMAL_COMMA = re.compile(r";\s*|,\s+|\s+(?:and|or|und|oder)\s+")
 _UNION = re.compile(r"\s*∪\s*")
-_NAMED = re.compile(r"(?P<name>[^\W\d_](?:_(?:\w|\{\w+\}))?\*?)\s*(?:=|\\in(?![A-Za-z])|∈)\s*(?P<rest>[^=<>]+)")
+_NAMED = re.compile(
+    r"(?P<name>[^\W\d_](?:_(?:\w|\{\w+\}))?\*?)\s*(?:=|\\in(?![A-Za-z])|∈)\s*(?P<rest>[^=<>]+)"
+)
 _WORDS = re.compile(r"[^\W\d_][^\W\d_]*(?:[ '’-]+[^\W\d_]+)*")
-_TRAILING_UNIT = re.compile(r"(?P<rest>.*[^\s\\A-Za-z])\s*(?P<unit>(?:[A-Za-zµ°]+)(?:\^?[23])?(?:/[A-Za-z]+)?)")
+_TRAILING_UNIT = re.compile(
+    r"(?P<rest>.*[^\s\\A-Za-z])\s*(?P<unit>(?:[A-Za-zµ°]+)(?:\^?[23])?(?:/[A-Za-z]+)?)"
+)
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,7 @@ def read_value(
         return None
 
     def inner(part: str, thousands: bool = thousands) -> Value | None:
-        return read_value(
-            part, decimal_comma=decimal_comma, thousands=thousands, depth=depth + 1
-        )
+        return read_value(part, decimal_comma=decimal_comma, thousands=thousands, depth=depth + 1)
 
     quantity = parse_quantity(text, decimal_comma=decimal_comma, thousands=thousands)
     if quantity is not None:
@@ -130,10 +131,7 @@ def _expression(text: str) -> Expression:
     match = _TRAILING_UNIT.fullmatch(text)
     if match and len(match["unit"]) > 1:
         unit = parse_unit(match["unit"])
-        # A unit that is not in the table may as well be a function or a product of variables.
-        if unit is not None and all(len(n) < 4 and n != match["unit"].lower() for n, _ in unit.powers):
+        # A name that is not in the table may as well be a function or a product of variables.
+        if unit is not None and is_known(unit):
             return Expression(match["rest"].strip(), unit)
     return Expression(text)
-
-
-__all__ = ["SET_CLOSE", "SET_OPEN", "Expression", "Group", "Named", "Union", "Value", "Words", "read_value"]

@@ -1,4 +1,4 @@
-"""Answers with the verdicts that a careful reader gives: (truth, answer, verdict, rules that differ).
+"""Answers with the verdicts of a careful reader: (truth, answer, verdict, rules that differ).
 
 What decides by typed values alone comes first; EXPRESSIONS need a reader of LaTeX.
 """

@@ -1,1 +1,1 @@
-"""Untrusted Python against unit tests: other user, no network, bounded; expected results stay outside."""
+"""Untrusted Python against unit tests: no network, bounded; expected results stay outside."""

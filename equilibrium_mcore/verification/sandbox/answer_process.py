@@ -1,6 +1,6 @@
 """What runs the answer's code, in a process of its own inside the sandbox. Standard library alone.
 
-It limits itself, runs the code, then evaluates one expression after the other and writes each value.
+It limits itself, runs the code, then evaluates expression after expression and writes each value.
 It knows no expected result and no secret, so it is free to do what it likes.
 """
 

@@ -122,7 +122,7 @@ def _comparison(test: ast.Compare) -> Case:
 
 
 def _constant(node: ast.expr) -> Any:
-    """A literal, or one in set(...), sorted(...) and the like. Raises ValueError for what is none."""
+    """A literal, or one in set(...), sorted(...). Raises ValueError for what is none."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
         if node.func.id not in _MAKERS:
             raise ValueError("no plain value")
@@ -139,10 +139,8 @@ _NUMBERS = {"bool": lambda text: text == "True", "int": int, "float": float, "co
 _SEQUENCES, _SETS = ("list", "tuple"), ("set", "frozenset")
 
 
-def are_equal(
-    expected: list, value: list, *, strict: bool, tolerance: tuple[float, float]
-) -> bool:
-    """Equality of two encoded values as Python has it, but for the tolerance (relative, absolute)."""
+def are_equal(expected: list, value: list, *, strict: bool, tolerance: tuple[float, float]) -> bool:
+    """Equality of encoded values as in Python, but for the tolerance (relative, absolute)."""
 
     def same(ours: list, theirs: list) -> bool:
         kinds = ours[0], theirs[0]

@@ -21,8 +21,8 @@ def read_only_paths(libraries: Sequence[Path]) -> list[str]:
     linked = {name for name, _ in root_links()}
     base = Path(sys.base_prefix).resolve()
     python = Path(python_inside())
-    wanted = [Path(name) for name in ("/lib", "/lib64", "/usr/lib", "/usr/lib64") if name not in linked]
-    wanted.append(Path("/etc/ld.so.cache"))
+    system = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")
+    wanted = [Path(name) for name in system if name not in linked]
     if base in (Path("/usr"), Path("/usr/local")):  # these have much else
         wanted += [python, base / "lib"]
     else:

@@ -5,6 +5,7 @@ program, so it has no copy of the nonce; the harness cannot be traced or read (i
 and its pipes are not open there. Standard library alone: its source is the argument of `python -c`.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -68,10 +69,8 @@ class Harness:
 
     def end(self) -> int:
         """Kill everything but this process; the status of the child."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(-1, signal.SIGKILL)  # all that this user has in this PID namespace
-        except ProcessLookupError:
-            pass
         status = 0
         if self.child:
             status = os.waitpid(self.child, 0)[1]
@@ -198,10 +197,8 @@ def drop_privileges() -> None:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
-        try:
+        with contextlib.suppress(OSError):
             os.unshare(os.CLONE_NEWUSER)
-        except OSError:
-            pass
     if library.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or library.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl was refused")
 

@@ -90,7 +90,7 @@ def mount_points() -> list[str]:
         places = [line.split()[4] for line in lines]
     for code, character in ((r"\040", " "), (r"\011", "\t"), (r"\012", "\n"), (r"\134", "\\")):
         places = [place.replace(code, character) for place in places]
-    return [p for p in places if p.startswith(f"{BASE}/") and os.path.exists(p)]  # noqa: PTH110
+    return [p for p in places if p.startswith(f"{BASE}/") and os.path.exists(p)]
 
 
 def make_read_only(place: str) -> None:
@@ -117,7 +117,7 @@ def end_with_parent() -> None:
 
 
 def first_process(words: list[str]) -> None:
-    """Process 1: start the command, collect what it leaves, and end with it, which ends them all."""
+    """Process 1: start the command, collect what it leaves, end with it, which ends them all."""
     end_with_parent()
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)

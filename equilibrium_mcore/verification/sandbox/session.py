@@ -1,4 +1,4 @@
-"""One sandbox: started, asked test by test, watched from outside, and ended with all that is in it."""
+"""One sandbox: started, asked test by test, watched from outside, ended with all that is in it."""
 
 from __future__ import annotations
 
