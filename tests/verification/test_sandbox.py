@@ -20,7 +20,9 @@ from equilibrium_mcore.verification.sandbox.session import SandboxError, Session
 from equilibrium_mcore.verification.scored import Example
 
 PATIENCE_SECONDS = 120  # for a hang alone
-LIMITS = SandboxConfig(processes=12, memory_mb=256, output_kb=16, files_mb=4, seconds=2)
+LIMITS = SandboxConfig(
+    processes=12, memory_mb=256, output_kb=16, files_mb=4, wall_seconds=PATIENCE_SECONDS
+)
 
 ATTACKS = """
 import ctypes, gc, os, signal, socket, sys, time
@@ -260,7 +262,7 @@ def test_trap_output_flood():
 def test_trap_endless_loops_end():
     """By CPU time, and by the clock for what sleeps or ignores the signal."""
     backend = any_backend()
-    quick = SandboxConfig(seconds=1, wall_seconds=PATIENCE_SECONDS)
+    quick = SandboxConfig(seconds=0.1, wall_seconds=PATIENCE_SECONDS)
     with Session(backend, quick, "def f():\n    while True: pass") as session:
         assert session.ask({"expression": "f()"})["status"] == "timeout"
         assert session.ask({"expression": "1"})["value"] == ["int", "1"]  # a new process
@@ -418,7 +420,7 @@ def test_code_from_libraries_that_are_named(tmp_path):
 
 def test_the_code_is_the_last_whole_block():
     any_backend()
-    reward = CodeTests(CodeTestsConfig())
+    reward = CodeTests(CodeTestsConfig(sandbox=LIMITS))
     tests = ["assert add(1, 2) == 3"]
     for text, verdict in (
         (f"```python\nx = 1\n```\nBetter:\n```python\n{ADD}\n```\nThat is all.", "ok"),

@@ -29,7 +29,8 @@ from equilibrium_mcore.verification.scorer import Scorer, TooManyErrorsError
 
 PLUGINS = "tests.verification.plugins"
 POISON = r"\boxed{5^{5^{5^{5^{5}}}}}"
-MATH = {"type": "math_answer", "seconds": 1}
+PATIENCE_SECONDS = 600  # for a hang alone
+MATH = {"type": "math_answer", "seconds": 2, "wall_seconds": PATIENCE_SECONDS}
 needs_math_verify = pytest.mark.skipif(
     not is_installed(), reason="the extra `verification` is not installed"
 )
@@ -48,7 +49,7 @@ def several():
     """Three rewards with the workers of all tests that do not need others."""
     rewards = (
         MATH,
-        plugin("by_text", seconds=1, wall_seconds=3, weight=0.0),
+        plugin("by_text", seconds=1, wall_seconds=PATIENCE_SECONDS, weight=0.0),
         {"type": "length", "unit": "characters", "max_length": 50, "weight": 0.5},
     )
     with scorer(*rewards, max_error_share=1.0, reward_workers=2) as several:
@@ -73,13 +74,12 @@ def test_trap_math_verify_hangs_and_the_others_are_scored(several):
 
 
 @needs_math_verify
-def test_trap_math_verify_outside_of_the_main_thread():
+def test_trap_math_verify_outside_of_the_main_thread(several):
     """There its alarm raises; ours is no alarm."""
     found = []
 
     def work() -> None:
-        with scorer(MATH) as ours:
-            found.extend(ours.score(texts(r"\boxed{\sqrt{25}}")))
+        found.extend(several.score(texts(r"\boxed{\sqrt{25}}")))
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -87,12 +87,17 @@ def test_trap_math_verify_outside_of_the_main_thread():
     assert [one.verdict for one in found] == ["ok"]
 
 
-def test_a_plugin_that_never_ends_dies_or_prints(several):
-    kinds = ["sleep", "spin", "die", "raise", "nan", "print", "fine"]
+def test_a_plugin_that_waits_is_killed_by_the_clock():
+    with scorer(plugin("by_text", wall_seconds=1)) as ours:
+        assert [one.verdict for one in ours.score([Example("sleep")])] == ["timeout"]
+
+
+def test_a_plugin_that_computes_for_ever_dies_or_prints(several):
+    kinds = ["spin", "die", "raise", "nan", "print", "fine"]
     scored = several.score([Example(f"{kind}", "5") for kind in kinds])
     parts = {kind: one.details["plugin"] for kind, one in zip(kinds, scored, strict=True)}
     assert {kind: part.verdict for kind, part in parts.items()} == {
-        "sleep": "timeout", "spin": "timeout", "die": "error", "raise": "error", "nan": "error",
+        "spin": "timeout", "die": "error", "raise": "error", "nan": "error",
         "print": None, "fine": None,
     }  # fmt: skip
     assert "status 7" in parts["die"].reason and "KeyError" in parts["raise"].reason
@@ -105,14 +110,6 @@ def test_the_order_is_that_of_the_examples(several):
     assert [one.example.key for one in scored] == numbers
     assert [one.answer_text for one in scored] == numbers
     assert [one.parts["math_answer"] for one in scored] == [float(n == "3") for n in numbers]
-
-
-def test_workers_end_with_the_scorer():
-    ours = scorer(plugin("vowels"))
-    processes = [worker.process for worker in ours._pool._workers]
-    assert all(process.poll() is None for process in processes)
-    ours.close()
-    assert all(process.poll() is not None for process in processes)
 
 
 # ---------------------------------------------------------------------------------------- verdicts
@@ -143,6 +140,8 @@ def test_trap_failures_are_counted_apart_from_wrong(several):
 
 def test_trap_too_many_errors_stop_and_name_the_examples():
     with scorer(plugin("by_text", name="poems")) as ours:
+        processes = [worker.process for worker in ours._pool._workers]
+        assert [process.poll() for process in processes] == [None]
         batch = [Example("fine", key=f"number-{n}") for n in range(100)]
         for place in (3, 50):
             batch[place] = Example("raise", key=f"number-{place}")
@@ -152,18 +151,15 @@ def test_trap_too_many_errors_stop_and_name_the_examples():
         for word in ("example 100 (the-third)", "poems", "KeyError", "max_error_share=0.02"):
             assert word in str(stop.value)
         assert len(stop.value.scored) == 50 and stop.value.scored[1].verdict == "ok"
+    assert None not in [process.poll() for process in processes]  # they end with the scorer
 
 
-def test_the_verdict_of_a_plugin_counts():
-    with scorer(plugin("judged")) as ours:
-        scored = ours.score([Example("a", "a"), Example("a", "b")])
-    assert [(one.verdict, one.reward) for one in scored] == [("ok", 1.0), ("wrong", 0.0)]
-
-
-def test_arguments_reach_a_plugin():
-    with scorer(plugin("vowels", arguments={"factor": 0.5}, weight=2.0)) as ours:
-        (one,) = ours.score([Example("aeio")])
-    assert one.parts == {"plugin": 2.0} and one.reward == 4.0
+def test_plugins_give_verdicts_and_take_arguments():
+    rewards = plugin("judged"), plugin("vowels", name="v", arguments={"factor": 0.5}, weight=2.0)
+    with scorer(*rewards) as ours:
+        scored = ours.score([Example("a", "a"), Example("aeio", "b")])
+    assert [(one.verdict, one.reward) for one in scored] == [("ok", 2.0), ("wrong", 4.0)]
+    assert scored[1].parts == {"plugin": 0.0, "v": 2.0}
 
 
 # --------------------------------------------------------------------------- plug-ins that are none
@@ -178,9 +174,15 @@ def test_arguments_reach_a_plugin():
         ("no_such_module_here:reward", "ModuleNotFoundError.*PYTHONPATH"),
     ],
 )
-def test_a_plugin_that_cannot_be_used_is_told_at_the_start(function, told):
-    with pytest.raises(ConfigError, match=f"(?s){told}"):
-        scorer({"type": "plugin", "path": function})
+def test_a_plugin_that_cannot_be_used_is_told(function, told):
+    (config,) = parse_rewards([{"type": "plugin", "path": function}]).rewards
+    with pytest.raises(RewardError, match=f"(?s){told}"):
+        build_reward(config)
+
+
+def test_what_a_worker_cannot_do_is_told_at_the_start():
+    with pytest.raises(ConfigError, match="rewards: .*absent is not there"):
+        scorer(plugin("absent"))
 
 
 @pytest.mark.parametrize(
@@ -190,8 +192,14 @@ def test_a_plugin_that_cannot_be_used_is_told_at_the_start(function, told):
         ("returns_a_strange_verdict", "returned the verdict 'fine'; there are ok, wrong"),
     ],
 )
-def test_a_plugin_that_returns_something_else_stops_at_once(function, told):
-    with scorer(plugin(function)) as ours, pytest.raises(RewardError, match=told):
+def test_a_plugin_that_returns_something_else(function, told):
+    (config,) = parse_rewards([plugin(function)]).rewards
+    with pytest.raises(RewardError, match=told):
+        build_reward(config).score(Example("x"))
+
+
+def test_what_a_plugin_must_not_return_stops_at_once():
+    with scorer(plugin("returns_text")) as ours, pytest.raises(RewardError, match="'good'"):
         ours.score([Example("x")])
 
 
@@ -294,7 +302,7 @@ def test_no_worker_is_left_when_its_parent_is_killed(tmp_path):
     os.kill(worker, 0)
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    deadline = time.monotonic() + 120  # for a hang alone
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline and _is_running(worker):
         time.sleep(0.02)
     assert not _is_running(worker)
