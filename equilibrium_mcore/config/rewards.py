@@ -40,14 +40,14 @@ class MathAnswerConfig(Section):
     weight: float = setting(1.0, _WEIGHT)
     places: list[AnswerPlace] = setting(
         ["boxed", "tag", "hash", "phrase"],
-        "where the answer may stand, the first that occurs counts: the last \\boxed{}, the last "
-        "<answer></answer>, behind the last ####, behind the last `answer is` or `Answer:`; "
+        "where the answer may stand, the first that occurs counts: the last `\\boxed{}`, the last "
+        "`<answer></answer>`, after the last `####`, after the last `answer is` or `Answer:`; "
         "last_number takes any last number, whole takes the whole text",
         min_length=1,
     )
     tag: str = setting("answer", "the name of the tag", min_length=1)
     after: str | None = setting(
-        None, "only what follows the last of this is looked at, e.g. </think>; null: all"
+        None, "only what follows the last of this is looked at, e.g. `</think>`; null: all"
     )
     relative_tolerance: NonNegativeFloat = setting(
         0.0, "numbers may differ by this share of the true one; 0: exact"
@@ -108,7 +108,7 @@ class CodeTestsConfig(Section):
         "the whole text is code",
     )
     after: str | None = setting(None, "only what follows the last of this is looked at; null: all")
-    prelude: str = setting("", "code that runs before the text's, e.g. from typing import *")
+    prelude: str = setting("", "code that runs before the text's, e.g. `from typing import *`")
     relative_tolerance: NonNegativeFloat = setting(1e-9, "of floating-point results")
     sandbox: SandboxConfig = setting(SandboxConfig())
 

@@ -87,9 +87,9 @@ def score_records(
                 write({"line": number, **one.as_dict()})
             if stopped:
                 break
+        if not scored:
+            raise ValueError(f"{source} has no records")
         notes = scorer.notes
-    if not scored:
-        raise ValueError(f"{source} has no records")
     return Report(_report(scored, notes, examples), stopped)
 
 

@@ -45,9 +45,13 @@ def test_rewards_of_a_run():
 @pytest.mark.parametrize("kind", REWARD_CLASSES)
 def test_every_reward_is_documented_and_has_a_weight(kind):
     section = REWARD_CLASSES[kind]
-    assert section.__doc__ and section.__doc__.splitlines()[0].endswith(".") or ":" in section.__doc__
+    assert (
+        section.__doc__ and section.__doc__.splitlines()[0].endswith(".") or ":" in section.__doc__
+    )
     assert section.model_fields["weight"].default == 1.0
-    assert all(field.description for name, field in section.model_fields.items() if name != "sandbox")
+    assert all(
+        field.description for name, field in section.model_fields.items() if name != "sandbox"
+    )
 
 
 PROBLEMS = {
