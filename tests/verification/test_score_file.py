@@ -1,4 +1,4 @@
-"""A file of texts scored: the tool, its help and the guide, whose examples are run as they stand."""
+"""A file of texts scored: the tool, its help and the guide, whose examples are run."""
 
 from __future__ import annotations
 
