@@ -39,7 +39,9 @@ _CHOICE_WORDS = re.compile(
 )
 # A number before one letter, which beside an expression is a variable and no unit.
 _TERM = re.compile(r".*[^A-Za-z][A-Za-z]")
-_CHOICE_START = re.compile(r"\(([A-Za-z])\)(?:[.:)]?\s+|$)|([A-Za-z])(?:[.:)]\s*|$)")
+_CHOICE_START = re.compile(
+    r"\(([A-Za-z])\)(?:[.:)]?\s+|$)|([A-Za-z])(?:[.:)]\s*|$|(?=,?\s+(?:because|since|as)\b))"
+)
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,10 @@ def _same_choice(letter: str, answer: str) -> Equality:
     if not start:
         return "different" if text else "unread"
     rest = text[start.end() :]
-    if re.match(r"(?:and|or|und|oder)\b|[,;/&]|\(?[A-Z]\)(?:\W|$)", rest.strip()):
+    if re.match(
+        r"(?:and|or|und|oder)\b|[,;/&](?!\s*(?:because|since|as)\b)|\(?[A-Z]\)(?:\W|$)",
+        rest.strip(),
+    ):
         return "different"
     return "equal" if (start[1] or start[2]).upper() == letter else "different"
 

@@ -56,7 +56,8 @@ class Session:
             os.set_blocking(stream.fileno(), False)
             self._selector.register(stream, selectors.EVENT_READ)
         try:
-            self._send(self._setup(code, prelude))
+            with contextlib.suppress(BrokenPipeError):  # it ended; its stderr says why
+                self._send(self._setup(code, prelude))
             self.uid = self._ready()["uid"]
         except BaseException:
             self.close()
