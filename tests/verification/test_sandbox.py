@@ -321,6 +321,21 @@ def test_trap_what_is_written_or_printed_is_no_verdict(session):
     assert value(session, "6 * 7 - 1") == ["int", "41"]
 
 
+def test_trap_only_its_own_two_pipes_are_open(session):
+    """That of its expressions and that of its values; the harness's are not there."""
+    opened = "[d for d in range(3, 128) if told(os.fstat, d) != 'OSError']"
+    assert [item[1] for item in value(session, opened)[1]] == ["100", "101"]
+    assert value(session, "sys.stdin.read()") == ["str", ""]
+
+
+def test_trap_a_verdict_without_the_nonce_is_none():
+    with Session(any_backend(), LIMITS, "x = 3") as session:
+        assert value(session, "x") == ["int", "3"]
+        session._nonce = "0" * 32
+        reply = session.ask({"expression": "x"})
+        assert reply == {"status": "died", "reason": "a verdict without the nonce"}
+
+
 def test_trap_expected_results_are_not_in_the_process():
     backend = any_backend()
     mark = "EXPECTED-RESULT-7321"
