@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import pytest
 from equilibrium_mcore.config.rewards import CodeTestsConfig, SandboxConfig
 from equilibrium_mcore.verification.code_tests import CodeTests
 from equilibrium_mcore.verification.sandbox import choose
+from equilibrium_mcore.verification.sandbox.answer_process import MACHINES, REFUSED_CALLS
 from equilibrium_mcore.verification.sandbox.choose import BACKENDS, NoSandboxError, why_not
 from equilibrium_mcore.verification.sandbox.session import SandboxError, Session
 from equilibrium_mcore.verification.scored import Example
@@ -92,7 +95,27 @@ def peek(pid):  # read another process's memory, take one of its descriptors, tr
     results.append(library.ptrace(16, pid, 0, 0))  # PTRACE_ATTACH
     handle = library.syscall(434, pid, 0)  # pidfd_open
     results.append(library.syscall(438, handle, 1, 0))  # pidfd_getfd
+    if handle >= 0:
+        os.close(handle)
     return results
+
+def calls(numbers):  # what a system call answers to nonsense
+    library = ctypes.CDLL(None, use_errno=True)
+    answers = []
+    for number in numbers:
+        library.syscall(number, -1, -1, -1, -1, -1)
+        answers.append(ctypes.get_errno())
+    return answers
+
+def at_work():  # what ordinary code does: threads, processes
+    import subprocess, threading
+    found = []
+    thread = threading.Thread(target=lambda: found.append("thread"))
+    thread.start()
+    thread.join()
+    found.append(subprocess.run([sys.executable, "-I", "-S", "-c", "print('process')"],
+                                capture_output=True, text=True).stdout.strip())
+    return found
 
 def scribble():  # a verdict of its own into whatever is open
     line = b'{"status": "value", "value": ["int", "42"], "nonce": ""}\\n'
@@ -218,6 +241,18 @@ def test_trap_another_user_without_privileges(session):
     assert value(session, "told(os.chroot, '/tmp')")[1] == "PermissionError"
 
 
+def test_trap_no_namespaces_and_no_calls_that_only_attacks_need(session):
+    """A user namespace of its own would give it capabilities, and with them much of the kernel."""
+    for flag in ("CLONE_NEWUSER", "CLONE_NEWNET"):
+        assert value(session, f"told(os.unshare, os.{flag})")[1] == "PermissionError"
+    if platform.machine() in MACHINES:
+        place = MACHINES[platform.machine()][0]
+        numbers = [of_machine[place] for of_machine in REFUSED_CALLS.values()]
+        answers = [int(item[1]) for item in value(session, f"calls({numbers})")[1]]
+        assert answers == [errno.EPERM] * len(numbers)
+    assert value(session, "at_work()")[1] == [["str", "thread"], ["str", "process"]]
+
+
 # ------------------------------------------------------------------------------------------ limits
 
 
@@ -311,7 +346,7 @@ def test_trap_a_daemon_of_one_test_is_not_there_in_the_next():
 
 
 def test_trap_the_harness_cannot_be_read_or_traced(session):
-    assert value(session, "peek(os.getpid())")[1][0] == ["int", "16"]  # of itself it can
+    assert outside("peek(os.getpid())[0]") == "16"
     results = [int(item[1]) for item in value(session, "peek(os.getppid())")[1]]
     assert results == [-1, -1, -1]
 
