@@ -42,7 +42,7 @@ GROUPS = {
     ),
     "before a run": ("count", "groups", "sanity", "certify"),
     "a run": ("train", "run", "resume", "pipeline"),
-    "after it": ("ledger", "plot", "verify", "convert", "generate"),
+    "after it": ("ledger", "plot", "verify", "convert", "generate", "score-answers"),
 }
 
 

@@ -18,6 +18,7 @@ from equilibrium_mcore.config.experiment_keys import KEYS
 from equilibrium_mcore.config.filters import FILTER_CLASSES
 from equilibrium_mcore.config.mixture import MixtureConfig
 from equilibrium_mcore.config.problems import sections_in
+from equilibrium_mcore.config.rewards import REWARD_CLASSES, RewardsConfig
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.config.section import MOST, MOST_FLOAT
 from equilibrium_mcore.files.tables import markdown_table
@@ -26,11 +27,14 @@ from equilibrium_mcore.files.whole import write_whole
 REFERENCE = Path(__file__).resolve().parents[2] / "docs" / "reference"
 DOCUMENT = REFERENCE / "configuration.md"
 FILTERS_DOCUMENT = REFERENCE / "filters.md"
+REWARDS_DOCUMENT = REFERENCE / "rewards.md"
 MIXTURES_DOCUMENT = REFERENCE / "mixtures.md"
 EXPERIMENTS_DOCUMENT = REFERENCE / "experiment_files.md"
 BEGIN = "<!-- settings: written by equilibrium_mcore/config/describe.py -->"
 END = "<!-- end of settings -->"
 
+# Kinds of sections that have a page of their own: reference/filters.md, reference/rewards.md.
+OWN_PAGES = [list(FILTER_CLASSES.values()), list(REWARD_CLASSES.values())]
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 _NAMES = {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path"}
 
@@ -53,7 +57,7 @@ def describe(
     inner: list[str] = []
     for name, field in kind.model_fields.items():
         sections = sections_in(field.annotation)
-        if len(sections) == len(FILTER_CLASSES):  # reference/filters.md has them
+        if sections in OWN_PAGES:
             sections = []
         is_list = get_origin(field.annotation) is list
         place = ".".join(part for part in (key, name) if part) + (".0" if is_list else "")
@@ -74,6 +78,13 @@ def describe(
 def describe_filters() -> str:
     """Markdown: one table per document filter, under its `type`."""
     return "\n\n".join(describe(section, key=kind) for kind, section in FILTER_CLASSES.items())
+
+
+def describe_rewards() -> str:
+    """Markdown: one table per reward, under its `type`, then what they share."""
+    shared = describe(RewardsConfig, key="the list")
+    tables = [describe(section, key=kind) for kind, section in REWARD_CLASSES.items()]
+    return "\n\n".join([*tables, shared.replace("### `the list`", "### The list", 1)])
 
 
 def describe_mixture() -> str:
@@ -114,6 +125,8 @@ def default_text(field: FieldInfo) -> str:
 
 
 def _type_of(annotation: Any) -> str:
+    if annotation is Any:
+        return "anything plain"
     if annotation in _NAMES:
         return _NAMES[annotation]
     origin, arguments = get_origin(annotation), get_args(annotation)
@@ -164,6 +177,7 @@ def main() -> None:
     documents = (
         (DOCUMENT, describe),
         (FILTERS_DOCUMENT, describe_filters),
+        (REWARDS_DOCUMENT, describe_rewards),
         (MIXTURES_DOCUMENT, describe_mixture),
         (EXPERIMENTS_DOCUMENT, describe_words),
     )

@@ -6,7 +6,6 @@ A list of filters is a list of `FilterConfig`; `parse_filters` reads one from pl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -24,7 +23,7 @@ from equilibrium_mcore.config.section import (
     UserPath,
     setting,
 )
-from equilibrium_mcore.config.yaml_io import parse_yaml
+from equilibrium_mcore.config.section_text import section_from_text
 
 HeuristicRules = Literal["gopher_quality", "gopher_repetition", "c4", "fineweb"]
 PersonalDataKind = Literal["email", "ip_address", "phone", "credit_card"]
@@ -337,34 +336,9 @@ def filter_from_text(text: str) -> dict[str, Any]:
 
     Raises ConfigError when a part is no `key=value`.
     """
-    values: dict[str, Any] = {}
-    for part in _split_outside_brackets(text):
-        key, sign, value = part.partition("=")
-        if not sign or not key.strip():
-            raise ConfigError(
-                f"filter {text!r}: {part!r} is no key=value; write e.g. "
-                "type=length,min_length=100,max_length=100000"
-            )
-        values[key.strip()] = parse_yaml(value, source=f"the value of {key.strip()}")
-    return values
-
-
-def _split_outside_brackets(text: str) -> Sequence[str]:
-    """Parts between commas that stand outside of [], {} and quotation marks."""
-    parts, depth, quote, start = [], 0, "", 0
-    for place, character in enumerate(text):
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in "\"'":
-            quote = character
-        elif character in "[{":
-            depth += 1
-        elif character in "]}":
-            depth -= 1
-        elif character == "," and not depth:
-            parts.append(text[start:place])
-            start = place + 1
-    return [*parts, text[start:]]
+    return section_from_text(
+        text, kind="filter", example="type=length,min_length=100,max_length=100000"
+    )
 
 
 def _check_bounds(config: Section, low: str, high: str, *, otherwise: str = "") -> None:

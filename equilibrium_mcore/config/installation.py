@@ -36,6 +36,7 @@ COMMANDS = {
     "verify": "tools/verify_checkpoint.py",
     "convert": "tools/convert_checkpoint.py",
     "generate": "tools/generate.py",
+    "score-answers": "tools/score_answers.py",
 }
 
 

@@ -1,0 +1,1 @@
+"""Untrusted Python against unit tests: no network, bounded; expected results stay outside."""
