@@ -9,7 +9,7 @@ from functools import partial
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.load import load_run_config
 from equilibrium_mcore.config.schema import RunConfig
-from equilibrium_mcore.files.errors import in_words, refusal_behind
+from equilibrium_mcore.files.errors import told_in_words
 from equilibrium_mcore.parallel import accelerator
 from equilibrium_mcore.parallel.host import describe_host
 from equilibrium_mcore.parallel.launch import launch, rank_info_from_environment
@@ -33,10 +33,10 @@ def main(arguments: list[str], *, program: str | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
-    except (OSError, RuntimeError) as error:
-        if (refusal := refusal_behind(error)) is None:
+    except (OSError, RuntimeError, FloatingPointError) as error:
+        if (text := told_in_words(error)) is None:
             raise
-        print(f"error: {in_words(refusal)}", file=sys.stderr)
+        print(f"error: {text}", file=sys.stderr)
         return 1
 
 

@@ -142,6 +142,19 @@ def refusal_behind(error: BaseException) -> OSError | None:
     return None
 
 
+def told_in_words(error: BaseException) -> str | None:
+    """The message of an error that says by itself what to do; None for a fault that needs a stack.
+
+    What the operating system refused; values that are not finite, which are the run's and not the
+    program's; and errors of classes that say so by `is_told`.
+    """
+    if (refusal := refusal_behind(error)) is not None:
+        return in_words(refusal)
+    if isinstance(error, FloatingPointError) or getattr(error, "is_told", False):
+        return str(error)
+    return None
+
+
 def named(error: OSError, path: str | os.PathLike[str]) -> OSError:
     """The same error; with `path` where it names no file."""
     if error.errno is None or error.filename is not None:

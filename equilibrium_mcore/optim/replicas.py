@@ -24,6 +24,8 @@ NAMED = 3  # parameters that the error names
 class ReplicaError(RuntimeError):
     """Weights are not what they should be, by damage; names rank and parameter."""
 
+    is_told = True  # a stack says nothing of it
+
 
 @torch.no_grad()
 def check_replicas(

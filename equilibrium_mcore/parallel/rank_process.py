@@ -9,7 +9,7 @@ import time
 import traceback
 
 from equilibrium_mcore.config.errors import ConfigError
-from equilibrium_mcore.files.errors import in_words, refusal_behind
+from equilibrium_mcore.files.errors import told_in_words
 from equilibrium_mcore.files.named import open_named
 from equilibrium_mcore.parallel.rank_job import REFUSED, TOLD, Job
 from equilibrium_mcore.processes.parents import end_with_parent
@@ -53,13 +53,13 @@ def play(job: Job, rank: int, *, host: int) -> int:
 def story_of(error: BaseException) -> tuple[str, int]:
     """What is told of an error, and the rank's exit status.
 
-    A setting that cannot be, and what the operating system refused, are told in words; anything
-    else is a fault of ours, and has its traceback.
+    A setting that cannot be, and what `told_in_words` knows, are told in words; anything else is a
+    fault of ours, and has its traceback.
     """
     if isinstance(error, ConfigError):
         return str(error), REFUSED
-    if (refusal := refusal_behind(error)) is not None:
-        return in_words(refusal), TOLD
+    if (text := told_in_words(error)) is not None:
+        return text, TOLD
     return traceback.format_exc(), 1
 
 

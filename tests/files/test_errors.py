@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from equilibrium_mcore.cli.command import run_command
 from equilibrium_mcore.files import errors
-from equilibrium_mcore.files.errors import FileContentError, in_words, naming, reason
+from equilibrium_mcore.files.errors import FileContentError, in_words, naming, reason, told_in_words
 from equilibrium_mcore.files.named import open_named
 from equilibrium_mcore.files.whole import remove_rest, whole_file
 
@@ -127,3 +127,10 @@ def test_a_circle_of_links_is_told_by_a_command(tmp_path, capsys):
     assert run_command("", lambda parser: None, lambda _: circle.resolve(), arguments=[]) == 1
     told = capsys.readouterr().err
     assert told.startswith(f"error: {circle}") and "go round in a circle" in told
+
+
+def test_a_run_that_diverges_is_told_without_a_stack_and_a_fault_of_ours_is_not():
+    assert told_in_words(FloatingPointError("step 3: not finite")) == "step 3: not finite"
+    assert told_in_words(ValueError("a bug")) is None
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/some/file")
+    assert told_in_words(full) == in_words(full)

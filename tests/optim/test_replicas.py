@@ -52,6 +52,7 @@ def test_a_damaged_replica_is_named(ranks, data, tmp_path, layout, by):
     text = str(error.value)
     assert "step 2: replicas of weights differ before the update: " in text
     assert f"{wanted} {where}" in text
+    assert error.value.told and "Traceback" not in text
 
 
 def _damage_main(rank_info: RankInfo, config: RunConfig, *, wanted: str) -> int:
