@@ -27,6 +27,7 @@ class OnlyBalancing:
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
         self.figures, self.inputs = objective.figures, objective.inputs
+        self.tokens_of = objective.tokens_of
 
     def weigh(self, batch) -> float:
         """See Objective."""

@@ -81,7 +81,6 @@ def places_of(run: Run, micro_batch: int) -> Tensor:
     batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
     row = first % training.global_batch_size
     batch["tokens"] = torch.arange(row * length, (row + size) * length).view(size, length)
-    run.objective.weigh(batch)  # as a step does first
     places = rank_batch(batch, run)[0]["tokens"].T  # as routers see them: (sequence, batch)
     if layout.sequence:
         places = places.chunk(run.groups.tp.size())[run.groups.tp.rank()]

@@ -8,13 +8,17 @@ from torch import Tensor
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.blend import Datasets
 from equilibrium_mcore.data.samples import Samples
+from equilibrium_mcore.data.stream import Batch
+from equilibrium_mcore.training.pairs import REFERENCE
+from equilibrium_mcore.training.setup import Run
 
 
 class MadeUpTokens(Samples):
     """Sample i: a random walk over the vocabulary, so that there is something to learn.
 
     With `document_multiple` a sample is cut into documents whose lengths are multiples of it. With
-    `answers` runs of tokens count and those between them do not, as in a conversation.
+    `answers` runs of tokens count and those between them do not, as in a conversation. With `pairs`
+    the documents are chosen and rejected answers in turn, each after a prompt that does not count.
     """
 
     def __init__(
@@ -26,10 +30,11 @@ class MadeUpTokens(Samples):
         seed: int,
         document_multiple: int | None = None,
         answers: bool = False,
+        pairs: bool = False,
     ) -> None:
         self._samples, self._length = samples, sequence_length
         self._vocabulary, self._seed = vocab_size, seed
-        self._multiple, self._answers = document_multiple, answers
+        self._multiple, self._answers, self._pairs = document_multiple, answers, pairs
 
     def __len__(self) -> int:
         return self._samples
@@ -47,7 +52,10 @@ class MadeUpTokens(Samples):
             turns = torch.randint(0, 8, (self._length,), generator=generator) == 0
             mask *= (turns.cumsum(0) + index) % 2
         positions = torch.arange(self._length)
-        for start in self._document_starts(generator):
+        starts = self._document_starts(generator)
+        if self._pairs:
+            return self._of_pairs(walk, starts if len(starts) % 2 else starts[:-1])
+        for start in starts:
             positions[start:] = torch.arange(self._length - start)
             mask[start - 1] = 0.0  # its label belongs to the next document
         return {
@@ -57,12 +65,37 @@ class MadeUpTokens(Samples):
             "loss_mask": mask,
         }
 
+    def _of_pairs(self, walk: Tensor, starts: list[int]) -> dict[str, Tensor]:
+        """The sample as `PreferenceDataset` gives it; as many pairs as the documents make."""
+        starts = starts or [self._length // self._multiple // 2 * self._multiple]
+        positions, mask = torch.empty(self._length, dtype=torch.int64), torch.ones(self._length)
+        answer = torch.zeros(self._length, dtype=torch.int64)
+        ends = [*starts, self._length]
+        for number, (start, end) in enumerate(zip([0, *starts], ends, strict=True), start=1):
+            positions[start:end] = torch.arange(end - start)
+            mask[start : start + (end - start) // 3] = 0.0
+            mask[end - 1] = 0.0  # its label belongs to the next document
+            answer[start:end] = number
+        return {
+            "tokens": walk[:-1],
+            "labels": walk[1:],
+            "position_ids": positions,
+            "loss_mask": mask,
+            "answer": answer * (mask > 0),
+        }
+
     def _document_starts(self, generator: torch.Generator) -> list[int]:
         """Where a document begins after another one: up to three places, or none."""
         if self._multiple is None:
             return []
         places = torch.randperm(self._length // self._multiple, generator=generator)[:3]
         return sorted(int(place) * self._multiple for place in places if place > 0)
+
+
+def made_up_reference(run: Run, batches: list[Batch]) -> None:
+    """log p of each label by a reference that is made up, too: a `Run.prepare`."""
+    for batch in batches:
+        batch[REFERENCE] = -((batch["labels"] * 7 + batch["position_ids"]) % 23 + 1).double() / 8
 
 
 def made_up_datasets(config: RunConfig) -> Datasets:
@@ -77,5 +110,6 @@ def made_up_datasets(config: RunConfig) -> Datasets:
             config.data.document_multiple if config.data.packing == "documents" else None
         ),
         answers=config.data.type == "conversations",
+        pairs=config.data.type == "preferences",
     )
     return Datasets(train=tokens, validation=None, test=None)

@@ -105,6 +105,9 @@ def _world_size(values: dict[str, int], data: int) -> int:
     return math.lcm(dense * data, experts)
 
 
+STAGE_OF_DATA = {"indexed": "pretrain", "conversations": "sft", "preferences": "orpo"}
+
+
 def check_layout(config: RunConfig, layout: Layout) -> None:
     """Raise ConfigError for a layout that the run's own model does not allow, with the rule.
 
@@ -129,7 +132,7 @@ def make_twin(config: RunConfig, layouts: list[Layout], *, folder: Path) -> RunC
     values = config.model_dump(mode="json")
     values["output_directory"] = str(folder)
     # One that takes the same data and needs no weights: the twin's are random.
-    values["stage"] = "pretrain" if config.data.type == "indexed" else "sft"
+    values["stage"] = STAGE_OF_DATA[config.data.type]
     values["model"] = shrink_model(
         config.model, stages=stages, largest=largest, run_tensor=config.parallelism.tensor
     )

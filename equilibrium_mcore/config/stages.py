@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from equilibrium_mcore.config.objectives import PREFERENCES
 from equilibrium_mcore.config.references import merge
 from equilibrium_mcore.config.rule_kit import RuleTable, Subject
 
@@ -33,7 +34,7 @@ def _on_pairs(objective: str, meaning: str) -> StageSettings:
         data="preferences",
         data_folder="posttrain/dpo",
         defaults={"objective": {"type": objective}, "data": {"type": "preferences"}},
-        needs_weights=True,
+        needs_weights=objective != "orpo",  # which fine-tunes as well
         template=None if objective == "dpo" else "dpo",
     )
 
@@ -103,6 +104,22 @@ def a_stage_has_its_data(subject: Subject) -> Iterator[str]:
         yield (
             f"data.type={config.data.type!r} with stage={config.stage!r}, which trains on "
             f"{settings.data}: name such data, or set stage to {' or '.join(fit)}"
+        )
+
+
+@rule("objective", "data")
+def an_objective_has_its_data(subject: Subject) -> Iterator[str]:
+    config = subject.config
+    of_pairs = isinstance(config.objective, PREFERENCES)
+    if of_pairs != (config.data.type == "preferences"):
+        needs = (
+            "pairs of answers: name data of type preferences"
+            if of_pairs
+            else ("texts: name other data, or an objective of pairs (dpo, ipo, simpo, orpo)")
+        )
+        yield (
+            f"objective.type={config.objective.type!r} with data.type={config.data.type!r}: it "
+            f"needs {needs}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.objectives import REFERENCED
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.parallel.launch import RankInfo
@@ -18,4 +19,9 @@ def preference_rank(rank_info: RankInfo, *, config: RunConfig) -> None:
 def with_reference(run: Run) -> None:
     """Give the run the reference that its objective needs. Collective."""
     if isinstance(run.config.objective, REFERENCED):
+        if run.config.checkpoint.initial_weights is None:
+            raise ConfigError(
+                f"objective.type={run.config.objective.type!r} without "
+                "checkpoint.initial_weights: they are the reference"
+            )
         run.prepare = Reference(run)

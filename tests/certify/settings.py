@@ -126,6 +126,11 @@ CASES = {
     ),
     "recompute_global": Case("tp=2,dp=2", (*ONE_BATCH, "training.recompute=full")),
     "adapters": Case("tp=2,cp=2,pp=2", ("adapters={rank: 4}", BALANCED)),
+    "dpo": Case("tp=2,cp=2,ep=2", ("adapters=null", BALANCED), run="dpo"),
+    "dpo_of_adapters": Case("pp=2,cp=2", ("objective.label_smoothing=0.1",), run="dpo"),
+    "ipo": Case("tp=2,dp=2", ("objective={type: ipo}", "adapters=null"), run="dpo"),
+    "simpo": Case("pp=2,vpp=2", ("objective={type: simpo}", "adapters=null"), run="dpo"),
+    "orpo": Case("cp=2,dp=2", ("objective={type: orpo}", "adapters=null"), run="dpo"),
     "adapters_of_experts": Case("ep=2,dp=2", ("adapters={rank: 2, experts: true}",)),
     # ------------------------------------------------- faster kernels, and overlapped sums
     "fused_swiglu": Case("tp=2,ep=2", ("training.fused.activation=true", BALANCED)),

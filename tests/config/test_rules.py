@@ -734,6 +734,18 @@ CASES = [
         {"parallelism": {"gradient_bucket_size": 1000, "overlap_grad_reduce": True}, "host": CPU},
     ),
     (
+        "an_objective_has_its_data",
+        {"objective": {"type": "dpo"}},
+        ["objective.type='dpo'", "data.type='indexed'", "pairs of answers"],
+        {},
+    ),
+    (
+        "an_objective_has_its_data",
+        {"stage": "orpo", "data": {**CHATS, "type": "preferences"}, "objective": {"type": "sft"}},
+        ["objective.type='sft'", "an objective of pairs"],
+        {"stage": "orpo", "data": {**CHATS, "type": "preferences"}, "objective": {"type": "orpo"}},
+    ),
+    (
         "adapters_freeze_the_rest",
         {"adapters": {}, "training.frozen": ["*.in_proj.*"]},
         ["training.frozen=['*.in_proj.*']", "everything but the adapters is frozen"],
