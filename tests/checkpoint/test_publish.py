@@ -208,9 +208,9 @@ def test_a_requeued_job_removes_what_it_left_on_another_host(run, monkeypatch):
 def test_a_kill_while_removing_leaves_no_half_checkpoint(run, monkeypatch):
     remove = shutil.rmtree
 
-    def killed(path):
+    def killed(path, **how):
         if not (path / "state.json").exists():  # the partial folder, empty by now
-            return remove(path)
+            return remove(path, **how)
         (path / "state.json").unlink()
         raise KeyboardInterrupt
 

@@ -179,10 +179,12 @@ def folder_gone_under_a_run(bench: Bench, rng: random.Random, name: str) -> str:
     wait_until(lambda: logged_steps(run) >= step or job.process.poll() is not None, "it trains")
     target = run if kind == "run removed" else run / "checkpoints"
     aside = run.with_name(f"{name}_aside")
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError):  # nothing was saved yet
         target.rename(aside)
         if kind == "a file for checkpoints":
             target.write_text("a user's")
+    if kind == "a file for checkpoints" and not aside.exists():
+        kind = "nothing, since no checkpoint was there"
     status = job.wait()
     if status != 0:
         check_told(job, status, run)

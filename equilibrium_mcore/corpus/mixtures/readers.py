@@ -167,7 +167,19 @@ def _parquet_rows(dataset: DatasetConfig, part: SourcePart, skip: int) -> Iterat
     batches = file.iter_batches(
         batch_size=BATCH_ROWS, row_groups=list(range(part.begin, part.end)), use_threads=False
     )
-    yield from _batch_rows(part.path, batches, skip, before)
+    yield from _batch_rows(part.path, _sound(Path(part.path), batches), skip, before)
+
+
+def _sound(path: Path, batches: Iterator[Any]) -> Iterator[Any]:
+    """The batches; pages are checked when they are read, by which the file has no name any more."""
+    while True:
+        try:
+            batch = next(batches, None)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is a damaged Parquet file ({reason(error)})") from None
+        if batch is None:
+            return
+        yield batch
 
 
 def _parquet(path: Path):
@@ -216,8 +228,14 @@ def _batch_rows(path: str, batches, skip: int, before: int) -> Iterator[tuple[st
             number += batch.num_rows
             continue
         for begin in range(max(0, skip - number), batch.num_rows, BATCH_ROWS):
-            piece = batch.slice(begin, BATCH_ROWS).to_pylist()
-            for place, row in enumerate(piece, start=before + number + begin + 1):
+            first = before + number + begin + 1
+            try:
+                piece = batch.slice(begin, BATCH_ROWS).to_pylist()
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{path} is damaged: a text from row {first:,} on is not UTF-8 ({error.reason})"
+                ) from None
+            for place, row in enumerate(piece, start=first):
                 yield f"{path}, row {place:,}", row
         number += batch.num_rows
 
