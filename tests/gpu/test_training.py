@@ -165,6 +165,18 @@ def test_a_run_goes_on_with_the_other_backend(tmp_path):
     assert apart <= TOLERANCE["bf16"], curves
 
 
+def test_an_asynchronous_save_holds_the_weights(tmp_path):
+    """The copy goes through pinned host memory on a GPU; what was saved is what is loaded."""
+    settings = {"asynchronous": True}
+    config = run_config(tmp_path / "run", checkpoint=settings)
+    saved = train(config, steps=2, folder=tmp_path / "first", save=True)
+    again = run_config(tmp_path / "run", checkpoint={"resume": "must", **settings})
+    loaded = train(again, steps=0, folder=tmp_path / "second")
+    assert loaded["step"] == 2
+    for name, weight in saved["weights"].items():
+        assert torch.equal(weight, loaded["weights"][name]), name
+
+
 def keys_of(folder: Path) -> list[str]:
     """The keys of the latest checkpoint, as torch's distributed checkpointing lists them."""
     from equilibrium_mcore.checkpoint.directory import latest_checkpoint
