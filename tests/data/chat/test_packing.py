@@ -157,11 +157,11 @@ def test_counted_epochs_are_those_given_out():
     data = dataset_of(examples)
     plan = {"seed": 3, "window": 50, "packing": Packing(64, 1)}
     per_epoch = [sum(p.epoch == e for p in whole_epochs(data, 2)) for e in range(2)]
-    assert count_sequences(examples, epochs=1, **plan) == per_epoch[0]
-    assert count_sequences(examples, epochs=2, **plan) == sum(per_epoch)
-    half = count_sequences(examples, epochs=1.5, **plan)
+    assert count_sequences(examples.lengths, epochs=1, **plan) == per_epoch[0]
+    assert count_sequences(examples.lengths, epochs=2, **plan) == sum(per_epoch)
+    half = count_sequences(examples.lengths, epochs=1.5, **plan)
     assert half == per_epoch[0] + -(-per_epoch[1] // 2)
-    epoch = packed_epoch(examples, **plan)
+    epoch = packed_epoch(examples, examples.lengths, **plan)
     assert epoch.efficiency == examples.lengths.sum() / (per_epoch[0] * 64) > 0.85
     assert "333 examples in" in str(epoch)
 
@@ -311,7 +311,7 @@ def test_from_files_to_batches_on_every_rank(chat_configs, tmp_path):
     seen = torch.cat([next(loader)["tokens"] for _ in range(2) for loader in loaders])
     assert torch.equal(seen, rows)
     plan = {"seed": 1, "window": 32, "packing": Packing(128, 4)}
-    assert len(data) == count_sequences(data.examples, epochs=2, **plan)
+    assert len(data) == count_sequences(data.examples.lengths, epochs=2, **plan)
     held_out = build_conversations(config, part="validation", **settings)
     assert sum(c.read for c in held_out.report.sources.values()) == 6
     with pytest.raises(ConfigError, match="max_tokens=129 is more than"):
