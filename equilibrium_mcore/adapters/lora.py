@@ -36,14 +36,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional
 
-from equilibrium_mcore.adapters.targets import WEIGHT, Linear, is_target, linears_of
+from equilibrium_mcore.adapters.names import ADAPTER, WEIGHT
+from equilibrium_mcore.adapters.targets import Linear, is_target, linears_of
 from equilibrium_mcore.config.adapters import LoraConfig
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import ModelConfig
 from equilibrium_mcore.optim.parts import Parts, local_slice, split_rows
 from equilibrium_mcore.optim.table import rule_for
-
-ADAPTER = "adapter"  # the submodule of a linear layer
 
 
 class LoraAdapter(torch.nn.Module):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from equilibrium_mcore.adapters.lora import ADAPTER
-from equilibrium_mcore.adapters.targets import WEIGHT, coverage
+from equilibrium_mcore.adapters.names import ADAPTER, WEIGHT
+from equilibrium_mcore.adapters.targets import coverage
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.optim.param_groups import ParameterRow
 from equilibrium_mcore.optim.treatment import treatment_of

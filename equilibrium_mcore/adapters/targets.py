@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from equilibrium_mcore.adapters.names import EXPERT, WEIGHT
 from equilibrium_mcore.config.adapters import LoraConfig
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.installation import command
@@ -18,8 +19,6 @@ from equilibrium_mcore.models.parameters import build_on_meta
 from equilibrium_mcore.optim.parameters import EMBEDDING, OUTPUT, layout_free_names
 
 Split = Literal["column", "row", "duplicated"]
-WEIGHT = ".weight"
-EXPERT = ".experts.local_experts."
 
 # megatron-core's classes, and those over Transformer Engine, by name: the latter may be absent. The
 # first in a class's order of bases decides.

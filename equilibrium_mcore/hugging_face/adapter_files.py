@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from equilibrium_mcore.adapters.targets import WEIGHT
+from equilibrium_mcore.adapters.names import WEIGHT
 from equilibrium_mcore.config.adapters import LoraConfig
 from equilibrium_mcore.config.schema import ModelConfig
 from equilibrium_mcore.files.whole import write_whole

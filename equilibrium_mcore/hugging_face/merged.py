@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from equilibrium_mcore.adapters.lora import ADAPTER
-from equilibrium_mcore.adapters.targets import WEIGHT
+from equilibrium_mcore.adapters.names import ADAPTER, WEIGHT
 from equilibrium_mcore.config.adapters import LoraConfig
 from equilibrium_mcore.config.schema import ModelConfig
 from equilibrium_mcore.hugging_face.source import TensorSource

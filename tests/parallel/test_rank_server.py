@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -98,11 +97,10 @@ def test_a_kill_before_the_helper_starts_leaves_no_folder(tmp_path):
     assert done.returncode == -signal.SIGKILL and not list(tmp_path.iterdir())
 
 
-def test_a_temporary_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+def test_a_temporary_folder_that_cannot_be_made_is_named(tmp_path):
     file = tmp_path / "file"
     file.touch()
-    monkeypatch.setattr(tempfile, "tempdir", str(file))
-    server = RankServer()
+    server = RankServer(prefix=f"{file}/ranks_")
     with pytest.raises(OSError) as caught:
         server.run(1, _numbers, torch.arange(1))
     assert str(file) in str(caught.value.filename) and not server.running
