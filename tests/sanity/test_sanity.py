@@ -59,7 +59,7 @@ def test_a_sound_run_passes_every_check(data, tmp_path):
     assert not list(tmp_path.iterdir()), "the ladder leaves nothing in the output directory"
 
 
-@pytest.mark.parametrize(("steps", "batch"), [(1, 1), (3, 8)])
+@pytest.mark.parametrize(("steps", "batch"), [(1, 1), pytest.param(3, 8, marks=pytest.mark.slow)])
 def test_a_run_of_few_sequences_passes(data, tmp_path, steps, batch):
     """Fewer than the checks read: they take more from the same data."""
     training = {"steps": steps, "global_batch_size": batch, "micro_batch_size": 1}

@@ -21,7 +21,7 @@ import pytest
 from equilibrium_mcore.training.run_folder import LOCK_FILE
 from examples.quickstart_summary import curve_faults
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]  # minutes: real jobs, queued again
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = Path(__file__).with_name("local_cluster.sh")

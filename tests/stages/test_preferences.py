@@ -17,7 +17,8 @@ from tests.support.runs import MODEL, tiny_run, train_steps
 
 UNBALANCED = {**MODEL, "moe": {**MODEL["moe"], "load_balancing": "none"}}
 LAYOUTS = {
-    "mixed": {"world_size": 4, "tensor": 2, "sequence": True, "expert": 2},
+    "mixed": {"world_size": 2, "tensor": 2, "sequence": True, "expert": 2},
+    "mixed_data": {"world_size": 4, "tensor": 2, "sequence": True, "expert": 2},
     "context_pipeline": {"world_size": 4, "context": 2, "pipeline": 2},
     "virtual": {"world_size": 2, "pipeline": 2, "virtual_pipeline": 2},
     "data": {"world_size": 2},
@@ -77,7 +78,7 @@ def pretrained(ranks, data: dict, tmp_path_factory) -> Path:
 def config_of(kind: str, preferences: dict, pretrained: Path, output: Path, **changes: Any) -> Any:
     stage, adapts = KINDS[kind]
     training = {
-        "sequence_length": 192,
+        "sequence_length": 128,
         "micro_batch_size": 1,
         "global_batch_size": 2,
         "steps": 6,

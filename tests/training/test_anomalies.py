@@ -143,8 +143,15 @@ def _event(folder: Path, name: str) -> dict[str, Any]:
     return found["details"]
 
 
-@pytest.mark.parametrize("what", ["spike", "nan"])
-@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize(
+    ("what", "asynchronous"),
+    [
+        ("spike", False),
+        ("nan", True),
+        pytest.param("spike", True, marks=pytest.mark.slow),
+        pytest.param("nan", False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_rollback_is_the_run_without_the_bad_samples(ranks, data, tmp_path, what, asynchronous):
     changes = {"checkpoint": {"asynchronous": asynchronous}}
     spiking = _run(data, tmp_path / "spiking", "rollback", **changes)
