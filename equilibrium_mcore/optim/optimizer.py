@@ -102,12 +102,17 @@ class HybridOptimizer:
         return loss if self.scaler is None else loss * self.scaler.scale
 
     def learning_rates(self) -> dict[str, float]:
-        """The learning rates of the next step: `matrix` and `adamw`."""
+        """The learning rates of the next step: `matrix` and `adamw`.
+
+        Of a run with adapters, which no matrix trains beside, `matrix` is the adapters' rate.
+        """
         factor = learning_rate_factor(
             self.settings.schedule, step=self.steps_done, total_steps=self.config.training.steps
         )
         matrix = getattr(self.settings, self.settings.matrices).learning_rate
         rest = getattr(self.settings, REST).learning_rate
+        if self.config.adapters is not None:
+            matrix = self.settings.adamw.learning_rates.get("adapter", rest)
         return {"matrix": matrix * factor, REST: rest * factor}
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ from equilibrium_mcore.config.rules import check
 from equilibrium_mcore.config.schema import ModelConfig
 
 ROOT = Path(__file__).parents[2]
+RUNS = ROOT / "configs/runs"
 MODELS = sorted(path.stem for path in (ROOT / "configs/models").glob("*.yaml"))
 
 # From the publishers' safetensors metadata; mamba2 from the reference code's shapes. The two
@@ -132,3 +133,14 @@ def test_document_has_every_section_with_types_and_defaults() -> None:
     assert "| `beta1` | number >= 0, <= 1 | 0.9 |" in text
     with pytest.raises(ValueError, match="must hold the lines"):
         describe.up_to_date("no markers")
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in RUNS.glob("*.yaml")))
+def test_every_shipped_run_can_be_checked(name):
+    assert check(load_run(RUNS / name)) == []
+
+
+def test_the_stages_of_the_examples():
+    """What `configs/runs` has in miniature, beside pretraining."""
+    stages = {load_run(path).stage for path in RUNS.glob("*.yaml")}
+    assert {"pretrain", "sft", "lora", "dpo"} <= stages

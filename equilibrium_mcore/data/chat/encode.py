@@ -33,13 +33,14 @@ class SourceCounts:
 
 @dataclass
 class EncodingReport:
-    """Counts by the name of the set."""
+    """Counts by the name of the set, of `unit`."""
 
     sources: dict[str, SourceCounts] = field(default_factory=dict)
+    unit: str = "conversations"
 
     def __str__(self) -> str:
         return "\n".join(
-            f"{name}: {c.kept:,} of {c.read:,} conversations ({c.cut:,} of them cut; left out: "
+            f"{name}: {c.kept:,} of {c.read:,} {self.unit} ({c.cut:,} of them cut; left out: "
             f"{c.too_long:,} too long, {c.without_answer:,} without an answer), {c.tokens:,} "
             f"tokens, {c.produced:,} of them the assistant's"
             for name, c in self.sources.items()

@@ -36,6 +36,7 @@ from equilibrium_mcore.data.chat.render import Renderer
 from equilibrium_mcore.data.chat.segments import Turn, joined
 
 SIDES = 2  # chosen, rejected
+PAIRS = "pairs"
 
 
 class Preference(NamedTuple):
@@ -99,7 +100,7 @@ def encode_preferences(
     Raises ConfigError for files and rows that cannot be read, for pairs that do not fit into
     `max_tokens` where these are refused, and where nothing is left.
     """
-    report, examples, refused = EncodingReport(), [], []
+    report, examples, refused = EncodingReport(unit=PAIRS), [], []
     for source in config.sources:
         counts = report.sources.setdefault(source.name, SourceCounts())
         for path, number, preference in _rows(getattr(source, part)):

@@ -109,6 +109,7 @@ def save_examples(folder: Path, examples: Examples, report: EncodingReport) -> N
     facts = {
         "fingerprint": examples.fingerprint,
         "names": list(examples.names),
+        "unit": report.unit,
         "sources": {name: asdict(counts) for name, counts in report.sources.items()},
     }
     write_whole(folder / FACTS_FILE, json.dumps(facts, indent=2) + "\n")
@@ -124,7 +125,7 @@ def load_examples(folder: Path) -> tuple[Examples, EncodingReport] | None:
     # The hash was taken of what was encoded; to take it again would read everything.
     examples.__dict__["fingerprint"] = facts["fingerprint"]
     sources = {name: SourceCounts(**counts) for name, counts in facts["sources"].items()}
-    return examples, EncodingReport(sources)
+    return examples, EncodingReport(sources, facts.get("unit", "conversations"))
 
 
 def _key(config: ConversationsConfig, renderer: Renderer, part: str, max_tokens: int) -> str:
