@@ -136,9 +136,9 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 def refusal_behind(error: BaseException) -> OSError | None:
     """What the operating system refused, where an error is that or `pathlib`'s word for it."""
-    behind = error.__context__ if isinstance(error, RuntimeError) else error
-    if isinstance(behind, OSError) and (behind is error or behind.errno == errno.ELOOP):
-        return behind
+    cause = error.__context__ if isinstance(error, RuntimeError) else error
+    if isinstance(cause, OSError) and (cause is error or cause.errno == errno.ELOOP):
+        return cause
     return None
 
 

@@ -71,7 +71,7 @@ def forget_last_model() -> None:
     """Drop what megatron-core keeps of MoE layers for the process, which has one model's shapes.
 
     A figure for each layer, and the scale of the balancing loss: the first forward pass of the
-    next model makes both anew.
+    next model makes both again.
     """
     destroy_moe_metrics_tracker()
     MoEAuxLossAutoScaler.main_loss_backward_scale = None

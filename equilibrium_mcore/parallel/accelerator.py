@@ -40,7 +40,7 @@ def order_kernels(layout: ParallelismConfig) -> None:
 
     Under tensor and context parallelism megatron-core launches a collective before the product
     that hides it, and with one queue it begins first. Elsewhere more queues are better: a gradient
-    bucket's sum would hold up the kernels behind it. A value that the user has set stays. Called
+    bucket's sum would hold up the kernels after it. A value that the user has set stays. Called
     before the GPU is used; without one it has no effect.
     """
     if layout.tensor > 1 or layout.context > 1:

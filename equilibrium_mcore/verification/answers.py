@@ -91,8 +91,8 @@ def _tagged(text: str, tag: str) -> str | None:
 
 
 def _hash(text: str, tag: str) -> str | None:
-    before, mark, behind = text.rpartition("####")
-    return behind.strip().split("\n")[0] if mark else None
+    before, mark, after = text.rpartition("####")
+    return after.strip().split("\n")[0] if mark else None
 
 
 def _phrase(text: str, tag: str) -> str | None:
@@ -101,8 +101,8 @@ def _phrase(text: str, tag: str) -> str | None:
         pass
     if last is None:
         return None
-    behind = text[last.end() :].lstrip()
-    return _SENTENCE_END.split(behind, maxsplit=1)[0].strip().removesuffix(".")
+    after = text[last.end() :].lstrip()
+    return _SENTENCE_END.split(after, maxsplit=1)[0].strip().removesuffix(".")
 
 
 def _last_number(text: str, tag: str) -> str | None:

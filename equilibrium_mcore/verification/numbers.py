@@ -24,7 +24,7 @@ _DIGITS_COMMA = r"(?:\d{1,3}(?:\.\d{3})+(?!\d)|\d+)"
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number, what it is counted in, and whether a percent sign stands behind it.
+    """A number, what it is counted in, and whether a percent sign stands after it.
 
     `value` is the number before the percent sign, or an infinity. `source` is how it was written:
     `2t` may be two tonnes or twice t.
@@ -60,21 +60,21 @@ def parse_quantity(
     found = _leading_number(rest, _Forms.of(decimal_comma, thousands))
     if found is None:
         return None
-    value, behind = found
-    return _with_unit(Quantity(sign * value, source=text), behind.strip(), money)
+    value, after = found
+    return _with_unit(Quantity(sign * value, source=text), after.strip(), money)
 
 
-def _with_unit(quantity: Quantity, behind: str, money: str) -> Quantity | None:
-    """The quantity with what stands behind its number; None where that is no unit."""
-    if re.fullmatch(r"%|percent|per cent", behind):
+def _with_unit(quantity: Quantity, after: str, money: str) -> Quantity | None:
+    """The quantity with what stands after its number; None where that is no unit."""
+    if re.fullmatch(r"%|percent|per cent", after):
         return None if money else replace(quantity, percent=True)
-    if money and behind in ("", "USD", "dollars", "dollar"):
+    if money and after in ("", "USD", "dollars", "dollar"):
         return replace(quantity, unit=parse_unit(money))
     if money:
         return None
-    if not behind:
+    if not after:
         return quantity
-    unit = parse_unit(behind)
+    unit = parse_unit(after)
     return None if unit is None else replace(quantity, unit=unit)
 
 
@@ -135,7 +135,7 @@ _FORMS: dict[tuple[bool, bool], _Forms] = {}
 
 
 def _leading_number(text: str, forms: _Forms) -> tuple[Fraction, str] | None:
-    """The number that `text` begins with, and what stands behind it."""
+    """The number that `text` begins with, and what stands after it."""
     for name in ("mixed", "fraction", "repeating", "scientific", "ten", "power", "decimal"):
         match = getattr(forms, name).match(text)
         if match is None:

@@ -65,7 +65,7 @@ class Words:
 
 @dataclass(frozen=True)
 class Expression:
-    """What only a reader of LaTeX understands, with the unit behind it."""
+    """What only a reader of LaTeX understands, with the unit after it."""
 
     text: str
     unit: Unit | None = None
@@ -127,7 +127,7 @@ def _all(values: list[Value | None], make) -> Value | None:
 
 
 def _expression(text: str) -> Expression:
-    """With the unit split off, where a known one of two letters or more stands behind it."""
+    """With the unit split off, where a known one of two letters or more stands after it."""
     match = _TRAILING_UNIT.fullmatch(text)
     if match and len(match["unit"]) > 1:
         unit = parse_unit(match["unit"])

@@ -172,7 +172,7 @@ DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {
     "a flipped bit": _flip,
     "a flipped bit at the beginning": _flip_early,
     "a cut": _cut,
-    "bytes behind the end": _longer,
+    "bytes after the end": _longer,
     "another kind of file": _other_kind,
     "zeros": _zeros,
     "emptying": _empty,

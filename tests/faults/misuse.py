@@ -211,7 +211,7 @@ def _option(rng: random.Random, action: argparse.Action, paths: dict[str, Path])
     values = [_value(rng, action.dest, action, paths) for _ in range(count)]
     if name is None:
         return values
-    # A value that begins with - is one only behind a =.
+    # A value that begins with - is one only after a =.
     glued = name.startswith("--") and count == 1
     return [f"{name}={values[0]}"] if glued else [name, *values]
 

@@ -94,7 +94,12 @@ def test_rounds_are_whole_and_bounded():
 SHAPES = [(3, 5), (1,), (40, 7), (2, 2), (129,), (6, 6)]
 
 
-def _share(rank_info: RankInfo, config: None, *, meeting: str, elements: int) -> list[list[float]]:
+OWNERS = {"an owner of nothing": [0, 0, 2, 0, 2, 0], "all own something": [2, 1, 0, 1, 2, 0]}
+
+
+def _share(
+    rank_info: RankInfo, config: None, *, meeting: str, elements: int, owners: list[int]
+) -> list[list[float]]:
     """Every owner writes its rank into its parameters, and sends them; what this rank has then."""
     torch.distributed.init_process_group(
         "gloo", init_method=meeting, rank=rank_info.rank, world_size=rank_info.world_size
@@ -105,7 +110,7 @@ def _share(rank_info: RankInfo, config: None, *, meeting: str, elements: int) ->
         for dtype in (torch.float32, torch.bfloat16):
             parameter = matrix(torch.full(shape, -1.0, dtype=dtype), OptimizerConfig().muon)
             parameter.data_group = torch.distributed.group.WORLD
-            parameter.owner = [0, 0, 2, 0, 2, 0][number] % rank_info.world_size
+            parameter.owner = owners[number]
             if parameter.is_owned:
                 count = torch.arange(parameter.model.numel()).view(shape)
                 parameter.model.data.copy_(count % 100 + 100 * number)
@@ -118,10 +123,15 @@ def _share(rank_info: RankInfo, config: None, *, meeting: str, elements: int) ->
     return [p.model.float().flatten().tolist() for p in parameters]
 
 
+@pytest.mark.parametrize("owners", OWNERS)
 @pytest.mark.parametrize("elements", [10, 10_000])
-def test_every_rank_has_the_owners_weights(ranks, tmp_path, elements):
+def test_every_rank_has_the_owners_weights(ranks, tmp_path, elements, owners):
     meeting = f"file://{tmp_path}/meeting"
-    got = ranks.run(3, functools.partial(_share, meeting=meeting, elements=elements), None)
+    got = ranks.run(
+        3,
+        functools.partial(_share, meeting=meeting, elements=elements, owners=OWNERS[owners]),
+        None,
+    )
     for rank in got:
         for position, values in enumerate(rank):
             number, dtype = position // 2, [torch.float32, torch.bfloat16][position % 2]
