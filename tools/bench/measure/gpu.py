@@ -45,6 +45,7 @@ from equilibrium_mcore.training.step import train_step
 from tools.bench.measure.gpu_cases import Case, last_blocks
 from tools.bench.measure.gpu_report import Report, Roofs, TrainingFigures, versions
 from tools.bench.measure.out_of_memory import is_out_of_memory
+from tools.bench.measure.timing import median_seconds
 
 GIB = 2**30
 # What the estimate of memory may fill, of what is free: it is rough, and the allocator needs room.
@@ -127,26 +128,6 @@ def _product_tflops(size: int, dtype: torch.dtype) -> float:
             return left @ right
 
     return 2 * size**3 / median_seconds(product) / 1e12
-
-
-def median_seconds(work: Callable[[], object], *, warmup: int = 5, repeats: int = 20) -> float:
-    """Median time of one call: by CUDA events on a GPU, by the clock on a CPU."""
-    for _ in range(warmup):
-        work()
-    if not accelerator.has_cuda():
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for start, end in events:
-        start.record()
-        work()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
 
 
 # -------------------------------------------------------------------------------- the training

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,27 +13,27 @@ from torch.profiler import ProfilerActivity, profile
 
 from equilibrium_mcore.config.load import load_model
 from equilibrium_mcore.config.pattern import CUT
-from equilibrium_mcore.config.schema import ModelConfig, ParallelismConfig, TrainingConfig
+from equilibrium_mcore.config.schema import ModelConfig
 from equilibrium_mcore.data.blend import Datasets
 from equilibrium_mcore.files.tables import markdown_table
 from equilibrium_mcore.files.temporary import temporary_folder
-from equilibrium_mcore.models.provider import build_model
 from equilibrium_mcore.optim.newton_schulz import orthogonalise
 from equilibrium_mcore.parallel import accelerator
-from equilibrium_mcore.parallel.process_groups import one_rank
 from equilibrium_mcore.training.setup import run_alone
 from equilibrium_mcore.training.step import train_step
 from tools.bench.measure.gpu import (
     BenchmarkSettings,
     UniformTokens,
-    median_seconds,
     release,
     run_config,
 )
 from tools.bench.measure.gpu_cases import FUSED, Case, last_blocks
+from tools.bench.measure.gpu_layers import launch_microseconds, measure_layer
+from tools.bench.measure.timing import busy, median_seconds
 
 Values = dict[str, Any]
 PROFILED = Case("profile", thirds=1, micro_batch=1, training={"fused": FUSED})
+PROFILED_RANK = Case("one expert rank", one_expert_rank=True)
 LARGEST = 10  # kernels that are named
 MATRICES = 16  # in a stack of Newton-Schulz
 
@@ -46,10 +47,10 @@ def measure_details(
     """
     model = load_model(plan.model)
     measurements: dict[str, Callable[[], Values]] = {
-        "profile": lambda: _profile(model, plan),
-        "SSD, chunk 128": lambda: _mamba_layer(model, plan, chunk_size=128),
-        "SSD, chunk 256": lambda: _mamba_layer(model, plan, chunk_size=256),
+        "launch": lambda: {"microseconds": round(launch_microseconds(), 2)},
+        **{name: partial(_layer, plan, *row) for name, row in _layers(model).items()},
         "Newton-Schulz": lambda: _newton_schulz(model),
+        "profile": lambda: _profile(model, plan),
     }
     found: dict[str, Values] = {}
     for name, measurement in measurements.items():
@@ -60,6 +61,27 @@ def measure_details(
         release()
         done(found)
     return found
+
+
+def _layers(model: ModelConfig) -> dict[str, tuple[ModelConfig, str, Values]]:
+    """Models, letters and settings of training by name: experts as on one rank of EP 8."""
+    rank = PROFILED_RANK.model(model)
+    wide = model.model_copy(
+        update={"mamba": model.mamba.model_copy(update={"chunk_size": 2 * model.mamba.chunk_size})}
+    )
+    return {
+        f"mamba, chunk {model.mamba.chunk_size}": (model, "M", {}),
+        f"mamba, chunk {wide.mamba.chunk_size}": (wide, "M", {}),
+        "mla": (model, "+", {}),
+        f"moe, {rank.moe.num_experts} experts": (rank, "E", {}),
+        f"moe, {rank.moe.num_experts} experts, fused": (rank, "E", PROFILED.run_training()),
+        f"moe, {model.moe.num_experts} experts": (model, "E", {}),
+    }
+
+
+def _layer(plan: BenchmarkSettings, model: ModelConfig, letter: str, training: Values) -> Values:
+    kept = {name: value for name, value in training.items() if name != "precision"}
+    return measure_layer(model, letter, sequence_length=plan.sequence_length, training=kept)
 
 
 def details_table(found: dict[str, Values]) -> str:
@@ -109,15 +131,6 @@ def _profile(model: ModelConfig, plan: BenchmarkSettings) -> Values:
     }
 
 
-def busy(spans: Iterable[tuple[float, float]]) -> float:
-    """How long at least one of (start, end) lasted; they may overlap."""
-    total, until = 0.0, float("-inf")
-    for start, end in sorted(spans):
-        total += max(0.0, end - max(start, until))
-        until = max(until, end)
-    return total
-
-
 def _largest(events: list[Any]) -> Values:
     """The names that took most time, with their share of all."""
     by_name: Counter[str] = Counter()
@@ -128,28 +141,6 @@ def _largest(events: list[Any]) -> Values:
 
 
 # -------------------------------------------------------------------------------- single kernels
-
-
-def _mamba_layer(model: ModelConfig, plan: BenchmarkSettings, *, chunk_size: int) -> Values:
-    """Forward and backward of a model of one Mamba layer, on one sequence in bf16."""
-    mamba = model.mamba.model_copy(update={"chunk_size": chunk_size})
-    one = model.model_copy(update={"layer_pattern": "M", "mamba": mamba, "vocab_size": 512})
-    training = TrainingConfig(
-        sequence_length=plan.sequence_length, global_batch_size=1, steps=1, precision="bf16"
-    )
-    with one_rank(seed=0) as groups:
-        module = build_model(
-            one, ParallelismConfig(), training, groups, on_gpu=accelerator.has_cuda()
-        )
-        module = module.to(accelerator.device()).train()
-        tokens = torch.zeros(
-            1, plan.sequence_length, dtype=torch.int64, device=accelerator.device()
-        )
-
-        def work() -> None:
-            module(tokens, tokens, None).sum().backward()
-
-        return {"milliseconds": round(1e3 * median_seconds(work, repeats=10), 3)}
 
 
 def _newton_schulz(model: ModelConfig) -> Values:
