@@ -34,14 +34,18 @@ def test_gating_is_megatrons_to_the_bit(small_model, build, dtype, precision):
         assert one.dtype == other.dtype and torch.equal(one, other)
 
 
-def test_gating_takes_nothing_of_transformer_engine(small_model, build, monkeypatch):
-    """Also where that package is: megatron-core calls this function wherever it can import it."""
+@pytest.mark.parametrize("backend", ["local", "transformer_engine"])
+def test_gating_of_float32_takes_nothing_of_transformer_engine(
+    small_model, build, monkeypatch, backend
+):
+    """Its product is in tf32: an H100 sent tokens to other experts than PyTorch's product did."""
 
     def refused(*arguments, **named):
         raise AssertionError("Transformer Engine's product was called")
 
     monkeypatch.setattr(moe_utils, "te_general_gemm", refused)
     router = router_of(build(small_model("E"), dtype=torch.float32))
+    router.config.transformer_impl = backend
     x = torch.randn(5, 3, 24)
     with pytest.raises(AssertionError, match="was called"):
         super(GlobalRouter, router).gating(x)
