@@ -284,7 +284,16 @@ class LoggingConfig(Section):
 
 
 Stage = Literal[
-    "pretrain", "midtrain", "sft", "lora", "dpo", "ipo", "simpo", "orpo"
+    "pretrain",
+    "midtrain",
+    "sft",
+    "lora",
+    "dpo",
+    "ipo",
+    "simpo",
+    "orpo",
+    "kto",
+    "reward_model",
 ]  # `stages.py` says what they are
 
 

@@ -29,8 +29,17 @@ KINDS = {  # stage, and whether adapters train
     "ipo": ("ipo", False),
     "simpo": ("simpo", False),
     "orpo": ("orpo", False),
+    "kto": ("kto", False),
+    "kto of adapters": ("kto", True),
+    "reward_model": ("reward_model", False),
+    "reward_model of adapters": ("reward_model", True),
 }
-IN_CI = {("dpo of adapters", "mixed")}
+IN_CI = {("dpo of adapters", "mixed"), ("kto", "mixed"), ("reward_model of adapters", "mixed")}
+OF_PAIRS = ("loss", "nll", "accuracy", "margin", "chosen_reward")
+FIGURES = {
+    "kto": ("loss", "nll", "kl", "desirable_reward", "undesirable_reward"),
+    "reward_model": ("loss", "score", "accuracy", "margin", "chosen_score", "rejected_score"),
+}
 
 
 def pairs(count: int, seed: int) -> list[dict]:
@@ -42,6 +51,7 @@ def pairs(count: int, seed: int) -> list[dict]:
             "prompt": f"say {draw.choice(words)}",
             "chosen": " ".join(["good"] * draw.randint(1, 5)),
             "rejected": " ".join(["bad"] * draw.randint(1, 5)),
+            "margin": draw.choice([0, 0.5, 1]),
         }
         for _ in range(count)
     ]
@@ -86,15 +96,16 @@ def config_of(kind: str, preferences: dict, pretrained: Path, output: Path, **ch
         "validation_interval_steps": 3,
         "validation_batches": 1,
     }
+    head = {"head": "scalar"} if stage == "reward_model" else {}
     return tiny_run(
-        preferences,
+        {**preferences, "unpaired": stage == "kto"},
         output,
         stage=stage,
-        model=UNBALANCED,
+        model={**UNBALANCED, **head, **changes.pop("model", {})},
         training={**training, **changes.pop("training", {})},
         parallelism=changes.pop("parallelism", {"world_size": 1}),
         checkpoint={"initial_weights": str(pretrained)},
-        objective={"type": stage},
+        objective={"type": stage, **changes.pop("objective", {})},
         adapters={"rank": 4} if adapts else None,
         **changes,
     )
@@ -143,7 +154,7 @@ def test_pairs_are_the_same_in_every_layout(
         assert len(found) == len(expected) > 0
         for record, other in zip(found, expected, strict=True):
             assert record.get("tokens") == other.get("tokens")
-            for figure in ("loss", "nll", "accuracy", "margin", "chosen_reward"):
+            for figure in FIGURES.get(KINDS[kind][0], OF_PAIRS):
                 assert record[figure] == pytest.approx(other[figure], rel=1e-4, abs=2e-5), figure
 
 
