@@ -156,14 +156,20 @@ def kto_needs_several_answers(subject: Subject) -> Iterator[str]:
         )
 
 
-@rule("objective", "model")
+@rule("objective", "model", "parallelism")
 def an_objective_has_its_head(subject: Subject) -> Iterator[str]:
     config = subject.config
     wanted = "scalar" if isinstance(config.objective, SCORED) else "output"
-    if config.model.head != wanted:
+    if config.model.head not in (wanted, "both"):
         yield (
             f"model.head={config.model.head!r} with objective.type={config.objective.type!r}, "
             f"which needs {wanted!r}: set model.head: {wanted}"
+        )
+    elif config.model.head == "both" and config.parallelism.overlap_grad_reduce:
+        yield (
+            f"model.head='both' with objective.type={config.objective.type!r}, which trains one of "
+            "two heads, and parallelism.overlap_grad_reduce=true, which waits for the gradient of "
+            f"the other: set model.head: {wanted}, or overlap_grad_reduce: false"
         )
 
 

@@ -31,6 +31,7 @@ def kto(
         desirable: bool [A].
         z: scalar, or one value for each answer.
     """
-    sign = torch.where(desirable, 1.0, -1.0).to(ratios.dtype)
-    weight = torch.where(desirable, desirable_weight, undesirable_weight).to(ratios.dtype)
+    share = desirable.to(ratios.dtype)  # 1 or 0
+    sign = 2 * share - 1
+    weight = desirable_weight * share + undesirable_weight * (1 - share)
     return weight * (1 - torch.sigmoid(beta * sign * (ratios - z)))

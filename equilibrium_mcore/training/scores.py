@@ -41,6 +41,7 @@ class Scores:
     figures = ("loss", "score", "accuracy", "margin", "chosen_score", "rejected_score")
     tokens_of = "score"
     has_perplexity = False
+    reads = "values"
     inputs = (LAST, "answers", MARGIN)
 
     def __init__(self, settings: RewardModelConfig) -> None:

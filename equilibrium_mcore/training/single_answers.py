@@ -28,6 +28,7 @@ class Kto:
     figures = ("loss", "nll", "kl", "desirable_reward", "undesirable_reward")
     tokens_of = "nll"
     has_perplexity = False
+    reads = "losses"
     inputs = ("answer", "answers", DESIRABLE, REFERENCE, KL)
 
     def __init__(self, settings: KtoConfig) -> None:

@@ -30,6 +30,7 @@ class Regression:
     figures = ("loss",)
     tokens_of = "loss"
     has_perplexity = False
+    reads = "both"
     inputs = ()
 
     def weigh(self, batch: dict[str, Tensor]) -> float:
@@ -48,14 +49,22 @@ class Regression:
 
 
 def config_of(data: dict, folder: Path, layout: dict, weights: Path | None, **changes: Any):
+    """A run of made-up tokens; a scalar head alone is a reward model's."""
     head = changes.pop("head", "scalar")
+    packed = {**data, "packing": "documents", "document_multiple": 8}
+    if head == "scalar":
+        source = {"name": "made_up", "train": ["made_up.jsonl"]}
+        packed = {"type": "preferences", "name": "made_up", "tokenizer": data["tokenizer"]}
+        packed |= {"sources": [source], "document_multiple": 8}
     moe = {**MODEL["moe"], "load_balancing": "none"}
     return tiny_run(
-        {**data, "packing": "documents", "document_multiple": 8},
+        packed,
         folder,
+        stage="reward_model" if head == "scalar" else "pretrain",
         model={**MODEL, "moe": moe, "head": head, **changes.pop("model", {})},
         parallelism=layout,
         checkpoint={"initial_weights": None if weights is None else str(weights)},
+        objective={"type": "reward_model" if head == "scalar" else "next_token"},
         **changes,
     )
 
