@@ -73,7 +73,12 @@ def build_conversations(
         state=state,
         first_sample=first_sample,
     )
-    epoch = packed_epoch(examples, dataset.units(examples), **_plan(config, sequence_length, seed))
+    epoch = packed_epoch(
+        examples,
+        dataset.units(examples),
+        every=_every(config),
+        **_plan(config, sequence_length, seed),
+    )
     return BuiltConversations(dataset, report, epoch)
 
 
@@ -88,7 +93,8 @@ def epoch_sequences(
         measure = unpaired_units if config.unpaired else pair_units
         units = measure(examples, config.document_multiple)
     return EpochSequences(
-        count_sequences(units, epochs=epochs, **plan), packed_epoch(examples, units, **plan)
+        count_sequences(units, epochs=epochs, **plan),
+        packed_epoch(examples, units, every=_every(config), **plan),
     )
 
 
@@ -96,6 +102,11 @@ def _kind(config: ConversationsConfig) -> type[ConversationDataset]:
     if not isinstance(config, PreferencesConfig):
         return ConversationDataset
     return UnpairedDataset if config.unpaired else PreferenceDataset
+
+
+def _every(config: ConversationsConfig) -> int:
+    """Beside each of unpaired answers stands a mismatched one, which is not trained on."""
+    return 2 if isinstance(config, PreferencesConfig) and config.unpaired else 1
 
 
 def _examples(
