@@ -205,9 +205,7 @@ def first_values(rank_info: RankInfo, config: RunConfig) -> dict[str, Any]:
     with_reference(run)
     batches = run.stream.next_batches(run.micro_batches)
     run.prepare(run, batches)
-    found = [
-        (b["reference"] * (b["answer"] > 0), b.get("kl", b["reference"]).max()) for b in batches
-    ]
+    found = [(b["reference"] * (b["answer"] > 0), b.get("kl", b["answer"]).max()) for b in batches]
     prepare = getattr(run.prepare, "_reference", run.prepare)
     frozen = getattr(prepare, "_frozen", None)
     teardown(run)
