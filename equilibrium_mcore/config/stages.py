@@ -127,8 +127,8 @@ def an_objective_has_its_data(subject: Subject) -> Iterator[str]:
         wanted = "single answers"
     if found != wanted:
         yield (
-            f"objective.type={config.objective.type!r} with data of {found}: it needs {wanted}: "
-            f"{_WAY_TO[wanted]}"
+            f"objective.type={config.objective.type!r} with data.type={config.data.type!r}, of "
+            f"{found}: it needs {wanted}: {_WAY_TO[wanted]}"
         )
 
 
