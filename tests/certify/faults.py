@@ -195,6 +195,7 @@ SFT = ("objective.type=sft",)
 SCORES = (
     "stage=orpo",  # which needs no weights
     "model.head=scalar",
+    "training.validation_interval_steps=0",
     "model.moe.load_balancing=none",
     "objective={type: reward_model}",
     "data={type: preferences, name: made_up, sources: [{name: made_up, train: [made_up.jsonl]}], "
