@@ -27,7 +27,7 @@ class OnlyBalancing:
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
         self.figures, self.inputs = objective.figures, objective.inputs
-        self.tokens_of = objective.tokens_of
+        self.tokens_of, self.reads = objective.tokens_of, objective.reads
 
     def weigh(self, batch) -> float:
         """See Objective."""

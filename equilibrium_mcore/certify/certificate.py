@@ -202,6 +202,11 @@ def certify(
             "adapters with a witness: transformers' class has none, so there is nothing to compare "
             "them with; certify the run without the witness"
         )
+    if witness and config.model.head != "output":
+        raise ConfigError(
+            f"model.head={config.model.head!r} with a witness, which is a language model: certify "
+            "the run without the witness"
+        )
     started = time.monotonic()
     certificate = Certificate(config.name, _hash(config))
     training = config.training

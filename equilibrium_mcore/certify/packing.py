@@ -44,7 +44,7 @@ def compare_packing(
     dense = model_parallel_size(parallelism)
     world_size = max(dense, expert_parallel_size(parallelism))
     layout["world_size"] = world_size
-    values["training"].update(micro_batch_size=1, global_batch_size=world_size // dense)
+    values["training"].update(micro_batch_size=1, global_batch_size=2 * world_size // dense)
     alone = run_from_mapping(values)
     folder.mkdir(parents=True, exist_ok=True)
     run_ranks(partial(_packed, config=alone, folder=folder, prepare=prepare), world_size)

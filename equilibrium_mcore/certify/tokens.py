@@ -10,7 +10,9 @@ from equilibrium_mcore.data.blend import Datasets
 from equilibrium_mcore.data.samples import Samples
 from equilibrium_mcore.data.stream import Batch
 from equilibrium_mcore.training.pairs import REFERENCE
+from equilibrium_mcore.training.scores import MARGIN
 from equilibrium_mcore.training.setup import Run
+from equilibrium_mcore.training.single_answers import DESIRABLE, KL
 
 
 class MadeUpTokens(Samples):
@@ -82,6 +84,8 @@ class MadeUpTokens(Samples):
             "position_ids": positions,
             "loss_mask": mask,
             "answer": answer * (mask > 0),
+            MARGIN: answer.double() % 5 / 4,
+            DESIRABLE: (answer % 3 > 0).float(),
         }
 
     def _document_starts(self, generator: torch.Generator) -> list[int]:
@@ -93,8 +97,10 @@ class MadeUpTokens(Samples):
 
 
 def made_up_reference(run: Run, batches: list[Batch]) -> None:
-    """log p of each label by a reference that is made up, too: a `Run.prepare`."""
+    """log p of each label by a reference that is made up, too, and KTO's z: a `Run.prepare`."""
     for batch in batches:
+        if DESIRABLE in batch:
+            batch[KL] = torch.full(batch["labels"].shape, 0.25, dtype=torch.float64)
         batch[REFERENCE] = -((batch["labels"] * 7 + batch["position_ids"]) % 23 + 1).double() / 8
 
 

@@ -110,9 +110,14 @@ class ConversationsConfig(Section):
 
 
 class PreferencesConfig(ConversationsConfig):
-    """Pairs of a chosen and a rejected answer to one prompt."""
+    """Pairs of a chosen and a rejected answer to one prompt; or single answers, judged."""
 
     type: Literal["preferences"] = setting("preferences", "which kind of data")
+    unpaired: bool = setting(
+        False,
+        "answers by themselves, each desirable or not, for objective kto; a row of a pair gives "
+        "two of them",
+    )
     too_long: Literal["refuse", "drop"] = setting(
         "refuse",
         "pairs of more tokens, both answers with their prompt together: refuse the data, or drop "

@@ -12,6 +12,7 @@ from equilibrium_mcore.config.section import (
     PositiveFloat,
     PositiveInt,
     Section,
+    UserPath,
     setting,
 )
 
@@ -34,7 +35,22 @@ class SftConfig(Section):
     )
 
 
-class DpoConfig(Section):
+class ReferencedConfig(Section):
+    """An objective against what a reference thinks: the weights that the run starts from."""
+
+    reference: Literal["live", "stored"] = setting(
+        "live",
+        "live: the run without its adapters, or a frozen copy of the weights; stored: what they "
+        "think is computed once, before the first step, and kept in files",
+    )
+    reference_directory: UserPath | None = setting(
+        None,
+        "reference stored: the folder of the files, which runs of the same weights, data and "
+        "packing may share; null: reference/ in the run's output_directory",
+    )
+
+
+class DpoConfig(ReferencedConfig):
     """Direct preference optimisation, against the weights that the run starts from."""
 
     type: Literal["dpo"] = setting("dpo", "which objective")
@@ -44,7 +60,7 @@ class DpoConfig(Section):
     )
 
 
-class IpoConfig(Section):
+class IpoConfig(ReferencedConfig):
     """Identity preference optimisation: a regression of the margin to 1 / (2 beta)."""
 
     type: Literal["ipo"] = setting("ipo", "which objective")
@@ -66,12 +82,39 @@ class OrpoConfig(Section):
     beta: PositiveFloat = setting(0.1, "weight of the odds ratio beside the likelihood")
 
 
-PREFERENCES = (DpoConfig, IpoConfig, SimpoConfig, OrpoConfig)
+class KtoConfig(ReferencedConfig):
+    """KTO: answers by themselves, desirable or not, against the weights that the run starts from"""
+
+    type: Literal["kto"] = setting("kto", "which objective")
+    beta: PositiveFloat = setting(0.1, "strength of the tie to the reference")
+    desirable_weight: PositiveFloat = setting(1.0, "factor on the loss of desirable answers")
+    undesirable_weight: PositiveFloat = setting(1.0, "factor on the loss of undesirable answers")
+
+
+class RewardModelConfig(Section):
+    """Bradley-Terry: the chosen answer of a pair should have the larger score."""
+
+    type: Literal["reward_model"] = setting("reward_model", "which objective")
+    centring: NonNegativeFloat = setting(
+        0.0, "factor on the square of both scores' sum, which keeps scores near 0"
+    )
+
+
+PREFERENCES = (DpoConfig, IpoConfig, SimpoConfig, OrpoConfig, RewardModelConfig)
 """Those that need pairs."""
-REFERENCED = (DpoConfig, IpoConfig)
+REFERENCED = (DpoConfig, IpoConfig, KtoConfig)
 """Those that need the log-probabilities of a reference."""
+SCORED = (RewardModelConfig,)
+"""Those of the values that a scalar head gives."""
 
 ObjectiveConfig = Annotated[
-    NextTokenConfig | SftConfig | DpoConfig | IpoConfig | SimpoConfig | OrpoConfig,
+    NextTokenConfig
+    | SftConfig
+    | DpoConfig
+    | IpoConfig
+    | SimpoConfig
+    | OrpoConfig
+    | KtoConfig
+    | RewardModelConfig,
     Field(discriminator="type"),
 ]

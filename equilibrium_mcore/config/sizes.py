@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from equilibrium_mcore.config import layout
+from equilibrium_mcore.config.heads import has_output
 from equilibrium_mcore.config.model_rules import uses
 from equilibrium_mcore.config.pattern import ByKind, count_kinds
 from equilibrium_mcore.config.rule_kit import RuleTable, Subject
@@ -63,7 +64,7 @@ LEAST_WEIGHTS: ByKind[Callable[[ModelConfig], int]] = {
 def least_weights(subject: Subject) -> dict[str, int]:
     """Weights of the model by what they are of; never more than it has."""
     model = subject.config.model
-    tables = 1 if model.tie_embeddings else 2
+    tables = 1 if model.tie_embeddings or not has_output(model) else 2
     counts = {"vocab_size * hidden_size": tables * model.padded_vocab_size * model.hidden_size}
     for kind, layers in count_kinds(model.layer_pattern).items():
         if uses(subject, kind):
@@ -93,6 +94,8 @@ def the_host_can_hold_it(subject: Subject) -> Iterator[str]:
             f"(most: {largest}), which take {gib:,.0f} GiB with their gradients, and this host has "
             f"{host.memory_gib:,.0f} GiB: correct the sizes, or start it on more hosts"
         )
+    if not has_output(subject.config.model):
+        return
     p = subject.config.parallelism
     table = subject.config.model.padded_vocab_size
     rows = training.micro_batch_size * training.sequence_length

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from equilibrium_mcore.config.objectives import PREFERENCES
+from equilibrium_mcore.config.objectives import PREFERENCES, SCORED, KtoConfig
 from equilibrium_mcore.config.references import merge
 from equilibrium_mcore.config.rule_kit import RuleTable, Subject
 
@@ -28,12 +28,15 @@ class StageSettings(NamedTuple):
     template: str | None = None  # the stage whose experiment template it shares
 
 
-def _on_pairs(objective: str, meaning: str) -> StageSettings:
+def _on_pairs(
+    objective: str, meaning: str, *, unpaired: bool = False, **more: Any
+) -> StageSettings:
+    data = {"type": "preferences", **({"unpaired": True} if unpaired else {})}
     return StageSettings(
         meaning,
         data="preferences",
         data_folder="posttrain/dpo",
-        defaults={"objective": {"type": objective}, "data": {"type": "preferences"}},
+        defaults={"objective": {"type": objective}, "data": data, **more},
         needs_weights=objective != "orpo",  # which fine-tunes as well
         template=None if objective == "dpo" else "dpo",
     )
@@ -75,6 +78,12 @@ STAGES: dict[str, StageSettings] = {
     "ipo": _on_pairs("ipo", "identity preference optimisation, on pairs"),
     "simpo": _on_pairs("simpo", "preferences by log p per token, without a reference"),
     "orpo": _on_pairs("orpo", "fine-tuning and an odds ratio of pairs, without a reference"),
+    "kto": _on_pairs("kto", "on single answers, each desirable or not", unpaired=True),
+    "reward_model": _on_pairs(
+        "reward_model",
+        "a score for answers, by a scalar head, from pairs",
+        model={"head": "scalar"},
+    ),
 }
 
 MEANINGS = "; ".join(f"{name}: {stage.meaning}" for name, stage in STAGES.items())
@@ -110,16 +119,57 @@ def a_stage_has_its_data(subject: Subject) -> Iterator[str]:
 @rule("objective", "data")
 def an_objective_has_its_data(subject: Subject) -> Iterator[str]:
     config = subject.config
-    of_pairs = isinstance(config.objective, PREFERENCES)
-    if of_pairs != (config.data.type == "preferences"):
-        needs = (
-            "pairs of answers: name data of type preferences"
-            if of_pairs
-            else ("texts: name other data, or an objective of pairs (dpo, ipo, simpo, orpo)")
-        )
+    found = _form(config.data)
+    wanted = "texts"
+    if isinstance(config.objective, PREFERENCES):
+        wanted = "pairs of answers"
+    elif isinstance(config.objective, KtoConfig):
+        wanted = "single answers"
+    if found != wanted:
         yield (
-            f"objective.type={config.objective.type!r} with data.type={config.data.type!r}: it "
-            f"needs {needs}"
+            f"objective.type={config.objective.type!r} with data.type={config.data.type!r}, of "
+            f"{found}: it needs {wanted}: {_WAY_TO[wanted]}"
+        )
+
+
+_WAY_TO = {
+    "texts": "name other data, or an objective of pairs (dpo, ipo, simpo, orpo, reward_model)",
+    "pairs of answers": "name data of type preferences, with unpaired: false",
+    "single answers": "name data of type preferences, and set data.unpaired: true",
+}
+
+
+def _form(data: Any) -> str:
+    """What an example of the data is."""
+    if data.type != "preferences":
+        return "texts"
+    return "single answers" if data.unpaired else "pairs of answers"
+
+
+@rule("objective", "training")
+def kto_needs_several_answers(subject: Subject) -> Iterator[str]:
+    config = subject.config
+    if isinstance(config.objective, KtoConfig) and config.training.global_batch_size == 1:
+        yield (
+            "training.global_batch_size=1 with objective.type='kto', which compares each answer "
+            "with the mean of mismatched ones over the global batch: set 2 or more, better 32"
+        )
+
+
+@rule("objective", "model", "parallelism")
+def an_objective_has_its_head(subject: Subject) -> Iterator[str]:
+    config = subject.config
+    wanted = "scalar" if isinstance(config.objective, SCORED) else "output"
+    if config.model.head not in (wanted, "both"):
+        yield (
+            f"model.head={config.model.head!r} with objective.type={config.objective.type!r}, "
+            f"which needs {wanted!r}: set model.head: {wanted}"
+        )
+    elif config.model.head == "both" and config.parallelism.overlap_grad_reduce:
+        yield (
+            f"model.head='both' with objective.type={config.objective.type!r}, which trains one of "
+            "two heads, and parallelism.overlap_grad_reduce=true, which waits for the gradient of "
+            f"the other: set model.head: {wanted}, or overlap_grad_reduce: false"
         )
 
 

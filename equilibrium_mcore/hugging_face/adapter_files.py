@@ -10,11 +10,13 @@ from torch import Tensor
 
 from equilibrium_mcore.adapters.names import WEIGHT
 from equilibrium_mcore.config.adapters import LoraConfig
+from equilibrium_mcore.config.heads import has_scalar_head
 from equilibrium_mcore.config.schema import ModelConfig
 from equilibrium_mcore.files.whole import write_whole
 from equilibrium_mcore.hugging_face.mapping import ParamMapping, expand
 from equilibrium_mcore.hugging_face.merged import WithoutAdapters, rows_of
 from equilibrium_mcore.hugging_face.weights import DTYPES
+from equilibrium_mcore.models.heads import SCALAR_HEAD_WEIGHT
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # what peft wraps around a model's names
@@ -56,10 +58,15 @@ def write_adapters(
             for factor, tensor in (("lora_A", a), ("lora_B", b)):
                 kept = tensor.to(DTYPES[dtype]).clone(memory_format=torch.contiguous_format)
                 tensors[f"{_PREFIX}{layer}.{factor}{WEIGHT}"] = kept
+    scores = has_scalar_head(model)
+    if scores:  # trained whole beside the adapters
+        head = source.read(SCALAR_HEAD_WEIGHT).to(DTYPES[dtype])
+        tensors[f"{_PREFIX}score{WEIGHT}"] = head.clone(memory_format=torch.contiguous_format)
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     values = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if scores else "CAUSAL_LM",
+        "modules_to_save": ["score"] if scores else None,
         "base_model_name_or_path": base,
         "r": settings.rank,
         "lora_alpha": settings.alpha,

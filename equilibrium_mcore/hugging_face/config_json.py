@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from equilibrium_mcore.config.heads import has_scalar_head
 from equilibrium_mcore.config.pattern import ByKind, count_kinds, layers_of
 from equilibrium_mcore.config.schema import ModelConfig
 
-AUTO_MAP = {
+_AUTO_MAP = {
     "AutoConfig": "configuration_equilibrium.EquilibriumConfig",
     "AutoModel": "modeling_equilibrium.EquilibriumModel",
-    "AutoModelForCausalLM": "modeling_equilibrium.EquilibriumForCausalLM",
 }
 MAMBA_NORM_EPSILON = 1e-5  # MambaMixer's own, whatever the model's norm_epsilon
 
@@ -31,6 +31,30 @@ def config_values(model: ModelConfig, *, sequence_length: int) -> dict[str, Any]
     for kind in count_kinds(pattern):
         values |= SECTIONS[kind](model)
     return values
+
+
+def architecture_values(model: ModelConfig) -> dict[str, Any]:
+    """Which class the model is, and where transformers finds it.
+
+    Raises ValueError for a model with an output layer and a scalar head: no class has both.
+    """
+    if model.head == "both":
+        raise ValueError(
+            "model.head='both': no class of transformers has an output layer and a scalar head. "
+            "Start a run with model.head output or scalar from these weights, and export that"
+        )
+    auto = "AutoModelForCausalLM"
+    name = "EquilibriumForCausalLM"
+    labels: dict[str, Any] = {}
+    if has_scalar_head(model):
+        auto = "AutoModelForSequenceClassification"
+        name = "EquilibriumForSequenceClassification"
+        labels = {"id2label": {"0": "score"}, "label2id": {"score": 0}}
+    return {
+        "architectures": [name],
+        "auto_map": {**_AUTO_MAP, auto: f"modeling_equilibrium.{name}"},
+        **labels,
+    }
 
 
 def _mamba_values(model: ModelConfig) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from equilibrium_mcore.checkpoint.directory import (
 from equilibrium_mcore.checkpoint.opened import open_weights
 from equilibrium_mcore.config.chat import ConversationsConfig, TemplateChoice
 from equilibrium_mcore.config.data import TokenizerConfig
+from equilibrium_mcore.config.heads import has_output
 from equilibrium_mcore.config.load import load_run
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.chat.render import Renderer, build_renderer
@@ -26,7 +27,7 @@ from equilibrium_mcore.files.replace import mark_folder, writable_folder
 from equilibrium_mcore.files.whole import whole_folder, write_whole
 from equilibrium_mcore.hugging_face.adapter_files import write_adapters
 from equilibrium_mcore.hugging_face.chat_files import TEMPLATE_FILE
-from equilibrium_mcore.hugging_face.config_json import AUTO_MAP, config_values
+from equilibrium_mcore.hugging_face.config_json import architecture_values, config_values
 from equilibrium_mcore.hugging_face.mapping import plan
 from equilibrium_mcore.hugging_face.merged import Merged, WithoutAdapters
 from equilibrium_mcore.hugging_face.model_card import model_card
@@ -119,7 +120,8 @@ def export_hugging_face(
     config = read_run_config(checkpoint)
     reader = CheckpointReader(checkpoint, main_weights=main_weights)
     source = source_of(reader, config, merge=adapters == "merge")
-    plan(config.model, source.names())  # raises before a folder is begun
+    architecture_values(config.model)  # both raise before a folder is begun
+    plan(config.model, source.names())
     loaded = _load_tokenizer(config, tokenizer)
     renderer = _renderer(config, loaded, chat_template)
     notes: list[str] = []
@@ -239,15 +241,16 @@ def _write_settings(
     }
     values = {
         "model_type": "equilibrium",
-        "architectures": ["EquilibriumForCausalLM"],
-        "auto_map": AUTO_MAP,
+        **architecture_values(config.model),
         **config_values(config.model, sequence_length=config.training.sequence_length),
         **tokens,
         "dtype": dtype,
         "transformers_version": __version__,
     }
     _write_json(folder / "config.json", values)
-    _write_json(folder / "generation_config.json", {**tokens, "transformers_version": __version__})
+    if has_output(config.model):
+        settings = {**tokens, "transformers_version": __version__}
+        _write_json(folder / "generation_config.json", settings)
     return values
 
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+from equilibrium_mcore.config.heads import has_output, has_scalar_head
 from equilibrium_mcore.config.pattern import LAYER_KINDS, ByKind, layers_of
 from equilibrium_mcore.config.schema import ModelConfig
 from equilibrium_mcore.hugging_face.transforms import (
@@ -135,7 +136,8 @@ _HF_SHARED = "mixer.shared_experts."
 MODEL_MAPPING: Rows = (
     ParamMapping("embedding.word_embeddings.weight", "model.embed_tokens.weight", TrimVocabulary()),
     ParamMapping("output_layer.weight", "lm_head.weight", TrimVocabulary(),
-                 when=lambda model: not model.tie_embeddings),
+                 when=lambda model: has_output(model) and not model.tie_embeddings),
+    ParamMapping("scalar_head.weight", "score.weight", when=has_scalar_head),
     ParamMapping("decoder.final_norm.weight", "model.norm.weight"),
 )
 """What lies outside the layers."""

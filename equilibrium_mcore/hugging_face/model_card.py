@@ -8,6 +8,7 @@ from typing import Any
 
 from equilibrium_mcore.checkpoint.directory import step_of
 from equilibrium_mcore.config.chat import ConversationsConfig, JinjaTemplateConfig
+from equilibrium_mcore.config.heads import has_scalar_head
 from equilibrium_mcore.config.optimizers import OPTIMIZERS, REST, OptimizerConfig
 from equilibrium_mcore.config.pattern import LABELS, LAYER_KINDS, ByKind, count_kinds, layers_of
 from equilibrium_mcore.config.schema import RunConfig
@@ -43,7 +44,7 @@ SHAPES: ByKind[Callable[[Any], str]] = {
 CARD = """\
 ---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task}
 license: other
 license_name: fill-in-before-publishing
 ---
@@ -53,21 +54,13 @@ license_name: fill-in-before-publishing
 > **Licence: not chosen.** Whoever publishes this folder must choose a licence, name it in the
 > header above (`license:`) and replace this notice. Until then nobody has a right to use it.
 
-A language model with {total:,} parameters, of which {active:,} work on each token.
+A {what} with {total:,} parameters, of which {active:,} work on each token.
 {purpose}
 
 ## Use
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "path/to/this/folder"
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-
-{prompt}
-output = model.generate(**prompt, max_new_tokens=64, do_sample=True, temperature=0.8, top_p=0.95)
-print(tokenizer.decode(output[0], skip_special_tokens=True))
+{use}
 ```
 
 `trust_remote_code=True` runs `modeling_equilibrium.py` of this folder, which composes transformers'
@@ -94,9 +87,37 @@ Written from a Megatron-Core distributed checkpoint by equilibrium_mcore. Weight
 """
 
 
+GENERATES = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "path/to/this/folder"
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+{prompt}
+output = model.generate(**prompt, max_new_tokens=64, do_sample=True, temperature=0.8, top_p=0.95)
+print(tokenizer.decode(output[0], skip_special_tokens=True))"""
+SCORES = """\
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+folder = "path/to/this/folder"
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
+
+{prompt}
+print(model(**prompt).logits)  # the score: read at the last token, which ends an answer"""
+
 CONTINUES = "It continues text; it was not tuned to follow instructions or to refuse anything."
 ANSWERS = "It was fine-tuned on conversations; it was not tuned to refuse anything."
 TEXT_PROMPT = 'prompt = tokenizer("def fibonacci(n):", return_tensors="pt")'
+JUDGES = "It gives answers a score: of two, the better one should have the larger."
+SCORED_PROMPT = """\
+messages = [
+    {"role": "user", "content": "What is a list?"},
+    {"role": "assistant", "content": "A list is an ordered collection."},
+]
+prompt = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
+# Whatever a template writes behind the end of the answer was not scored in training."""
 CHAT_PROMPT = """\
 messages = [{"role": "user", "content": "What is a list?"}]
 prompt = tokenizer.apply_chat_template(
@@ -127,12 +148,18 @@ def model_card(
         if letter in pattern
     ]
     data, sources = _sources(config)
+    scores = has_scalar_head(config.model)
+    prompt = TEXT_PROMPT
+    if chat:
+        prompt = SCORED_PROMPT if scores else CHAT_PROMPT
     return CARD.format(
         name=config.model.name,
         total=total_parameters,
         active=active_parameters,
-        purpose=ANSWERS if isinstance(config.data, ConversationsConfig) else CONTINUES,
-        prompt=CHAT_PROMPT if chat else TEXT_PROMPT,
+        what="reward model" if scores else "language model",
+        task="text-classification" if scores else "text-generation",
+        purpose=_purpose(config),
+        use=(SCORES if scores else GENERATES).format(prompt=prompt),
         not_parsed=" not" if splits_special_tokens else "",
         pattern=pattern,
         layers=markdown_table(("letter", "layer", "number"), layers),
@@ -145,6 +172,12 @@ def model_card(
             "" if dtype == "float32" else "; `A_log`, `D`, `dt_bias` and expert biases are float32"
         ),
     )
+
+
+def _purpose(config: RunConfig) -> str:
+    if has_scalar_head(config.model):
+        return JUDGES
+    return ANSWERS if isinstance(config.data, ConversationsConfig) else CONTINUES
 
 
 def _sources(config: RunConfig) -> tuple[str, list[str]]:

@@ -32,6 +32,7 @@ class TextGenerator:
         logging.disable_progress_bar()  # of loading weights: it would stand before the text
         logging.set_verbosity_error()
         self.sampling = sampling
+        _refuse_scores(folder)
         with loading(folder):
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         if chat and self.tokenizer.chat_template is None:
@@ -68,6 +69,15 @@ class TextGenerator:
             print("(stopped)", file=sys.stderr, flush=True)
         text = self.tokenizer.decode(streamer.ids, **decoding)
         return Completion(text, len(streamer.ids), time.monotonic() - start)
+
+
+def _refuse_scores(folder: Path) -> None:
+    path = folder / "config.json"
+    if path.is_file() and "ForSequenceClassification" in path.read_text(encoding="utf-8"):
+        raise ValueError(
+            f"{folder} holds a reward model, which gives answers a score and writes none: name the "
+            "folder of a language model"
+        )
 
 
 def no_template(what: str, options: str) -> ValueError:

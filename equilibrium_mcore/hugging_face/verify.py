@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from equilibrium_mcore.config.heads import has_output
 from equilibrium_mcore.config.schema import ParallelismConfig, RunConfig
 from equilibrium_mcore.data.tokenizer import load_tokenizer
 from equilibrium_mcore.hugging_face.convert import find_checkpoint, read_run_config
@@ -49,14 +50,18 @@ def verify_export(
 def hugging_face_logits(folder: Path, ids: Tensor) -> Tensor:
     """Logits (batch, tokens, vocabulary) of the exported model, in float32.
 
-    ids: (batch, tokens).
+    ids: (batch, tokens). Of a reward model scores of every token instead, (batch, tokens).
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    model = AutoModelForCausalLM.from_pretrained(
+    auto = json.loads((folder / "config.json").read_text(encoding="utf-8"))["auto_map"]
+    (kind,) = [name for name in auto if name.startswith("AutoModelFor")]
+    model = getattr(transformers, kind).from_pretrained(
         str(folder), trust_remote_code=True, local_files_only=True, dtype=torch.float32
     )
     with torch.no_grad():
+        if kind == "AutoModelForSequenceClassification":
+            return model.eval().token_scores(ids)
         return model.eval()(ids).logits
 
 
@@ -98,7 +103,9 @@ def megatron_logits(
             logits = model.to(accelerator.device())(
                 ids.to(accelerator.device()), positions.to(accelerator.device()), None
             )
-    return logits[..., : config.model.vocab_size].float().cpu()
+    if has_output(config.model):
+        logits = logits[..., : config.model.vocab_size]
+    return logits.float().cpu()
 
 
 def _take_keys(wanted: dict[str, Any], reader: CheckpointReader) -> None:

@@ -84,18 +84,17 @@ def to_hugging_face(
 
 def expected_shapes(hugging_face_config: dict[str, Any]) -> dict[str, torch.Size]:
     """Shapes of the tensors that the Hugging Face model of these config values loads."""
+    from equilibrium_mcore.hugging_face.model_code import modeling_equilibrium
     from equilibrium_mcore.hugging_face.model_code.configuration_equilibrium import (
         EquilibriumConfig,
     )
-    from equilibrium_mcore.hugging_face.model_code.modeling_equilibrium import (
-        EquilibriumForCausalLM,
-    )
 
+    (name,) = hugging_face_config.get("architectures", ["EquilibriumForCausalLM"])
     with torch.device("meta"):
-        model = EquilibriumForCausalLM(EquilibriumConfig(**hugging_face_config))
+        model = getattr(modeling_equilibrium, name)(EquilibriumConfig(**hugging_face_config))
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if hugging_face_config["tie_word_embeddings"]:
-        del shapes["lm_head.weight"]
+        shapes.pop("lm_head.weight", None)
     return shapes
 
 

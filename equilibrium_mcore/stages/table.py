@@ -17,4 +17,6 @@ STAGE_RANKS: dict[str, Callable[..., None]] = {
     "ipo": preference_rank,
     "simpo": preference_rank,
     "orpo": preference_rank,
+    "kto": preference_rank,
+    "reward_model": train_rank,
 }

@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from equilibrium_mcore.config.objectives import NextTokenConfig, SftConfig
+from equilibrium_mcore.config.objectives import (
+    KtoConfig,
+    NextTokenConfig,
+    RewardModelConfig,
+    SftConfig,
+)
 from equilibrium_mcore.training.objective import Objective, WeightedTokens
 from equilibrium_mcore.training.pairs import PAIR_OBJECTIVES
+from equilibrium_mcore.training.scores import Scores
+from equilibrium_mcore.training.single_answers import Kto
 
 OBJECTIVES: dict[type, Callable[[Any], Objective]] = {
     NextTokenConfig: lambda settings: WeightedTokens(),
     SftConfig: lambda settings: WeightedTokens(settings.reduction, settings.constant_length),
     **PAIR_OBJECTIVES,
+    KtoConfig: Kto,
+    RewardModelConfig: Scores,
 }
 
 

@@ -40,8 +40,13 @@ def load_frozen(
     if layers_of(model.layer_pattern) == layers_of(config.model.layer_pattern):
         # The run's cuts fit its pipeline; those that the weights were saved under need not.
         model = model.model_copy(update={"layer_pattern": config.model.layer_pattern})
+    if model.moe is not None:  # nothing balances experts that do not train
+        still = model.moe.model_copy(update={"load_balancing": "none"})
+        model = model.model_copy(update={"moe": still})
     wanted = config.model_copy(update={"model": model})
-    if problems := rules.check(wanted, world_size=torch.distributed.get_world_size()):
+    # Its head is that of another objective than the run's.
+    fits = wanted.model_copy(update={"model": model.model_copy(update={"head": config.model.head})})
+    if problems := rules.check(fits, world_size=torch.distributed.get_world_size()):
         raise ConfigError(problems, source=f"the model of {opened.path} in this run's layout")
     with kept_random_states():
         _, chunks = build_chunks(wanted, groups, trainable=False)

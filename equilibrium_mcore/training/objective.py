@@ -13,7 +13,7 @@ A new objective is a section in `config/objectives.py`, a class, and its row in
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -59,6 +59,10 @@ class Objective(Protocol):
     tokens_of: str
     """The figure whose count is how many tokens were trained on."""
 
+    reads: Literal["losses", "values", "both"]
+    """What `__call__` is given of a model with an output layer and a scalar head: losses, values,
+    or both, [2, B, S / CP]. A model with one of them gives that one."""
+
     inputs: tuple[str, ...]
     """Names of tensors of the batch that `__call__` needs beside `loss_mask`."""
 
@@ -72,6 +76,7 @@ class WeightedTokens:
     figures = ("loss",)
     tokens_of = "loss"
     has_perplexity = True
+    reads = "losses"
 
     def __init__(self, reduction: str = "token_mean", length: int | None = None) -> None:
         self._weights, self._length = REDUCTIONS[reduction], length

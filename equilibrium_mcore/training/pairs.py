@@ -34,6 +34,7 @@ class Pairs:
     figures = ("loss", "nll", "accuracy", "margin", "chosen_reward", "rejected_reward")
     tokens_of = "nll"
     has_perplexity = False
+    reads = "losses"
 
     def __init__(self, loss: PairLoss, reward: Reward, *, needs_reference: bool) -> None:
         self._loss, self._reward, self.needs_reference = loss, reward, needs_reference
@@ -43,12 +44,7 @@ class Pairs:
         """Number the pairs over all rows. Raises ValueError where a reference is missing."""
         if self.needs_reference and REFERENCE not in batch:
             raise ValueError("the batch has no log-probabilities of a reference")
-        answer_BS = batch["answer"]
-        pairs_B = answer_BS.amax(dim=1) // 2
-        before_B = pairs_B.cumsum(0) - pairs_B
-        batch["answer"] = torch.where(answer_BS > 0, answer_BS + 2 * before_B[:, None], 0)
-        batch["answers"] = torch.full_like(answer_BS, int(2 * pairs_B.sum()))
-        return float(pairs_B.sum())
+        return number_answers(batch) / 2
 
     def __call__(self, losses: Tensor, batch: Batch, *, cp_group: Any) -> ObjectiveOutput:
         """See Objective."""
@@ -58,10 +54,8 @@ class Pairs:
         values = [log_p, ones]
         if self.needs_reference:
             values.append(batch[REFERENCE].reshape(-1).to(wide))
-        count = int(batch["answers"].max())
-        sums = log_p.new_zeros(count + 1, len(values))
-        sums = sums.index_add(0, answer, torch.stack(values, dim=1))
-        sums = summed_over_context(sums, cp_group)[1:].view(-1, 2, len(values))
+        sums = sums_of_answers(values, answer, batch=batch, cp_group=cp_group)
+        sums = sums.view(-1, 2, len(values))
         policy = _answers(sums, 0)
         reference = _answers(sums, 2) if self.needs_reference else None
         loss = self._loss(policy, reference)
@@ -80,6 +74,27 @@ class Pairs:
             pairs = log_p.new_tensor(len(loss) / ways)
             figures |= {name: (v.detach().sum() / ways, pairs) for name, v in of_pairs.items()}
         return ObjectiveOutput(loss.sum(), figures)
+
+
+def number_answers(batch: Batch) -> int:
+    """Number `answer` through over all rows, and put how many there are into `answers` [B, S]."""
+    answer_BS = batch["answer"]
+    count_B = answer_BS.amax(dim=1)
+    before_B = count_B.cumsum(0) - count_B
+    batch["answer"] = torch.where(answer_BS > 0, answer_BS + before_B[:, None], 0)
+    batch["answers"] = torch.full_like(answer_BS, int(count_B.sum()))
+    return int(count_B.sum())
+
+
+def sums_of_answers(values: list[Tensor], answer: Tensor, *, batch: Batch, cp_group: Any) -> Tensor:
+    """Sums of `values`, each [tokens], over every answer of the micro-batch: [answers, values].
+
+    answer: [tokens], 0 where nothing counts. The same on all context ranks. Collective.
+    """
+    count = int(batch["answers"].max())
+    sums = values[0].new_zeros(count + 1, len(values))
+    sums = sums.index_add(0, answer, torch.stack(values, dim=1))
+    return summed_over_context(sums, cp_group)[1:]
 
 
 def _answers(sums: Tensor, place: int) -> Answers:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from equilibrium_mcore.adapters.lora import detach_adapters, put_back
 from equilibrium_mcore.data.stream import Batch
@@ -13,6 +14,8 @@ from equilibrium_mcore.training.frozen import load_frozen
 from equilibrium_mcore.training.pairs import REFERENCE
 from equilibrium_mcore.training.scoring import log_probabilities
 from equilibrium_mcore.training.setup import Run
+
+Prepare = Callable[[Run, list[Batch]], None]
 
 
 class Reference:
@@ -32,15 +35,17 @@ class Reference:
 
     def __call__(self, run: Run, batches: list[Batch]) -> None:
         """Fill `reference` [B, S] of every batch. Collective."""
+        for batch, values in zip(batches, self.scores(run, batches), strict=True):
+            batch[REFERENCE] = values.cpu()  # cut and sent with the others
+
+    def scores(self, run: Run, batches: list[Batch]) -> list[Tensor]:
+        """log p of every label, [B, S] of each batch. Collective."""
         # As the loss has it, in which rows that only pad the vocabulary have a share: both sides of
         # a ratio must be of one distribution.
         if self._frozen is not None:
-            found = log_probabilities(run, batches, chunks=self._frozen, padded_vocabulary=True)
-        else:
-            with adapters_off(run.chunks):
-                found = log_probabilities(run, batches, padded_vocabulary=True)
-        for batch, values in zip(batches, found, strict=True):
-            batch[REFERENCE] = values.cpu()  # cut and sent with the others
+            return log_probabilities(run, batches, chunks=self._frozen, padded_vocabulary=True)
+        with adapters_off(run.chunks):
+            return log_probabilities(run, batches, padded_vocabulary=True)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.layout import train_samples
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.blend import Datasets, build_datasets, epoch_tokens
+from equilibrium_mcore.data.chat.answers import AnswerDataset
 from equilibrium_mcore.data.chat.build import build_conversations, epoch_sequences
 from equilibrium_mcore.data.ledger.dataset import LedgerDataset
 from equilibrium_mcore.data.left_out import LeftOut, RemainingSamples
@@ -230,6 +231,8 @@ def _conversations(config: RunConfig, progress: Progress | None, say: Say) -> Da
         held_out = build_conversations(data, part="validation", samples=count, **settings)
         say(f"validation: {held_out.epoch}")
         validation = held_out.dataset
+        if isinstance(validation, AnswerDataset):
+            validation.first_place = len(built.dataset.examples.ids)
     return Datasets(train=built.dataset, validation=validation, test=None)
 
 

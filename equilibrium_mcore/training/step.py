@@ -173,6 +173,8 @@ def objective_of(
     losses: Tensor, *, batch: Batch, run: Run, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The objective's scaled sum, this rank's positions, and the figures (sum, count) as a row."""
+    if losses.dim() == 3 and run.objective.reads != "both":  # of a model with two heads
+        losses = losses[int(run.objective.reads == "values")]
     outcome = run.objective(losses, batch, cp_group=run.groups.cp)
     positions = torch.tensor(batch["labels"].numel(), dtype=torch.int, device=losses.device)
     figures = [value for name in run.objective.figures for value in outcome.figures[name]]

@@ -158,6 +158,19 @@ def adapter_gradients_not_summed_under_sequence_parallelism() -> None:
     LoraAdapter._summed = lambda self, factor: factor
 
 
+def scalar_head_gradient_not_summed_under_sequence_parallelism() -> None:
+    """Each rank's copy of the head learns from its own positions."""
+    from equilibrium_mcore.models.heads import ScalarHead
+
+    build = ScalarHead.__init__
+
+    def broken(self, *args, **kwargs):
+        build(self, *args, **kwargs)
+        self.weight.sequence_parallel = False
+
+    ScalarHead.__init__ = broken
+
+
 def healthy() -> None:
     """Nothing is broken."""
 
@@ -179,6 +192,15 @@ PACKED = ("data.packing=documents", "training.micro_batch_size=1")
 # The run's own objective is replaced in every rank, the reference's too.
 PAIRS = (*PACKED, "objective.type=sft", "model.moe.aux_loss_coefficient=0.01")
 SFT = ("objective.type=sft",)
+SCORES = (
+    "stage=orpo",  # which needs no weights
+    "model.head=scalar",
+    "training.validation_interval_steps=0",
+    "model.moe.load_balancing=none",
+    "objective={type: reward_model}",
+    "data={type: preferences, name: made_up, sources: [{name: made_up, train: [made_up.jsonl]}], "
+    "tokenizer: {type: SentencePieceTokenizer, model: made_up.model}}",
+)
 EXPECTED: dict[Callable[[], None], Case] = {
     healthy: Case("tp=2,cp=2,ep=2", "", "", PACKED),
     context_split_over_the_wrong_group: Case("tp=2,cp=2", "loss of every step", "step 1"),
@@ -190,6 +212,9 @@ EXPECTED: dict[Callable[[], None], Case] = {
     rope_not_offset_under_context_parallelism: Case("cp=2", "gradients", "embedding"),
     adapter_gradients_not_summed_under_sequence_parallelism: Case(
         "tp=2", "gradients", "adapter", ADAPTERS
+    ),
+    scalar_head_gradient_not_summed_under_sequence_parallelism: Case(
+        "tp=2", "gradients", "scalar_head.weight", SCORES
     ),
     blockwise_muon: Case("tp=2", "update from given gradients", "decoder.layers.0.mixer"),
     main_weights_not_refreshed: Case("tp=2", "bf16: main weights", "decoder.layers"),

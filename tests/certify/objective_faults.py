@@ -19,6 +19,7 @@ class LikelierDocument:
     figures = ("loss", "margin")
     tokens_of = "loss"
     has_perplexity = False
+    reads = "losses"
     inputs = ("document", "documents", "weight")
 
     def weigh(self, batch: dict[str, Tensor]) -> float:

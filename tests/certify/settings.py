@@ -131,6 +131,17 @@ CASES = {
     "ipo": Case("tp=2,dp=2", ("objective={type: ipo}", "adapters=null"), run="dpo"),
     "simpo": Case("pp=2,vpp=2", ("objective={type: simpo}", "adapters=null"), run="dpo"),
     "orpo": Case("cp=2,dp=2", ("objective={type: orpo}", "adapters=null"), run="dpo"),
+    "kto": Case(
+        "tp=2,cp=2,ep=2",
+        ("objective={type: kto, undesirable_weight: 1.3}", "adapters=null")
+        + ("data.unpaired=true", BALANCED),
+        run="dpo",
+    ),
+    "reward_model": Case("tp=2,cp=2,ep=2", ("adapters=null", BALANCED), run="reward_model"),
+    "reward_model_stages": Case("pp=2,vpp=2", ("adapters=null",), run="reward_model"),
+    "reward_model_of_adapters": Case(
+        "tp=2,pp=2", ("model.tie_embeddings=true",), run="reward_model"
+    ),
     "adapters_of_experts": Case("ep=2,dp=2", ("adapters={rank: 2, experts: true}",)),
     # ------------------------------------------------- faster kernels, and overlapped sums
     "fused_swiglu": Case("tp=2,ep=2", ("training.fused.activation=true", BALANCED)),

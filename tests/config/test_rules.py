@@ -34,6 +34,7 @@ CHATS = {
     "tokenizer": {"type": "SentencePieceTokenizer", "model": "t.model"},
     "sources": [{"name": "general", "train": ["general.train.jsonl"]}],
 }
+JUDGED = {**CHATS, "type": "preferences", "unpaired": True}
 SFT = {"stage": "sft", "data": CHATS, "objective": {"type": "sft"}}
 
 # rule, a run that breaks it, words that the message must have, a run that keeps it.
@@ -744,6 +745,36 @@ CASES = [
         {"stage": "orpo", "data": {**CHATS, "type": "preferences"}, "objective": {"type": "sft"}},
         ["objective.type='sft'", "an objective of pairs"],
         {"stage": "orpo", "data": {**CHATS, "type": "preferences"}, "objective": {"type": "orpo"}},
+    ),
+    (
+        "an_objective_has_its_data",
+        {"stage": "orpo", "data": {**CHATS, "type": "preferences"}, "objective": {"type": "kto"}},
+        ["objective.type='kto'", "data.unpaired: true"],
+        {"stage": "orpo", "data": JUDGED, "objective": {"type": "kto"}},
+    ),
+    (
+        "kto_needs_several_answers",
+        {
+            "stage": "orpo",
+            "data": JUDGED,
+            "objective": {"type": "kto"},
+            "training.global_batch_size": 1,
+            "training.micro_batch_size": 1,
+        },
+        ["global_batch_size=1", "set 2 or more"],
+        {"stage": "orpo", "data": JUDGED, "objective": {"type": "kto"}},
+    ),
+    (
+        "an_objective_has_its_head",
+        {"model.head": "scalar"},
+        ["model.head='scalar'", "objective.type='next_token'", "set model.head: output"],
+        {"model.head": "both"},
+    ),
+    (
+        "an_objective_has_its_head",
+        {"model.head": "both", "parallelism.overlap_grad_reduce": True},
+        ["model.head='both'", "overlap_grad_reduce: false"],
+        {"model.head": "output", "parallelism.overlap_grad_reduce": True},
     ),
     (
         "adapters_freeze_the_rest",

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.parallel.launch import RankInfo
 from equilibrium_mcore.stages.table import STAGE_RANKS
 from tests.data.chat.support import write_rows
+from tests.support.pool import RankError
 from tests.support.runs import MODEL, tiny_run, train_steps
 
 UNBALANCED = {**MODEL, "moe": {**MODEL["moe"], "load_balancing": "none"}}
@@ -29,8 +31,17 @@ KINDS = {  # stage, and whether adapters train
     "ipo": ("ipo", False),
     "simpo": ("simpo", False),
     "orpo": ("orpo", False),
+    "kto": ("kto", False),
+    "kto of adapters": ("kto", True),
+    "reward_model": ("reward_model", False),
+    "reward_model of adapters": ("reward_model", True),
 }
-IN_CI = {("dpo of adapters", "mixed")}
+IN_CI = {("dpo of adapters", "mixed"), ("kto", "mixed"), ("reward_model of adapters", "mixed")}
+OF_PAIRS = ("loss", "nll", "accuracy", "margin", "chosen_reward")
+FIGURES = {
+    "kto": ("loss", "nll", "kl", "desirable_reward", "undesirable_reward"),
+    "reward_model": ("loss", "score", "accuracy", "margin", "chosen_score", "rejected_score"),
+}
 
 
 def pairs(count: int, seed: int) -> list[dict]:
@@ -42,6 +53,7 @@ def pairs(count: int, seed: int) -> list[dict]:
             "prompt": f"say {draw.choice(words)}",
             "chosen": " ".join(["good"] * draw.randint(1, 5)),
             "rejected": " ".join(["bad"] * draw.randint(1, 5)),
+            "margin": draw.choice([0, 0.5, 1]),
         }
         for _ in range(count)
     ]
@@ -86,15 +98,16 @@ def config_of(kind: str, preferences: dict, pretrained: Path, output: Path, **ch
         "validation_interval_steps": 3,
         "validation_batches": 1,
     }
+    head = {"head": "scalar"} if stage == "reward_model" else {}
     return tiny_run(
-        preferences,
+        {**preferences, "unpaired": stage == "kto"},
         output,
         stage=stage,
-        model=UNBALANCED,
+        model={**UNBALANCED, **head, **changes.pop("model", {})},
         training={**training, **changes.pop("training", {})},
         parallelism=changes.pop("parallelism", {"world_size": 1}),
         checkpoint={"initial_weights": str(pretrained)},
-        objective={"type": stage},
+        objective={"type": stage, **changes.pop("objective", {})},
         adapters={"rank": 4} if adapts else None,
         **changes,
     )
@@ -143,7 +156,7 @@ def test_pairs_are_the_same_in_every_layout(
         assert len(found) == len(expected) > 0
         for record, other in zip(found, expected, strict=True):
             assert record.get("tokens") == other.get("tokens")
-            for figure in ("loss", "nll", "accuracy", "margin", "chosen_reward"):
+            for figure in FIGURES.get(KINDS[kind][0], OF_PAIRS):
                 assert record[figure] == pytest.approx(other[figure], rel=1e-4, abs=2e-5), figure
 
 
@@ -181,3 +194,103 @@ def test_a_frozen_copy_is_the_reference_that_adapters_leave(
     """Before a step, both score alike: the same loss, though one has a second model."""
     losses = [records(one_rank(kind), "train")[0]["loss"] for kind in ("dpo", "dpo of adapters")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def first_values(rank_info: RankInfo, config: RunConfig) -> dict[str, Any]:
+    """What a run prepares for its first step, and whether it holds a second model."""
+    from equilibrium_mcore.stages.preferences import with_reference
+    from equilibrium_mcore.training.setup import setup, teardown
+
+    run = setup(config, rank_info)
+    with_reference(run)
+    batches = run.stream.next_batches(run.micro_batches)
+    run.prepare(run, batches)
+    found = [(b["reference"] * (b["answer"] > 0), b.get("kl", b["answer"]).max()) for b in batches]
+    prepare = getattr(run.prepare, "_reference", run.prepare)
+    frozen = getattr(prepare, "_frozen", None)
+    teardown(run)
+    return {"found": found, "second_model": frozen is not None}
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_a_stored_reference_is_the_live_one(ranks, preferences, pretrained, tmp_path, kind):
+    """But for rounding: it is scored in other packs; and without a second model."""
+    found = {}
+    for name in ("live", "stored"):
+        objective = {"reference": name}
+        config = config_of(kind, preferences, pretrained, tmp_path / name, objective=objective)
+        found[name] = ranks.run(1, first_values, config)[0]
+    assert found["live"]["second_model"] and not found["stored"]["second_model"]
+    for live, stored in zip(found["live"]["found"], found["stored"]["found"], strict=True):
+        assert live[0].abs().max() > 1
+        for one, other in zip(live, stored, strict=True):
+            assert (one - other).abs().max() < 1e-4
+
+
+def test_a_stored_reference_is_made_once_and_refused_of_others(
+    ranks, preferences, pretrained, one_rank, tmp_path
+):
+    """Stopped and resumed it gives the straight run's curve; the files are not written again."""
+    folder = tmp_path / "reference"
+    stored = {"reference": "stored", "reference_directory": str(folder)}
+
+    def run(where: Path, **changes: Any) -> None:
+        config = config_of("dpo", preferences, pretrained, where, objective=stored, **changes)
+        ranks.run(config.parallelism.world_size, stage_rank, config)
+
+    run(tmp_path / "straight", parallelism=LAYOUTS["data"])
+    written = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    assert {path.name for path in written} == {"log_p.npy", "facts.json"} and len(written) == 4
+    run(tmp_path / "halves", training={"stop_after_steps": 3})
+    run(tmp_path / "halves")
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    curves = [
+        [r["loss"] for r in records(where, "train")]
+        for where in (tmp_path / "straight", tmp_path / "halves", one_rank("dpo"))
+    ]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+    assert curves[1] == pytest.approx(curves[2], rel=1e-4)  # the live reference
+    other = {**preferences, "template": "chatml"}
+    for what, changes in {
+        "packing": {"training": {"sequence_length": 256}},
+        "data and template": {"preferences": other},
+        "weights": {"pretrained": tmp_path / "straight"},
+    }.items():
+        given = {"preferences": preferences, "pretrained": pretrained, **changes}
+        config = config_of("dpo", output=tmp_path / "other", objective=stored, **given)
+        with pytest.raises(RankError, match=f"is of another {what}: put back"):
+            ranks.run(1, stage_rank, config)
+    values = folder / "train" / "log_p.npy"
+    values.write_bytes(values.read_bytes()[:-4])
+    with pytest.raises(RankError, match="remove the folder to have it made again"):
+        run(tmp_path / "damaged")
+
+
+def test_trap_ktos_z_is_of_the_global_batch(ranks, preferences, pretrained, one_rank, tmp_path):
+    """However it is cut into micro-batches; from the second step on it is not 0."""
+    together = {"training": {"micro_batch_size": 2}}
+    config = config_of("kto", preferences, pretrained, tmp_path, **together)
+    ranks.run(1, stage_rank, config)
+    found, expected = records(tmp_path, "train"), records(one_rank("kto"), "train")
+    for figure in ("kl", "loss"):
+        values = [record[figure] for record in found]
+        assert values == pytest.approx([record[figure] for record in expected], abs=2e-5)
+    assert expected[0]["kl"] == pytest.approx(0.0, abs=1e-4) and expected[-1]["kl"] > 0.01
+
+
+def test_trap_ktos_mean_needs_more_than_one_answer(preferences, pretrained, tmp_path):
+    alone = {"training": {"global_batch_size": 1}}
+    with pytest.raises(ConfigError, match="global_batch_size=1 with objective.type='kto'"):
+        config_of("kto", preferences, pretrained, tmp_path, **alone)
+
+
+def test_a_reward_model_learns_the_preference(one_rank):
+    """By the held-out pairs."""
+    last = records(one_rank("reward_model of adapters"), "validation")[-1]
+    first = records(one_rank("reward_model of adapters"), "train")[0]
+    assert last["accuracy"] > 0.9 and last["margin"] > first["margin"]
+
+
+def test_an_objective_needs_its_head(preferences, pretrained, tmp_path):
+    with pytest.raises(ConfigError, match="model.head='output' with objective.type='reward_model'"):
+        config_of("reward_model", preferences, pretrained, tmp_path, model={"head": "output"})

@@ -14,6 +14,7 @@ from equilibrium_mcore.data.chat.order import Packing
 from equilibrium_mcore.data.chat.preferences import PreferenceDataset, pair_units
 from equilibrium_mcore.data.chat.render import Renderer, build_renderer
 from equilibrium_mcore.data.chat.store import load_or_encode
+from equilibrium_mcore.data.chat.unpaired import UnpairedDataset, unpaired_units
 from equilibrium_mcore.data.repeats import same_text
 from equilibrium_mcore.data.tokenizer import load_tokenizer
 
@@ -60,8 +61,7 @@ def build_conversations(
     """
     renderer, examples, report = _examples(config, part, sequence_length)
     tokenizer = renderer.vocabulary.tokenizer
-    kind = PreferenceDataset if isinstance(config, PreferencesConfig) else ConversationDataset
-    dataset = kind(
+    dataset = _kind(config)(
         examples,
         sequence_length=sequence_length,
         samples=samples,
@@ -73,7 +73,12 @@ def build_conversations(
         state=state,
         first_sample=first_sample,
     )
-    epoch = packed_epoch(examples, dataset.units(examples), **_plan(config, sequence_length, seed))
+    epoch = packed_epoch(
+        examples,
+        dataset.units(examples),
+        every=_every(config),
+        **_plan(config, sequence_length, seed),
+    )
     return BuiltConversations(dataset, report, epoch)
 
 
@@ -85,10 +90,23 @@ def epoch_sequences(
     plan = _plan(config, sequence_length, seed)
     units = examples.lengths
     if isinstance(config, PreferencesConfig):
-        units = pair_units(examples, config.document_multiple)
+        measure = unpaired_units if config.unpaired else pair_units
+        units = measure(examples, config.document_multiple)
     return EpochSequences(
-        count_sequences(units, epochs=epochs, **plan), packed_epoch(examples, units, **plan)
+        count_sequences(units, epochs=epochs, **plan),
+        packed_epoch(examples, units, every=_every(config), **plan),
     )
+
+
+def _kind(config: ConversationsConfig) -> type[ConversationDataset]:
+    if not isinstance(config, PreferencesConfig):
+        return ConversationDataset
+    return UnpairedDataset if config.unpaired else PreferenceDataset
+
+
+def _every(config: ConversationsConfig) -> int:
+    """Beside each of unpaired answers stands a mismatched one, which is not trained on."""
+    return 2 if isinstance(config, PreferencesConfig) and config.unpaired else 1
 
 
 def _examples(

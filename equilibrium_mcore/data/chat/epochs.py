@@ -42,18 +42,27 @@ class PackedEpoch:
 
 
 def packed_epoch(
-    examples: Examples, units: np.ndarray, *, seed: int, window: int, packing: Packing
+    examples: Examples,
+    units: np.ndarray,
+    *,
+    every: int = 1,
+    seed: int,
+    window: int,
+    packing: Packing,
 ) -> PackedEpoch:
     """The first epoch. Others differ by a few sequences.
 
-    `units` are the positions of what is packed as one: of examples, or of pairs.
+    `units` are the positions of what is packed as one: of examples, or of pairs. Of so many
+    examples in a row as `every` says, the first alone is trained on.
     """
     sequences = count_sequences(units, epochs=1, seed=seed, window=window, packing=packing)
     return PackedEpoch(
-        examples=len(examples),
+        examples=len(examples) // every,
         sequences=sequences,
-        tokens=int(examples.lengths.sum()),
-        produced=int(examples.produced.sum()),
+        tokens=int(examples.lengths[::every].sum()),
+        produced=int(
+            np.add.reduceat(examples.produced, examples.starts[:-1], dtype=int)[::every].sum()
+        ),
         positions=sequences * packing.sequence_length,
     )
 

@@ -6,8 +6,8 @@ They lie in flat arrays, so that a million of them are six arrays that all proce
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -23,6 +23,8 @@ class Example:
         source: name of the set that it comes from.
         number: line of its file, from 1; files of a set are numbered through.
         weight: factor on its loss.
+        judged: what the data says of it besides, by name: `margin` of a pair, at its chosen answer;
+            `desirable` of an answer, 1 or 0.
     """
 
     ids: np.ndarray
@@ -30,6 +32,7 @@ class Example:
     source: str
     number: int
     weight: float = 1.0
+    judged: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Examples:
         number: int64[examples].
         weight: float32[examples].
         names: of the sets.
+        judged: float32[examples] by name; 0 where an example has none of the name.
     """
 
     ids: np.ndarray
@@ -53,6 +57,7 @@ class Examples:
     number: np.ndarray
     weight: np.ndarray
     names: tuple[str, ...]
+    judged: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     ARRAYS = ("ids", "produced", "lengths", "source", "number", "weight")
 
@@ -71,13 +76,17 @@ class Examples:
             number=np.array([example.number for example in examples], np.int64),
             weight=np.array([example.weight for example in examples], np.float32),
             names=names,
+            judged={
+                name: np.array([example.judged.get(name, 0.0) for example in examples], np.float32)
+                for name in sorted({name for example in examples for name in example.judged})
+            },
         )
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> Example:
-        start = int(self._starts[index])
+        start = int(self.starts[index])
         end = start + int(self.lengths[index])
         return Example(
             self.ids[start:end],
@@ -85,18 +94,23 @@ class Examples:
             self.names[self.source[index]],
             int(self.number[index]),
             float(self.weight[index]),
+            {name: float(values[index]) for name, values in self.judged.items()},
         )
 
     @cached_property
-    def _starts(self) -> np.ndarray:
+    def starts(self) -> np.ndarray:
+        """Where each example begins in `ids`, and where the last one ends. int64[examples + 1]."""
         return np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
 
     @cached_property
     def fingerprint(self) -> str:
         """A hash of everything that is trained on, in order."""
         digest = hashlib.blake2b(digest_size=16)
-        for name in ("lengths", "ids", "produced", "weight"):
-            array = np.ascontiguousarray(getattr(self, name))
+        arrays = [getattr(self, name) for name in ("lengths", "ids", "produced", "weight")]
+        for name, values in sorted(self.judged.items()):
+            digest.update(bytes(name, "utf-8"))
+            arrays.append(values)
+        for array in map(np.ascontiguousarray, arrays):
             for start in range(0, len(array), 1 << 22):
                 digest.update(array[start : start + (1 << 22)].tobytes())
         return digest.hexdigest()

@@ -5,21 +5,23 @@
     {"messages" or "conversations": [...], "chosen": message, "rejected": message}
 
 A pair lies in one sequence, its chosen answer's document first. Only the answers count: assistant
-turns of the prompt are context.
+turns of the prompt are context. A row may have a `margin`, a number, by how much the chosen answer
+is better, which a reward model is trained with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from equilibrium_mcore.config.chat import PreferencesConfig
 from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.data.chat.answers import AnswerDataset
 from equilibrium_mcore.data.chat.conversations import (
     ConversationError,
     read_rows,
@@ -27,10 +29,9 @@ from equilibrium_mcore.data.chat.conversations import (
     read_turn,
     read_turns,
 )
-from equilibrium_mcore.data.chat.dataset import ConversationDataset
 from equilibrium_mcore.data.chat.encode import EncodingReport, SourceCounts, refuse_all
 from equilibrium_mcore.data.chat.examples import Example, Examples
-from equilibrium_mcore.data.chat.fill import fill_sequence, padded
+from equilibrium_mcore.data.chat.fill import padded
 from equilibrium_mcore.data.chat.order import SequencePlan
 from equilibrium_mcore.data.chat.render import Renderer
 from equilibrium_mcore.data.chat.segments import Turn, joined
@@ -40,12 +41,13 @@ PAIRS = "pairs"
 
 
 class Preference(NamedTuple):
-    """A row: the turns before the answers, both answers, and the number of its line."""
+    """A row: the turns before the answers, both answers, the number of its line, and its margin."""
 
     prompt: tuple[Turn, ...]
     chosen: tuple[Turn, ...]
     rejected: tuple[Turn, ...]
     line: int
+    margin: float = 0.0
 
 
 def parse_preference(row: Mapping[str, Any], line: int = 0) -> Preference:
@@ -54,13 +56,8 @@ def parse_preference(row: Mapping[str, Any], line: int = 0) -> Preference:
         if key not in row:
             held = ", ".join(map(repr, list(row)[:8])) or "no key"
             raise ConversationError(key, f"missing; a preference has both answers, not {held}")
-    history = next((key for key in ("messages", "conversations") if key in row), None)
-    prompt: tuple[Turn, ...] = ()
-    if history is not None:
-        prompt = tuple(read_turns(row, history))
-    elif "prompt" in row:
-        prompt = tuple(_turns(row, "prompt", "user"))
-    chosen, rejected = (tuple(_turns(row, key, "assistant")) for key in ("chosen", "rejected"))
+    prompt = read_prompt(row)
+    chosen, rejected = (read_part(row, key, "assistant") for key in ("chosen", "rejected"))
     if not prompt:
         shared = _common(chosen, rejected)
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
@@ -71,17 +68,39 @@ def parse_preference(row: Mapping[str, Any], line: int = 0) -> Preference:
         raise ConversationError("rejected", "is the chosen answer: a pair says nothing then")
     if not prompt:
         raise ConversationError("prompt", "missing, and chosen and rejected share no first turns")
-    return Preference(tuple(t._replace(trained=False) for t in prompt), chosen, rejected, line)
+    return Preference(as_context(prompt), chosen, rejected, line, _margin(row))
 
 
-def _turns(row: Mapping[str, Any], key: str, role: str) -> Iterator[Turn]:
+def read_prompt(row: Mapping[str, Any]) -> tuple[Turn, ...]:
+    """The turns under `messages`, `conversations` or `prompt`; none where the row has none."""
+    for key in ("messages", "conversations"):
+        if key in row:
+            return tuple(read_turns(row, key))
+    return read_part(row, "prompt", "user") if "prompt" in row else ()
+
+
+def read_part(row: Mapping[str, Any], key: str, role: str) -> tuple[Turn, ...]:
+    """What stands under a key: a text of this role, a message, or several."""
     value = row[key]
     if isinstance(value, str):
-        yield Turn(role, read_text(value, key))
-    elif isinstance(value, Mapping):
-        yield read_turn(value, key)
-    else:
-        yield from read_turns(row, key)
+        return (Turn(role, read_text(value, key)),)
+    if isinstance(value, Mapping):
+        return (read_turn(value, key),)
+    return tuple(read_turns(row, key))
+
+
+def as_context(turns: Sequence[Turn]) -> tuple[Turn, ...]:
+    """The turns, of which nothing is trained on."""
+    return tuple(turn._replace(trained=False) for turn in turns)
+
+
+def _margin(row: Mapping[str, Any]) -> float:
+    margin = row.get("margin")
+    if margin is None:
+        return 0.0
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not isfinite(margin):
+        raise ConversationError("margin", f"{margin!r} is no finite number")
+    return float(margin)
 
 
 def _common(chosen: Sequence[Turn], rejected: Sequence[Turn]) -> int:
@@ -105,9 +124,10 @@ def encode_preferences(
         counts = report.sources.setdefault(source.name, SourceCounts())
         for path, number, preference in _rows(getattr(source, part)):
             counts.read += 1
+            margin = {"margin": preference.margin} if preference.margin else {}
             pair = [
-                _example(renderer, (*preference.prompt, *answer), source.name, number)
-                for answer in (preference.chosen, preference.rejected)
+                render_example(renderer, (*preference.prompt, *answer), source.name, number, judged)
+                for answer, judged in ((preference.chosen, margin), (preference.rejected, {}))
             ]
             problem = _unfit(pair, max_tokens, config.document_multiple)
             if problem and config.too_long == "drop" and "tokens" in problem:
@@ -125,9 +145,16 @@ def encode_preferences(
     return Examples.of(examples), report
 
 
-def _example(renderer: Renderer, turns: Sequence[Turn], source: str, number: int) -> Example:
+def render_example(
+    renderer: Renderer,
+    turns: Sequence[Turn],
+    source: str,
+    number: int,
+    judged: Mapping[str, float],
+) -> Example:
+    """The turns as an example."""
     ids, produced = joined(renderer.segments(turns))
-    return Example(ids, produced, source, number)
+    return Example(ids, produced, source, number, judged=judged)
 
 
 def _unfit(pair: Sequence[Example], max_tokens: int, multiple: int) -> str:
@@ -161,7 +188,7 @@ def pair_units(examples: Examples, multiple: int) -> np.ndarray:
     return padded(examples.lengths, multiple).reshape(-1, SIDES).sum(axis=1)
 
 
-class PreferenceDataset(ConversationDataset):
+class PreferenceDataset(AnswerDataset):
     """Sequences of packed pairs; `examples` are two a pair."""
 
     def units(self, examples: Examples) -> np.ndarray:
@@ -169,23 +196,8 @@ class PreferenceDataset(ConversationDataset):
         return pair_units(examples, self.packing.document_multiple)
 
     def __getitem__(self, item: int | SequencePlan) -> dict[str, Tensor]:
-        """As conversations, and int64 `answer` [sequence]: 0 where nothing counts, else
-        1 + 2 n at labels of the chosen answer of the sequence's pair n, 2 + 2 n of the rejected."""
+        """As `fill_answers`: answers 1 + 2 n and 2 + 2 n are the chosen and the rejected one of
+        the sequence's pair n."""
         pairs = self.plan_of(item).examples
         numbers = [SIDES * pair + side for pair in pairs for side in range(SIDES)]
-        multiple = self.packing.document_multiple
-        arrays = fill_sequence(
-            self.examples,
-            numbers,
-            length=self.packing.sequence_length,
-            multiple=multiple,
-            pad_id=self.pad_id,
-        )
-        answer = np.zeros(self.packing.sequence_length, np.int64)
-        start = 0
-        for place, number in enumerate(numbers, start=1):
-            end = start + int(padded(int(self.examples.lengths[number]), multiple))
-            answer[start:end] = place
-            start = end
-        arrays["answer"] = answer * (arrays["loss_mask"] > 0)
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return self.answers(numbers)

@@ -24,6 +24,7 @@ from equilibrium_mcore.data.chat.encode import EncodingReport, SourceCounts, enc
 from equilibrium_mcore.data.chat.examples import Examples
 from equilibrium_mcore.data.chat.preferences import encode_preferences
 from equilibrium_mcore.data.chat.render import Renderer
+from equilibrium_mcore.data.chat.unpaired import encode_unpaired
 from equilibrium_mcore.files.lock import FileLock
 from equilibrium_mcore.files.lock_file import LockHeldError
 from equilibrium_mcore.files.whole import whole_file, write_whole
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 Part = Literal["train", "validation"]
 WAIT_SECONDS = 0.2
 FACTS_FILE = "facts.json"
+JUDGED = "judged_"  # files of what the data says of examples besides
 FORMAT = 1  # another number where the same conversations become other examples
 
 
@@ -69,7 +71,8 @@ def _encoded(
     folder: Path | None,
 ) -> tuple[Examples, EncodingReport]:
     if isinstance(config, PreferencesConfig):
-        examples, report = encode_preferences(config, renderer, part=part, max_tokens=max_tokens)
+        encode = encode_unpaired if config.unpaired else encode_preferences
+        examples, report = encode(config, renderer, part=part, max_tokens=max_tokens)
     else:
         examples, report = encode_sources(
             config.sources, renderer, part=part, max_tokens=max_tokens, too_long=config.too_long
@@ -106,7 +109,11 @@ def save_examples(folder: Path, examples: Examples, report: EncodingReport) -> N
     for name in Examples.ARRAYS:
         with whole_file(folder / f"{name}.npy", "wb") as stream:
             np.save(stream, getattr(examples, name))
+    for name, values in examples.judged.items():
+        with whole_file(folder / f"{JUDGED}{name}.npy", "wb") as stream:
+            np.save(stream, values)
     facts = {
+        "judged": list(examples.judged),
         "fingerprint": examples.fingerprint,
         "names": list(examples.names),
         "unit": report.unit,
@@ -121,7 +128,11 @@ def load_examples(folder: Path) -> tuple[Examples, EncodingReport] | None:
         return None
     facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in Examples.ARRAYS}
-    examples = Examples(**arrays, names=tuple(facts["names"]))
+    judged = {
+        name: np.load(folder / f"{JUDGED}{name}.npy", mmap_mode="r")
+        for name in facts.get("judged", ())
+    }
+    examples = Examples(**arrays, names=tuple(facts["names"]), judged=judged)
     # The hash was taken of what was encoded; to take it again would read everything.
     examples.__dict__["fingerprint"] = facts["fingerprint"]
     sources = {name: SourceCounts(**counts) for name, counts in facts["sources"].items()}
@@ -141,6 +152,7 @@ def _key(config: ConversationsConfig, renderer: Renderer, part: str, max_tokens:
     }
     if isinstance(config, PreferencesConfig):  # whose pairs are measured with their padding
         values |= {"type": config.type, "multiple": config.document_multiple}
+        values |= {"unpaired": True, "judged": 1} if config.unpaired else {"judged": 1}
     return hashlib.blake2b(json.dumps(values).encode(), digest_size=8).hexdigest()
 
 

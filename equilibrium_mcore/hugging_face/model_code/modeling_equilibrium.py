@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast, SequenceClassifierOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3Attention,
@@ -299,3 +299,64 @@ class EquilibriumForCausalLM(EquilibriumPreTrainedModel, NemotronHForCausalLM):
     @staticmethod
     def create_masks_for_generate(config, **kwargs):
         return build_masks(config, **kwargs)
+
+
+class EquilibriumForSequenceClassification(EquilibriumPreTrainedModel):
+    """The model with a score for a text: its last token's. Logits are float32, `(batch, 1)`.
+
+    With an `attention_mask` that is the last token with a 1, on whichever side padding stands;
+    without one the last of all, since a padding token may end a text too.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = EquilibriumModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.model.embed_tokens = value
+
+    def token_scores(self, input_ids, attention_mask=None):
+        """A score for every token, `(batch, tokens)`: that of the text up to it."""
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask)
+        return self._scores(hidden.last_hidden_state)[..., 0]
+
+    def _scores(self, hidden_states):
+        return nn.functional.linear(hidden_states.float(), self.score.weight.float())
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.FloatTensor | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast:
+        kwargs.pop("use_cache", None)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+            **kwargs,
+        )
+        scores = self._scores(outputs.last_hidden_state)
+        rows = torch.arange(scores.shape[0], device=scores.device)
+        last = torch.full_like(rows, scores.shape[1] - 1)
+        if attention_mask is not None:
+            places = torch.arange(scores.shape[1], device=scores.device)
+            last = (places * (attention_mask > 0)).argmax(-1)
+        logits = scores[rows, last]
+        loss = None
+        if labels is not None:
+            loss = nn.functional.mse_loss(logits.squeeze(-1), labels.float())
+        return SequenceClassifierOutputWithPast(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states
+        )
