@@ -279,7 +279,7 @@ class LoggingConfig(Section):
 
 
 Stage = Literal[
-    "pretrain", "midtrain", "sft", "lora", "dpo", "ipo", "simpo", "orpo"
+    "pretrain", "midtrain", "sft", "lora", "distill", "dpo", "ipo", "simpo", "orpo"
 ]  # `stages.py` says what they are
 
 

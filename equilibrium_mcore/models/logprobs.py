@@ -10,14 +10,11 @@ Shapes: B batch, S sequence, V this rank's slice of the padded vocabulary, in ra
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from equilibrium_mcore.objectives.distillation import Across
 
 
 def label_log_probabilities(
@@ -113,19 +110,6 @@ def _exponents(
     largest_BS = x_BSV.amax(-1)
     _all_reduce(largest_BS, group, torch.distributed.ReduceOp.MAX)
     return x_BSV.sub_(largest_BS.unsqueeze(-1))
-
-
-def across_ranks(tp_group: torch.distributed.ProcessGroup) -> Across:
-    """Joins the slices of the ranks of `tp_group`, in place: no rank gets another's logits."""
-
-    def joined(operation: Any) -> Callable[[Tensor], Tensor]:
-        def join(values: Tensor) -> Tensor:
-            _all_reduce(values, tp_group, operation)
-            return values
-
-        return join
-
-    return Across(joined(torch.distributed.ReduceOp.SUM), joined(torch.distributed.ReduceOp.MAX))
 
 
 def _all_reduce(

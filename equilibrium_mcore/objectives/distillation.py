@@ -1,4 +1,4 @@
-"""How far a student's distribution of the next token is from a teacher's, on slices of a vocabulary.
+"""How far a student's next token is from a teacher's, in distribution, on slices of a vocabulary.
 
     loss = a * cross-entropy of the label + (1 - a) * T^2 * divergence             arXiv 1503.02531
     forward   sum_v q log(q / p)        reverse   sum_v p log(p / q)               arXiv 2306.08543

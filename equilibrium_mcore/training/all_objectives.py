@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from equilibrium_mcore.config.objectives import NextTokenConfig, SftConfig
+from equilibrium_mcore.config.objectives import DistillationConfig, NextTokenConfig, SftConfig
+from equilibrium_mcore.training.distillation import Distillation
 from equilibrium_mcore.training.objective import Objective, WeightedTokens
 from equilibrium_mcore.training.pairs import PAIR_OBJECTIVES
 
 OBJECTIVES: dict[type, Callable[[Any], Objective]] = {
     NextTokenConfig: lambda settings: WeightedTokens(),
     SftConfig: lambda settings: WeightedTokens(settings.reduction, settings.constant_length),
+    DistillationConfig: Distillation,
     **PAIR_OBJECTIVES,
 }
 

@@ -171,8 +171,8 @@ def of_slice(tp_group: Any, kind: tuple, across: Across) -> dict[str, Any]:
 def all_kinds(rank_info: RankInfo) -> list[dict[str, Any]]:
     """Every kind one after the other, and the first with each slice taken for the whole."""
     from equilibrium_mcore.config.schema import ParallelismConfig
-    from equilibrium_mcore.models.logprobs import across_ranks
     from equilibrium_mcore.parallel import process_groups
+    from equilibrium_mcore.training.distillation import across_ranks
 
     layout = ParallelismConfig(tensor=rank_info.world_size)
     tp = process_groups.join(rank_info, layout, seed=0).tp
