@@ -9,12 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from equilibrium_mcore.checkpoint.choose import find_weights
 from equilibrium_mcore.checkpoint.manifest import shares, wrong_hashes
-from equilibrium_mcore.checkpoint.opened import inspect
 from equilibrium_mcore.checkpoint.together import on_every_rank, on_first_rank
 from equilibrium_mcore.config.errors import ConfigError
-from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.stream import Batch
 from equilibrium_mcore.objectives.distillation import TopK
 from equilibrium_mcore.training.distillation import TEACHER, OfTokens, Slice
@@ -22,7 +19,7 @@ from equilibrium_mcore.training.setup import Run
 from equilibrium_mcore.training.target_files import (
     TargetRows,
     check_files,
-    check_settings,
+    check_stored_targets,
     damaged,
     row_type,
     sample_keys,
@@ -77,17 +74,3 @@ class StoredTargets:
                     source=f"objective.targets={self._folder}",
                 )
             batch[TEACHER] = LikeliestIds(found)
-
-
-def check_stored_targets(config: RunConfig) -> None:
-    """Raise ConfigError unless the run's targets are whole, and were made for it.
-
-    The teacher's weights are compared where the run names a teacher; contents are not read.
-    """
-    objective = config.objective
-    teacher = None
-    if objective.teacher is not None:
-        path = find_weights(objective.teacher, key="objective.teacher")
-        teacher = inspect(path, needs_state=False)
-    check_settings(objective.targets, config, teacher)
-    check_files(objective.targets)

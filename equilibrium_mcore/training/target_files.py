@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from equilibrium_mcore.checkpoint.choose import find_weights
 from equilibrium_mcore.checkpoint.manifest import (
     HASH,
     Files,
@@ -30,7 +31,7 @@ from equilibrium_mcore.checkpoint.manifest import (
     write_manifest,
     wrong_sizes,
 )
-from equilibrium_mcore.checkpoint.opened import OpenedCheckpoint
+from equilibrium_mcore.checkpoint.opened import OpenedCheckpoint, inspect
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.installation import command
 from equilibrium_mcore.config.schema import RunConfig
@@ -174,6 +175,20 @@ def check_files(folder: Path) -> Files:
     if damages := wrong_sizes(folder, files):
         raise damaged(folder, damages)
     return files
+
+
+def check_stored_targets(config: RunConfig) -> None:
+    """Raise ConfigError unless the run's targets are whole, and were made for it.
+
+    The teacher's weights are compared where the run names a teacher; contents are not read.
+    """
+    objective = config.objective
+    teacher = None
+    if objective.teacher is not None:
+        path = find_weights(objective.teacher, key="objective.teacher")
+        teacher = inspect(path, needs_state=False)
+    check_settings(objective.targets, config, teacher)
+    check_files(objective.targets)
 
 
 def damaged(folder: Path, damages: Sequence[object]) -> ConfigError:

@@ -131,6 +131,10 @@ CASES = {
     "ipo": Case("tp=2,dp=2", ("objective={type: ipo}", "adapters=null"), run="dpo"),
     "simpo": Case("pp=2,vpp=2", ("objective={type: simpo}", "adapters=null"), run="dpo"),
     "orpo": Case("cp=2,dp=2", ("objective={type: orpo}", "adapters=null"), run="dpo"),
+    "distillation": Case("tp=2,cp=2,ep=2", (BALANCED,), run="distill"),
+    "distillation_reverse": Case(
+        "pp=2,vpp=2", ("objective.direction=reverse", "objective.temperature=4"), run="distill"
+    ),
     "adapters_of_experts": Case("ep=2,dp=2", ("adapters={rank: 2, experts: true}",)),
     # ------------------------------------------------- faster kernels, and overlapped sums
     "fused_swiglu": Case("tp=2,ep=2", ("training.fused.activation=true", BALANCED)),

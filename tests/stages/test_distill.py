@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.parallel.launch import RankInfo
+from equilibrium_mcore.training.ready import check_ready
+from equilibrium_mcore.training.target_files import check_stored_targets
 from tests.stages.test_preferences import LAYOUTS, records, stage_rank
 from tests.support.pool import RankError
 from tests.support.runs import MODEL, tiny_run, train_steps
@@ -149,3 +154,177 @@ def test_a_resumed_run_is_the_straight_one_to_the_bit(ranks, config_of, one_rank
         return [(r["step"], r["tokens"], *(r[figure] for figure in FIGURES)) for r in lines]
 
     assert curve(tmp_path) == curve(one_rank("forward"))
+
+
+STORED = {"top_k": 8, "temperature": 2.0}
+
+
+def store(rank_info: RankInfo, config: RunConfig) -> None:
+    """What `tools/store_targets.py` runs in a rank."""
+    from equilibrium_mcore.training.store_targets import store_rank
+
+    store_rank(rank_info, config=config)
+
+
+@pytest.fixture(scope="module")
+def targets(ranks, data, teacher, start, tmp_path_factory) -> Path:
+    """Targets of a whole run, stored by one rank."""
+    folder = tmp_path_factory.mktemp("stored") / "targets"
+    objective = {**STORED, "targets": str(folder)}
+    config = build_config(data, teacher, start, folder.parent / "unused", objective=objective)
+    ranks.run(1, store, config)
+    assert not (folder.parent / "unused").exists()
+    return folder
+
+
+def rows_of(folder: Path) -> dict[int, tuple]:
+    """What is stored of each sample."""
+    found = {}
+    for part in sorted(folder.glob("part_*.npy")):
+        for row in np.load(part):
+            found[int(row["key"])] = (row["ids"], row["log_q"])
+    return found
+
+
+def test_what_is_stored_is_the_teachers_distribution(ranks, targets, data, teacher, start):
+    """Bins that sum to 1, ids of real tokens, of every sample of the run and its validation."""
+    rows = rows_of(targets)
+    assert len(rows) == 4 * 4 + 4
+    for ids, log_q in rows.values():
+        assert ids.shape == (64, 8) and log_q.shape == (64, 9)
+        assert ids.min() >= 0 and ids.max() < 512 and (np.diff(ids, axis=1) > 0).all()
+        np.testing.assert_allclose(np.exp(log_q.astype(float)).sum(1), 1, rtol=1e-5)
+
+
+def test_a_run_on_targets_loads_no_teacher(ranks, data, start, targets, tmp_path):
+    """The teacher is not even named; the figures are those of bins, so near the whole's."""
+    objective = {**STORED, "targets": str(targets)}
+    ranks.run(1, stage_rank, build_config(data, None, start, tmp_path, objective=objective))
+    found = records(tmp_path, "train")
+    assert [record["step"] for record in found] == [1, 2, 3, 4]
+    assert all(record["divergence"] > 0 for record in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_targets_are_the_same_in_every_layout(ranks, data, teacher, start, targets, tmp_path, name):
+    """Stored in a layout, and learned from in it."""
+    layout = LAYOUTS[name]
+    expected, folder = tmp_path / "expected", tmp_path / "targets"
+    for output, its_targets, given in ((expected, targets, {}), (tmp_path / "out", folder, layout)):
+        objective = {**STORED, "targets": str(its_targets)}
+        config = build_config(
+            data, teacher, start, output, objective=objective,
+            parallelism=given or {"world_size": 1},
+        )  # fmt: skip
+        size = given.get("world_size", 1)
+        if its_targets == folder:
+            ranks.run(size, store, config)
+        ranks.run(size, stage_rank, config)
+    assert_same(tmp_path / "out", expected)
+    ours, theirs = rows_of(folder), rows_of(targets)
+    assert ours.keys() == theirs.keys()
+    for key, (ids, log_q) in ours.items():
+        same = ids == theirs[key][0]  # equally likely ids may change places
+        assert same.mean() > 0.999
+        rows = same.all(axis=1)
+        np.testing.assert_allclose(log_q[rows], theirs[key][1][rows], atol=1e-4)
+
+
+def test_a_killed_store_goes_on(ranks, data, teacher, start, targets, tmp_path):
+    """Without its manifest a folder is unfinished: what is there stays, what is missing is made."""
+    folder = tmp_path / "targets"
+    shutil.copytree(targets, folder)
+    (folder / "manifest.json").unlink()
+    (part,) = folder.glob("part_*.npy")
+    rows = np.load(part)
+    np.save(part, rows[:7])
+    half = part.read_bytes()
+    objective = {**STORED, "targets": str(folder)}
+    config = build_config(data, teacher, start, tmp_path / "out", objective=objective)
+    with pytest.raises(ConfigError, match="not finished"):
+        check_stored_targets(config)
+    ranks.run(1, store, config)
+    assert part.read_bytes() == half
+    ours, theirs = rows_of(folder), rows_of(targets)
+    assert ours.keys() == theirs.keys()
+    assert all((ours[key][1] == theirs[key][1]).all() for key in theirs)
+    check_stored_targets(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"objective": {"temperature": 3.0}}, "objective.temperature=3.0"),
+        ({"objective": {"top_k": 4}}, "objective.top_k=4"),
+        ({"training": {"sequence_length": 32}}, "training.sequence_length=32"),
+        ({"packing": "none"}, "data.packing='none'"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else next(iter(value)),
+)
+def test_targets_of_other_settings_are_refused(data, start, targets, tmp_path, changes, words):
+    objective = {**STORED, "targets": str(targets), **changes.pop("objective", {})}
+    packing = changes.pop("packing", "documents")
+    config = build_config(data, None, start, tmp_path, objective=objective, **changes)
+    update = {"data": config.data.model_copy(update={"packing": packing})}
+    with pytest.raises(ConfigError, match="were made with") as told:
+        check_stored_targets(config.model_copy(update=update))
+    assert words in str(told.value)
+
+
+def test_targets_of_other_weights_data_or_bytes_are_refused(
+    ranks, data, teacher, start, targets, tmp_path
+):
+    objective = {**STORED, "targets": str(targets)}
+    with pytest.raises(ConfigError, match="has other weights than the teacher"):
+        check_stored_targets(
+            build_config(data, start, start, tmp_path / "other", objective=objective)
+        )
+    other = build_config(data, None, start, tmp_path / "seed", objective=objective)
+    reseeded = other.training.model_copy(update={"seed": 7})
+    with pytest.raises(RankError, match="a sample of this run has no targets"):
+        ranks.run(1, stage_rank, other.model_copy(update={"training": reseeded}))
+    folder = tmp_path / "targets"
+    shutil.copytree(targets, folder)
+    (part,) = folder.glob("part_*.npy")
+    content = bytearray(part.read_bytes())
+    content[-5] ^= 1
+    part.write_bytes(content)
+    objective = {**STORED, "targets": str(folder)}
+    with pytest.raises(RankError, match="expected sha256"):
+        ranks.run(
+            1, stage_rank, build_config(data, None, start, tmp_path / "b", objective=objective)
+        )
+    part.write_bytes(content[:-5])
+    with pytest.raises(ConfigError, match="bytes, found"):
+        check_stored_targets(build_config(data, None, start, tmp_path / "b", objective=objective))
+
+
+def test_what_is_checked_before_a_start(data, teacher, start, config_of, tmp_path):
+    """Roles and their memory are said; a teacher of another tokenizer or vocabulary is refused."""
+    told: list[str] = []
+    check_ready(config_of(tmp_path / "out"), say=told.append)
+    (line,) = [text for text in told if text.startswith("memory of a rank")]
+    assert "policy (test_hybrid)" in line and "teacher (teacher)" in line
+
+    def refused(folder: Path, words: str) -> None:
+        config = build_config(data, folder, start, tmp_path / "out")
+        with pytest.raises(ConfigError, match=words):
+            check_ready(config, say=told.append)
+
+    refused(tmp_path / "nothing", "objective.teacher=.*there is no checkpoint")
+    other = tmp_path / "other"
+    shutil.copytree(teacher, other)
+    (saved,) = other.glob("checkpoints/step_*/config.yaml")
+    text = saved.read_text()
+    copy = tmp_path / "another.model"
+    # An empty field that SentencePiece does not know: a whole model, of another hash.
+    copy.write_bytes(Path(data["tokenizer"]["model"]).read_bytes() + b"\xfa\x7f\x00")
+    (saved.parent / "manifest.json").unlink()  # so that the config may be another
+    saved.write_text(text.replace(data["tokenizer"]["model"], str(copy)))
+    refused(other, "another: an id would mean two things")
+    copy.unlink()
+    check_ready(build_config(data, other, start, tmp_path / "out"), say=told.append)
+    assert any("was not compared with the run's" in text for text in told)
+    saved.write_text(text.replace("vocab_size: 512", "vocab_size: 511"))
+    refused(other, "model.vocab_size=511 of the frozen model")
