@@ -135,6 +135,8 @@ def make_twin(config: RunConfig, layouts: list[Layout], *, folder: Path) -> RunC
     # One that takes the same data and needs no weights: the twin's are random.
     distills = isinstance(config.objective, DistillationConfig)
     values["stage"] = "distill" if distills else STAGE_OF_DATA[config.data.type]
+    if distills:  # what it says is made up, too, of all tokens
+        values["objective"].update(teacher="made_up", targets=None)
     values["model"] = shrink_model(
         config.model, stages=stages, largest=largest, run_tensor=config.parallelism.tensor
     )

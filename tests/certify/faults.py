@@ -179,6 +179,7 @@ PACKED = ("data.packing=documents", "training.micro_batch_size=1")
 # The run's own objective is replaced in every rank, the reference's too.
 PAIRS = (*PACKED, "objective.type=sft", "model.moe.aux_loss_coefficient=0.01")
 SFT = ("objective.type=sft",)
+DISTILLED = ("stage=distill", "objective={type: distillation, teacher: runs/teacher}")
 EXPECTED: dict[Callable[[], None], Case] = {
     healthy: Case("tp=2,cp=2,ep=2", "", "", PACKED),
     context_split_over_the_wrong_group: Case("tp=2,cp=2", "loss of every step", "step 1"),
@@ -220,6 +221,9 @@ EXPECTED: dict[Callable[[], None], Case] = {
     ),
     objectives.pairs_given_as_the_divisor: Case(
         "dp=2", "balancing losses", "embedding", PAIRS, everywhere=True
+    ),
+    objectives.slices_of_the_vocabulary_taken_for_the_whole: Case(
+        "tp=2", "loss of every step", "step 1", DISTILLED
     ),
 }
 HEALTHY = (healthy, objectives.pairs)

@@ -89,6 +89,14 @@ def pairs_given_as_the_divisor() -> None:
     step.objective_of = broken
 
 
+def slices_of_the_vocabulary_taken_for_the_whole() -> None:
+    """Each tensor rank's softmax is of its own rows alone."""
+    from equilibrium_mcore.objectives.distillation import WHOLE
+    from equilibrium_mcore.training import distillation
+
+    distillation.across_ranks = lambda tp_group: WHOLE
+
+
 def mask_shifted_by_one() -> None:
     """The loss counts the token after each answer's, and not its first: wrong in every layout."""
     from equilibrium_mcore.training import step

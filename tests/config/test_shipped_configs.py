@@ -135,7 +135,7 @@ def test_document_has_every_section_with_types_and_defaults() -> None:
         describe.up_to_date("no markers")
 
 
-@pytest.mark.parametrize("name", sorted(p.name for p in RUNS.glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(str(p.relative_to(RUNS)) for p in RUNS.rglob("*.yaml")))
 def test_every_shipped_run_can_be_checked(name):
     assert check(load_run(RUNS / name)) == []
 
@@ -143,4 +143,4 @@ def test_every_shipped_run_can_be_checked(name):
 def test_the_stages_of_the_examples():
     """What `configs/runs` has in miniature, beside pretraining."""
     stages = {load_run(path).stage for path in RUNS.glob("*.yaml")}
-    assert {"pretrain", "sft", "lora", "dpo"} <= stages
+    assert {"pretrain", "sft", "lora", "distill", "dpo"} <= stages
