@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from equilibrium_mcore.checkpoint.manifest import describe_file, read_manifest, write_manifest
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.parallel.launch import RankInfo
@@ -300,6 +301,13 @@ def test_targets_of_other_weights_data_or_bytes_are_refused(
         check_stored_targets(build_config(data, None, start, tmp_path / "b", objective=objective))
 
 
+def rewrite(file: Path, text: str) -> None:
+    """Another content of a checkpoint's file, as if it had been saved so."""
+    file.write_text(text)
+    files = read_manifest(file.parent)
+    write_manifest(file.parent, {**files, file.name: describe_file(file)})
+
+
 def test_what_is_checked_before_a_start(data, teacher, start, config_of, tmp_path):
     """Roles and their memory are said; a teacher of another tokenizer or vocabulary is refused."""
     told: list[str] = []
@@ -320,11 +328,10 @@ def test_what_is_checked_before_a_start(data, teacher, start, config_of, tmp_pat
     copy = tmp_path / "another.model"
     # An empty field that SentencePiece does not know: a whole model, of another hash.
     copy.write_bytes(Path(data["tokenizer"]["model"]).read_bytes() + b"\xfa\x7f\x00")
-    (saved.parent / "manifest.json").unlink()  # so that the config may be another
-    saved.write_text(text.replace(data["tokenizer"]["model"], str(copy)))
+    rewrite(saved, text.replace(data["tokenizer"]["model"], str(copy)))
     refused(other, "another: an id would mean two things")
     copy.unlink()
     check_ready(build_config(data, other, start, tmp_path / "out"), say=told.append)
     assert any("was not compared with the run's" in text for text in told)
-    saved.write_text(text.replace("vocab_size: 512", "vocab_size: 511"))
+    rewrite(saved, text.replace("vocab_size: 512", "vocab_size: 511"))
     refused(other, "model.vocab_size=511 of the frozen model")
