@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from equilibrium_mcore.checkpoint.choose import open_weights_together
 from equilibrium_mcore.checkpoint.together import on_first_rank
@@ -17,6 +20,8 @@ from equilibrium_mcore.config.layout import data_parallel_size, micro_batches_pe
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.samples import Samples
 from equilibrium_mcore.data.stream import Batch
+from equilibrium_mcore.files.lock import FileLock
+from equilibrium_mcore.files.lock_file import LockHeldError
 from equilibrium_mcore.models.transformer_config import build_transformer_config
 from equilibrium_mcore.objectives.distillation import CHUNK_ELEMENTS, LEAST_LOG, log_softmax
 from equilibrium_mcore.parallel import accelerator, process_groups
@@ -40,6 +45,7 @@ from equilibrium_mcore.training.target_files import (
 )
 from equilibrium_mcore.training.teacher import KEY, HiddenStates, Teacher
 
+Say = Callable[[str], object]
 PART_BYTES = 2**26
 
 
@@ -56,29 +62,58 @@ def store_rank(rank_info: RankInfo, *, config: RunConfig) -> None:
     folder = Path(config.objective.targets)
     weights = config.objective.teacher
     opened = open_weights_together(weights, verify=config.checkpoint.verify, key=KEY)
-    on_first_rank(lambda: write_settings(folder, config, opened))
-    if on_first_rank(lambda: is_whole(folder)):
-        tell(f"{folder}: whole already")
-    else:
-        run = Run(
-            config=config,
-            groups=groups,
-            transformer=build_transformer_config(
-                config.model, config.parallelism, config.training, on_gpu=accelerator.has_cuda()
-            ),
-            chunks=[],  # the student takes no part
-            optimizer=None,
-            objective=build_objective(config.objective),
-            datasets=build_run_datasets(config, say=tell),
-            data_parallel_size=data_parallel_size(config, rank_info.world_size),
-            micro_batches=micro_batches_per_step(config, rank_info.world_size),
-        )
-        _store(run, folder, tell)
-    torch.distributed.barrier()
+    with _alone(folder, config.name):
+        on_first_rank(lambda: write_settings(folder, config, opened))
+        if on_first_rank(lambda: is_whole(folder)):
+            tell(f"{folder}: whole already")
+        else:
+            _store(_without_student(config, groups, rank_info.world_size, tell), folder, tell)
+        torch.distributed.barrier()
     process_groups.destroy()
 
 
-def _store(run: Run, folder: Path, tell) -> None:
+def _without_student(
+    config: RunConfig, groups: ProcessGroupCollection, world_size: int, tell: Say
+) -> Run:
+    """The run as far as its data and its layout."""
+    return Run(
+        config=config,
+        groups=groups,
+        transformer=build_transformer_config(
+            config.model, config.parallelism, config.training, on_gpu=accelerator.has_cuda()
+        ),
+        chunks=[],
+        optimizer=None,
+        objective=build_objective(config.objective),
+        datasets=build_run_datasets(config, say=tell),
+        data_parallel_size=data_parallel_size(config, world_size),
+        micro_batches=micro_batches_per_step(config, world_size),
+    )
+
+
+@contextmanager
+def _alone(folder: Path, name: str) -> Iterator[None]:
+    """Inside, no other process stores in `folder`. Collective; raises ConfigError."""
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"), name)
+
+    def take() -> None:
+        lock.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except LockHeldError as error:
+            raise ConfigError(
+                f"another process stores targets there: {error}",
+                source=f"objective.targets={folder}",
+            ) from None
+
+    on_first_rank(take)
+    try:
+        yield
+    finally:
+        lock.release()  # without effect where it was not taken
+
+
+def _store(run: Run, folder: Path, tell: Say) -> None:
     teacher = Teacher(run, run.config.objective.teacher)
     dtype = row_type(run.config.training.sequence_length, run.config.objective.top_k)
     names = [path.name for path in sorted(folder.glob(PARTS))]
@@ -180,7 +215,9 @@ def likeliest_ids(run: Run, batch: Batch, said: HiddenStates) -> tuple[Tensor, T
     return torch.cat([ids for ids, _ in parts]), torch.cat([log_q for _, log_q in parts])
 
 
-def _joined_top(log_q_NV: Tensor, k: int, *, rows: Slice, tp_group) -> tuple[Tensor, Tensor]:
+def _joined_top(
+    log_q_NV: Tensor, k: int, *, rows: Slice, tp_group: ProcessGroup
+) -> tuple[Tensor, Tensor]:
     """The likeliest of all slices: ids ascending, and their log q, [N, K]."""
     here = min(k, log_q_NV.shape[1])
     values_NK, ids_NK = log_q_NV.topk(here, dim=-1)

@@ -12,9 +12,11 @@ import pytest
 from equilibrium_mcore.checkpoint.manifest import describe_file, read_manifest, write_manifest
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.files.lock import FileLock
 from equilibrium_mcore.parallel.launch import RankInfo
 from equilibrium_mcore.training.ready import check_ready
 from equilibrium_mcore.training.target_files import check_stored_targets
+from tests.data.chat.support import messages_of, random_chats, write_rows
 from tests.stages.test_preferences import LAYOUTS, records, stage_rank
 from tests.support.pool import RankError
 from tests.support.runs import MODEL, tiny_run, train_steps
@@ -335,3 +337,39 @@ def test_what_is_checked_before_a_start(data, teacher, start, config_of, tmp_pat
     assert any("was not compared with the run's" in text for text in told)
     rewrite(saved, text.replace("vocab_size: 512", "vocab_size: 511"))
     refused(other, "model.vocab_size=511 of the frozen model")
+
+
+def test_two_processes_do_not_store_in_one_folder(ranks, data, teacher, start, tmp_path):
+    folder = tmp_path / "targets"
+    objective = {**STORED, "targets": str(folder)}
+    config = build_config(data, teacher, start, tmp_path / "out", objective=objective)
+    lock = FileLock(folder.with_name("targets.lock"), "another")
+    lock.acquire()
+    try:
+        with pytest.raises(RankError, match="another process stores targets there"):
+            ranks.run(1, store, config)
+    finally:
+        lock.release()
+    assert not folder.exists()
+
+
+def test_of_conversations_what_is_produced_counts(ranks, data, teacher, start, tmp_path):
+    """Prompts do not: fewer tokens than positions, and the teacher's part is of the same ones."""
+    rows = [{"messages": messages_of(turns)} for turns in random_chats(24, seed=3)]
+    source = {"name": "random"}
+    for part, some in (("train", rows[:18]), ("validation", rows[18:])):
+        source[part] = [str(write_rows(tmp_path / f"{part}.jsonl", some))]
+    chats = {
+        "type": "conversations",
+        "name": "chats",
+        "tokenizer": data["tokenizer"],
+        "sources": [source],
+        "too_long": "cut",
+        "window": 16,
+    }
+    output = tmp_path / "out"
+    config = build_config(chats, teacher, start, output, training={"steps": 2})
+    ranks.run(1, stage_rank, config)
+    found = records(output, "train")
+    assert all(0 < record["tokens"] < record["step"] * 4 * 64 for record in found)
+    assert all(record["divergence"] > 0 for record in found)
