@@ -82,8 +82,9 @@ def build_config(
         "validation_interval_steps": 2,
         "validation_batches": 1,
     }
+    packed = {} if "type" in data else {"packing": "documents"}  # conversations always are
     return tiny_run(
-        {**data, "packing": "documents", "document_multiple": 4},
+        {**data, **packed, "document_multiple": 4},
         output,
         stage="distill",
         model=STUDENT,
