@@ -26,6 +26,7 @@ from equilibrium_mcore.certify.twin import (
 from equilibrium_mcore.certify.verdict import Verdict
 from equilibrium_mcore.certify.witness import CHOICES, NAME
 from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.objectives import DistillationConfig
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.files.whole import write_whole
 from equilibrium_mcore.parallel import process_groups
@@ -205,6 +206,11 @@ def certify(
     if witness and config.model.head != "output":
         raise ConfigError(
             f"model.head={config.model.head!r} with a witness, which is a language model: certify "
+            "the run without the witness"
+        )
+    if witness and isinstance(config.objective, DistillationConfig):
+        raise ConfigError(
+            "objective.type='distillation' with a witness: its plain loop has no teacher; certify "
             "the run without the witness"
         )
     started = time.monotonic()

@@ -9,6 +9,7 @@ from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.blend import Datasets
 from equilibrium_mcore.data.samples import Samples
 from equilibrium_mcore.data.stream import Batch
+from equilibrium_mcore.training.distillation import TEACHER, OfTokens, Slice
 from equilibrium_mcore.training.pairs import REFERENCE
 from equilibrium_mcore.training.scores import MARGIN
 from equilibrium_mcore.training.setup import Run
@@ -102,6 +103,26 @@ def made_up_reference(run: Run, batches: list[Batch]) -> None:
         if DESIRABLE in batch:
             batch[KL] = torch.full(batch["labels"].shape, 0.25, dtype=torch.float64)
         batch[REFERENCE] = -((batch["labels"] * 7 + batch["position_ids"]) % 23 + 1).double() / 8
+
+
+class MadeUpTeacher:
+    """Logits of a teacher that is made up: of each token's own, for any slice of the vocabulary."""
+
+    def of(self, batch: Batch, rows: Slice) -> OfTokens:
+        """See `training.distillation.Said`."""
+        ids = torch.arange(rows.first, rows.first + rows.width)
+        token = (batch["labels"] * 7 + batch["position_ids"] * 3).flatten()
+
+        def logits(tokens: slice) -> Tensor:
+            return (token[tokens, None] + ids * (1 + token[tokens, None] % 5)) % 23 / 4.0
+
+        return logits
+
+
+def made_up_teacher(run: Run, batches: list[Batch]) -> None:
+    """What a made-up teacher says of each batch: a `Run.prepare`."""
+    for batch in batches:
+        batch[TEACHER] = MadeUpTeacher()
 
 
 def made_up_datasets(config: RunConfig) -> Datasets:

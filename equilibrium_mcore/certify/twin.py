@@ -26,6 +26,7 @@ from equilibrium_mcore.config.layout import (
     pipeline_segments,
 )
 from equilibrium_mcore.config.load import run_from_mapping
+from equilibrium_mcore.config.objectives import DistillationConfig
 from equilibrium_mcore.config.schema import ParallelismConfig, RunConfig
 
 MAX_RANKS = 8
@@ -132,7 +133,10 @@ def make_twin(config: RunConfig, layouts: list[Layout], *, folder: Path) -> RunC
     values = config.model_dump(mode="json")
     values["output_directory"] = str(folder)
     # One that takes the same data and needs no weights: the twin's are random.
-    values["stage"] = STAGE_OF_DATA[config.data.type]
+    distills = isinstance(config.objective, DistillationConfig)
+    values["stage"] = "distill" if distills else STAGE_OF_DATA[config.data.type]
+    if distills:  # what it says is made up, too, of all tokens
+        values["objective"].update(teacher="made_up", targets=None)
     values["model"] = shrink_model(
         config.model, stages=stages, largest=largest, run_tensor=config.parallelism.tensor
     )

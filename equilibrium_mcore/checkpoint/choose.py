@@ -32,6 +32,8 @@ from equilibrium_mcore.config.schema import RunConfig
 
 Note = tuple[str, dict[str, Any]]  # an event of metrics.jsonl: its name, its details
 
+INITIAL_WEIGHTS = "checkpoint.initial_weights"  # the setting that names weights to start from
+
 
 @dataclass(frozen=True)
 class StartingPoint:
@@ -166,12 +168,15 @@ def _from_scratch(config: RunConfig, notes: list[Note]) -> StartingPoint:
     return StartingPoint(None, weights, line, (*notes, *_left(config, line)))
 
 
-def open_weights_together(path: Path, *, verify: bool) -> OpenedCheckpoint:
+def open_weights_together(
+    path: Path, *, verify: bool, key: str = INITIAL_WEIGHTS
+) -> OpenedCheckpoint:
     """The checkpoint at `path`, or the latest of the run whose output directory it is. Collective.
 
-    Raises ConfigError where there is none, and DamagedCheckpointError.
+    Raises ConfigError where there is none, which names the setting `key`, and
+    DamagedCheckpointError.
     """
-    found = on_first_rank(lambda: find_weights(path))
+    found = on_first_rank(lambda: find_weights(path, key=key))
     try:
         return open_together(found, needs_state=False, verify=verify)
     except DamagedCheckpointError as error:
@@ -185,12 +190,12 @@ def _changes(saved: RunConfig, wanted: RunConfig, *, resumed: bool) -> list[Note
     return [note for note in told if note[1]]
 
 
-def find_weights(path: Path) -> Path:
-    """The checkpoint folder that `checkpoint.initial_weights` names. Raises ConfigError."""
+def find_weights(path: Path, *, key: str = INITIAL_WEIGHTS) -> Path:
+    """The checkpoint folder that the setting `key` names. Raises ConfigError."""
     found = directory.latest_checkpoint(path)
     if found is None:
         raise ConfigError(
-            f"checkpoint.initial_weights={path}: there is no checkpoint. Name a run's output "
+            f"{key}={path}: there is no checkpoint. Name a run's output "
             "directory, or one of its checkpoints/step_... folders"
         )
     return found

@@ -40,7 +40,7 @@ GROUPS = {
         "perplexity-model",
         "quality-classifier",
     ),
-    "before a run": ("count", "groups", "sanity", "certify"),
+    "before a run": ("count", "groups", "sanity", "certify", "store-targets"),
     "a run": ("train", "run", "resume", "pipeline"),
     "after it": ("ledger", "plot", "verify", "convert", "generate", "score-answers"),
 }

@@ -73,10 +73,10 @@ def data(given: KeyValues, *, stage: str, folder: Path) -> dict[str, Any]:
         )
     section = resolve(str(file.resolve()), kind="data", folder=folder)
     section = {"type": _kind(section), **section}
-    if stage in STAGES and section["type"] != STAGES[stage].data:
+    if stage in STAGES and section["type"] not in STAGES[stage].takes:
         raise ConfigError(
             f"data.config_path={name!r} is {section['type']}, but stage {stage!r} trains on "
-            f"{STAGES[stage].data}: name such data, or another stage"
+            f"{' or '.join(STAGES[stage].takes)}: name such data, or another stage"
         )
     path = given.get("model.checkpoint_path")
     if path is not None and "tokenizer" not in section:

@@ -25,6 +25,7 @@ COMMANDS = {
     "quality-classifier": "tools/train_quality_classifier.py",
     "train": "tools/train.py",
     "run": "-m equilibrium_mcore.train",
+    "store-targets": "tools/store_targets.py",
     "resume": "tools/resume_training.py",
     "pipeline": "tools/run_pipeline.py",
     "count": "tools/count_parameters.py",

@@ -12,6 +12,7 @@ from equilibrium_mcore.config.section import (
     PositiveFloat,
     PositiveInt,
     Section,
+    SmallInt,
     UserPath,
     setting,
 )
@@ -100,6 +101,32 @@ class RewardModelConfig(Section):
     )
 
 
+class DistillationConfig(Section):
+    """Cross-entropy, and the divergence from a teacher's distribution, of the tokens that count."""
+
+    type: Literal["distillation"] = setting("distillation", "which objective")
+    teacher: UserPath | None = setting(
+        None, "a run's output directory, or one of its checkpoints, of the same tokenizer"
+    )
+    targets: UserPath | None = setting(
+        None,
+        "a folder of the teacher's likeliest tokens, made once by tools/store_targets.py: the run "
+        "then reads them and loads no teacher",
+    )
+    top_k: SmallInt = setting(64, "targets: likeliest tokens of each position; the rest is one bin")
+    cross_entropy_weight: Fraction = setting(
+        0.5, "share of the cross-entropy, below 1; the divergence times temperature^2 has the rest"
+    )
+    temperature: PositiveFloat = setting(
+        1.0, "what both models' logits are divided by in the divergence"
+    )
+    direction: Literal["forward", "reverse"] = setting(
+        "forward",
+        "forward: the student covers what the teacher says; reverse: it says nothing that the "
+        "teacher would not",
+    )
+
+
 PREFERENCES = (DpoConfig, IpoConfig, SimpoConfig, OrpoConfig, RewardModelConfig)
 """Those that need pairs."""
 REFERENCED = (DpoConfig, IpoConfig, KtoConfig)
@@ -115,6 +142,7 @@ ObjectiveConfig = Annotated[
     | SimpoConfig
     | OrpoConfig
     | KtoConfig
-    | RewardModelConfig,
+    | RewardModelConfig
+    | DistillationConfig,
     Field(discriminator="type"),
 ]

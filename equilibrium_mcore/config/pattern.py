@@ -72,8 +72,8 @@ def cut_into(pattern: str, stages: int) -> str:
 def balanced_cuts(pattern: str, stages: int) -> str:
     """The pattern cut into `stages` segments of nearly equal length, never before an `E` or `-`.
 
-    A mixer and the channel mixer after it stay together where that is possible. It is a
-    suggestion for error messages and for people; nothing uses it silently.
+    A mixer and the channel mixer after it stay together where that is possible. For a model that
+    trains it is a suggestion, in error messages; one that is frozen is cut so.
     """
     layers = layers_of(pattern)
     channel_mixers = {letter for letter, kind in LAYER_KINDS.items() if not MIXES_POSITIONS[kind]}

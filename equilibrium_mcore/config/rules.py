@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from equilibrium_mcore.config.adapter_rules import ADAPTER_RULES
+from equilibrium_mcore.config.distillation_rules import DISTILLATION_RULES
 from equilibrium_mcore.config.fused_rules import FUSED_RULES
 from equilibrium_mcore.config.layout_rules import LAYOUT_RULES
 from equilibrium_mcore.config.model_rules import MODEL_RULES
@@ -22,6 +23,7 @@ RULES: list[Rule] = [
     *TRAINING_RULES,
     *FUSED_RULES,
     *STAGE_RULES,
+    *DISTILLATION_RULES,
     *ADAPTER_RULES,
 ]
 

@@ -288,6 +288,7 @@ Stage = Literal[
     "midtrain",
     "sft",
     "lora",
+    "distill",
     "dpo",
     "ipo",
     "simpo",

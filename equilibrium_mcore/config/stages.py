@@ -16,8 +16,8 @@ _REQUIRED = {"model", "data", "training"}
 class StageSettings(NamedTuple):
     """A stage, as far as settings go.
 
-    `defaults` are laid under what a run file says. `data` is the kind that it takes;
-    `data_folder` is where in `configs/data` its mixtures are.
+    `defaults` are laid under what a run file says. `data` is the kind that it takes, and `or_data`
+    another; `data_folder` is where in `configs/data` its mixtures are.
     """
 
     meaning: str
@@ -26,6 +26,12 @@ class StageSettings(NamedTuple):
     defaults: Mapping[str, Any]
     needs_weights: bool = False
     template: str | None = None  # the stage whose experiment template it shares
+    or_data: str | None = None
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """The kinds of data that it takes."""
+        return (self.data,) if self.or_data is None else (self.data, self.or_data)
 
 
 def _on_pairs(
@@ -74,6 +80,13 @@ STAGES: dict[str, StageSettings] = {
         needs_weights=True,
         template="sft",
     ),
+    "distill": StageSettings(
+        "learning from a larger model's distribution, on text or conversations",
+        data="indexed",
+        data_folder="pretrain",
+        defaults={"objective": {"type": "distillation"}},
+        or_data="conversations",
+    ),
     "dpo": _on_pairs("dpo", "direct preference optimisation, on pairs of answers"),
     "ipo": _on_pairs("ipo", "identity preference optimisation, on pairs"),
     "simpo": _on_pairs("simpo", "preferences by log p per token, without a reference"),
@@ -108,11 +121,11 @@ def with_stage_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
 @rule("stage", "data")
 def a_stage_has_its_data(subject: Subject) -> Iterator[str]:
     config, settings = subject.config, STAGES[subject.config.stage]
-    if config.data.type != settings.data:
-        fit = [name for name, stage in STAGES.items() if stage.data == config.data.type]
+    if config.data.type not in settings.takes:
+        fit = [name for name, stage in STAGES.items() if config.data.type in stage.takes]
         yield (
             f"data.type={config.data.type!r} with stage={config.stage!r}, which trains on "
-            f"{settings.data}: name such data, or set stage to {' or '.join(fit)}"
+            f"{' or '.join(settings.takes)}: name such data, or set stage to {' or '.join(fit)}"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from equilibrium_mcore.stages.distill import distill_rank
 from equilibrium_mcore.stages.offline import train_rank
 from equilibrium_mcore.stages.preferences import preference_rank
 
@@ -13,6 +14,7 @@ STAGE_RANKS: dict[str, Callable[..., None]] = {
     "midtrain": train_rank,
     "sft": train_rank,
     "lora": train_rank,
+    "distill": distill_rank,
     "dpo": preference_rank,
     "ipo": preference_rank,
     "simpo": preference_rank,

@@ -35,6 +35,8 @@ class Pairs:
     tokens_of = "nll"
     has_perplexity = False
     reads = "losses"
+    needs_logits = False
+    carried = ()
 
     def __init__(self, loss: PairLoss, reward: Reward, *, needs_reference: bool) -> None:
         self._loss, self._reward, self.needs_reference = loss, reward, needs_reference

@@ -18,12 +18,14 @@ from equilibrium_mcore.checkpoint.compatibility import check_resumable, check_sa
 from equilibrium_mcore.checkpoint.opened import OpenedCheckpoint, inspect
 from equilibrium_mcore.config.data import DataConfig
 from equilibrium_mcore.config.errors import ConfigError
-from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.config.objectives import REFERENCED, DistillationConfig
+from equilibrium_mcore.config.schema import ModelConfig, RunConfig
 from equilibrium_mcore.data.indexed_files import dataset_paths
 from equilibrium_mcore.optim.frozen import check_optimizer_state
 from equilibrium_mcore.parallel import accelerator
 from equilibrium_mcore.parallel.launch import rank_info_from_environment, refuse_local_ranks
 from equilibrium_mcore.parallel.rendezvous import meeting_place
+from equilibrium_mcore.training.frozen_settings import check_same_tokenizer, settings_of_frozen
 from equilibrium_mcore.training.run_data import (
     Progress,
     build_run_datasets,
@@ -33,6 +35,7 @@ from equilibrium_mcore.training.run_data import (
     with_steps,
 )
 from equilibrium_mcore.training.run_folder import look_at_run_folder
+from equilibrium_mcore.training.target_files import check_stored_targets
 
 Say = Callable[[str], object]
 
@@ -54,6 +57,10 @@ def check_ready(config: RunConfig, *, elsewhere: bool = False, say: Say = print)
     if config.checkpoint.initial_weights not in absent:
         progress = _collect(problems, lambda: _find_start(config))
     _collect(problems, lambda: check_adapters(config))
+    roles = {"policy": config.model, **_reference(config)}
+    roles |= _collect(problems, lambda: _check_teacher(config, absent, say)) or {}
+    if len(roles) > 1:
+        say(_memory(config, roles))
     if config.training.frozen or config.optimizer.overrides or config.adapters is not None:
         _collect(problems, lambda: _check_patterns(config))
     if not {*_data_files(config)} & {*absent}:
@@ -120,6 +127,40 @@ def _find_start(config: RunConfig) -> Progress | None:
     return None
 
 
+def _check_teacher(config: RunConfig, absent: list[Path], say: Say) -> dict[str, ModelConfig]:
+    """Ask of the teacher, or of its targets, what the run would; models that it holds, by role."""
+    objective = config.objective
+    if not isinstance(objective, DistillationConfig):
+        return {}
+    if objective.targets is not None:
+        if objective.targets not in absent:
+            check_stored_targets(config)
+        return {}
+    if objective.teacher is None or objective.teacher in absent:
+        return {}
+    path = find_weights(objective.teacher, key="objective.teacher")
+    opened = inspect(path, needs_state=False)
+    wanted, _ = settings_of_frozen(opened, config=config)
+    if (unknown := check_same_tokenizer(opened, config)) is not None:
+        say(unknown)
+    return {"teacher": wanted.model}
+
+
+def _reference(config: RunConfig) -> dict[str, ModelConfig]:
+    """The frozen copy of the run's own weights that some objectives compare with."""
+    copied = isinstance(config.objective, REFERENCED) and config.adapters is None
+    return {"reference": config.model} if copied else {}
+
+
+def _memory(config: RunConfig, roles: dict[str, ModelConfig]) -> str:
+    """What each model takes of a rank. Models are built without memory."""
+    accelerator.quiet_libraries()
+    accelerator.install()  # before megatron-core is imported
+    from equilibrium_mcore.planning.memory import memory_of_roles
+
+    return memory_of_roles(config, roles)
+
+
 def _check_patterns(config: RunConfig) -> None:
     """Names of parameters: the model is built without memory."""
     accelerator.quiet_libraries()
@@ -161,6 +202,8 @@ def _data_files(config: RunConfig) -> Iterator[Path]:
 
 def _absent(config: RunConfig) -> list[Path]:
     """What the run reads and this host does not have."""
-    weights = config.checkpoint.initial_weights
-    files = [*_data_files(config), *([weights] if weights is not None else [])]
+    objective = config.objective
+    more = [config.checkpoint.initial_weights]
+    more += [getattr(objective, key, None) for key in ("teacher", "targets")]
+    files = [*_data_files(config), *(path for path in more if path is not None)]
     return [path for path in files if not path.exists()]

@@ -42,6 +42,8 @@ class Scores:
     tokens_of = "score"
     has_perplexity = False
     reads = "values"
+    needs_logits = False
+    carried = ()
     inputs = (LAST, "answers", MARGIN)
 
     def __init__(self, settings: RewardModelConfig) -> None:

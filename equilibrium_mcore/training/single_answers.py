@@ -29,6 +29,8 @@ class Kto:
     tokens_of = "nll"
     has_perplexity = False
     reads = "losses"
+    needs_logits = False
+    carried = ()
     inputs = ("answer", "answers", DESIRABLE, REFERENCE, KL)
 
     def __init__(self, settings: KtoConfig) -> None:

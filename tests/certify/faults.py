@@ -201,6 +201,7 @@ SCORES = (
     "data={type: preferences, name: made_up, sources: [{name: made_up, train: [made_up.jsonl]}], "
     "tokenizer: {type: SentencePieceTokenizer, model: made_up.model}}",
 )
+DISTILLED = ("stage=distill", "objective={type: distillation, teacher: runs/teacher}")
 EXPECTED: dict[Callable[[], None], Case] = {
     healthy: Case("tp=2,cp=2,ep=2", "", "", PACKED),
     context_split_over_the_wrong_group: Case("tp=2,cp=2", "loss of every step", "step 1"),
@@ -245,6 +246,9 @@ EXPECTED: dict[Callable[[], None], Case] = {
     ),
     objectives.pairs_given_as_the_divisor: Case(
         "dp=2", "balancing losses", "embedding", PAIRS, everywhere=True
+    ),
+    objectives.slices_of_the_vocabulary_taken_for_the_whole: Case(
+        "tp=2", "loss of every step", "step 1", DISTILLED
     ),
 }
 HEALTHY = (healthy, objectives.pairs)

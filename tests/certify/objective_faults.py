@@ -20,6 +20,8 @@ class LikelierDocument:
     tokens_of = "loss"
     has_perplexity = False
     reads = "losses"
+    needs_logits = False
+    carried = ()
     inputs = ("document", "documents", "weight")
 
     def weigh(self, batch: dict[str, Tensor]) -> float:
@@ -86,6 +88,14 @@ def pairs_given_as_the_divisor() -> None:
         return total, torch.full_like(positions, count), figures
 
     step.objective_of = broken
+
+
+def slices_of_the_vocabulary_taken_for_the_whole() -> None:
+    """Each tensor rank's softmax is of its own rows alone."""
+    from equilibrium_mcore.objectives.distillation import WHOLE
+    from equilibrium_mcore.training import distillation
+
+    distillation.across_ranks = lambda tp_group: WHOLE
 
 
 def mask_shifted_by_one() -> None:

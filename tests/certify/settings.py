@@ -142,6 +142,10 @@ CASES = {
     "reward_model_of_adapters": Case(
         "tp=2,pp=2", ("model.tie_embeddings=true",), run="reward_model"
     ),
+    "distillation": Case("tp=2,cp=2,ep=2", (BALANCED,), run="distill"),
+    "distillation_reverse": Case(
+        "pp=2,vpp=2", ("objective.direction=reverse", "objective.temperature=4"), run="distill"
+    ),
     "adapters_of_experts": Case("ep=2,dp=2", ("adapters={rank: 2, experts: true}",)),
     # ------------------------------------------------- faster kernels, and overlapped sums
     "fused_swiglu": Case("tp=2,ep=2", ("training.fused.activation=true", BALANCED)),

@@ -777,6 +777,63 @@ CASES = [
         {"model.head": "output", "parallelism.overlap_grad_reduce": True},
     ),
     (
+        "distillation_is_a_stage",
+        {"objective": {"type": "distillation", "teacher": "runs/teacher"}},
+        ["objective.type='distillation'", "stage='pretrain'"],
+        {"stage": "distill", "objective": {"type": "distillation", "teacher": "runs/teacher"}},
+    ),
+    (
+        "distillation_is_a_stage",
+        {**SFT, "stage": "distill"},
+        ["objective.type='sft'", "stage='distill'"],
+        {
+            "stage": "distill",
+            "data": CHATS,
+            "objective": {"type": "distillation", "teacher": "runs/teacher"},
+        },
+    ),
+    (
+        "there_is_a_teacher",
+        {"stage": "distill", "objective": {"type": "distillation"}},
+        ["objective.teacher: missing", "objective.targets"],
+        {"stage": "distill", "objective": {"type": "distillation", "targets": "data/targets"}},
+    ),
+    (
+        "there_is_a_teacher",
+        {
+            "stage": "distill",
+            "output_directory": "runs/student",
+            "objective": {"type": "distillation", "teacher": "runs/student/checkpoints/step_1"},
+        },
+        ["objective.teacher='runs/student/checkpoints/step_1'", "does not learn from itself"],
+        {
+            "stage": "distill",
+            "output_directory": "runs/student",
+            "objective": {"type": "distillation", "teacher": "runs/teacher"},
+        },
+    ),
+    (
+        "the_teacher_counts",
+        {
+            "stage": "distill",
+            "objective": {"type": "distillation", "teacher": "t", "cross_entropy_weight": 1.0},
+        },
+        ["objective.cross_entropy_weight=1", "nothing is left"],
+        {
+            "stage": "distill",
+            "objective": {"type": "distillation", "teacher": "t", "cross_entropy_weight": 0.0},
+        },
+    ),
+    (
+        "the_teacher_counts",
+        {
+            "stage": "distill",
+            "objective": {"type": "distillation", "targets": "t", "top_k": 65536},
+        },
+        ["objective.top_k=65536", "the rest would be empty"],
+        {"stage": "distill", "objective": {"type": "distillation", "targets": "t", "top_k": 8}},
+    ),
+    (
         "adapters_freeze_the_rest",
         {"adapters": {}, "training.frozen": ["*.in_proj.*"]},
         ["training.frozen=['*.in_proj.*']", "everything but the adapters is frozen"],

@@ -143,4 +143,4 @@ def test_every_shipped_run_can_be_checked(name):
 def test_the_stages_of_the_examples():
     """What `configs/runs` has in miniature, beside pretraining."""
     stages = {load_run(path).stage for path in RUNS.glob("*.yaml")}
-    assert {"pretrain", "sft", "lora", "dpo", "reward_model"} <= stages
+    assert {"pretrain", "sft", "lora", "distill", "dpo", "reward_model"} <= stages

@@ -154,13 +154,13 @@ def test_the_effective_config_is_a_run_of_settings(roadmap, here):
     assert load_run(here / "config.yaml") == config
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "midtrain", "sft", "dpo"])
+@pytest.mark.parametrize("stage", ["pretrain", "midtrain", "sft", "distill", "dpo"])
 def test_templates_are_whole(stage, here, prepared, weights):
     file = TEMPLATES / f"{stage}_template.yaml"
     mixture = read_mapping(file)["data"]["config_path"]
     name = mixture.removeprefix("configs/data/").removesuffix(".yaml")
     prepared(name, {"sft": CONVERSATIONS, "dpo": PREFERENCES}.get(stage, BLEND))
-    overrides = [] if stage == "pretrain" else [f"model.checkpoint_path={weights}"]
+    overrides = [] if stage in ("pretrain", "distill") else [f"model.checkpoint_path={weights}"]
     config = load_run(file, overrides)
     assert config.stage == stage
     unread = read_mapping(file)
