@@ -25,7 +25,7 @@ from torch import Tensor
 from equilibrium_mcore.config.layout import virtual_stages
 from equilibrium_mcore.config.schema import ModelConfig, ParallelismConfig, RunConfig
 from equilibrium_mcore.generation.interface import Request, Rollout, Sampling
-from equilibrium_mcore.generation.rows import Group, Pack, Wave, plan
+from equilibrium_mcore.generation.rows import Group, Pack, Wave, plan, up_to_multiple
 from equilibrium_mcore.generation.sampling import Drawn, draw, row_seeds
 from equilibrium_mcore.models.decode.state import DecodeState, Prefill, Step, prefill
 from equilibrium_mcore.parallel import accelerator
@@ -97,7 +97,7 @@ class OwnEngine:
             groups=self.layout.pipeline,
             rows_at_once=self.rows_at_once,
             tokens_at_once=self.tokens_at_once,
-            multiple=self.layout.tensor if self.layout.sequence else 1,
+            multiple=self._row_multiple,
             max_new_tokens=sampling.max_new_tokens,
         )
         with _evaluating(self.chunks):
@@ -105,6 +105,11 @@ class OwnEngine:
                 self._continue(wave, answers)
         one_of_copies = self.groups.tp.rank() == 0 and self.groups.pp.rank() == 0
         return answers.of_all(counts=one_of_copies, version=version)
+
+    @property
+    def _row_multiple(self) -> int:
+        """Rows are cut among tensor-parallel ranks under sequence parallelism."""
+        return self.layout.tensor if self.layout.sequence else 1
 
     def _check(self, requests: Sequence[Request], sampling: Sampling) -> None:
         size = self.model.vocab_size
@@ -131,14 +136,22 @@ class OwnEngine:
             drawn = self._step(lanes, answers.sampling)
             for lane, (ids, logprobs, support) in zip(lanes, drawn, strict=True):
                 lane.take(ids, logprobs, support)
-            if not self._unfinished(lanes):
+            most = self._unfinished(lanes)
+            if most == 0:
                 break
+            rows = up_to_multiple(most, self._row_multiple)
+            if 2 * rows <= lanes[0].state.rows:
+                for lane in lanes:
+                    lane.keep_unfinished(rows)
 
-    def _unfinished(self, lanes: list[_Lane]) -> bool:
-        """Whether a row of the world is."""
-        here = torch.tensor([sum(lane.unfinished for lane in lanes)], device=self.device)
-        torch.distributed.all_reduce(here, op=torch.distributed.ReduceOp.MAX)
-        return bool(here.item())
+    def _unfinished(self, lanes: list[_Lane]) -> int:
+        """Unfinished rows of the lane of the world that has most of them. Collective."""
+        here = max(int((~lane.finished).sum()) for lane in lanes)
+        if torch.distributed.get_world_size() == 1:
+            return here
+        most = torch.tensor([here], device=self.device)
+        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+        return int(most.item())
 
     def _prefill(self, wave: Wave, lanes: list[_Lane]) -> None:
         passes = [lane.pass_of_pack(number) for number in range(wave.packs) for lane in lanes]
@@ -280,11 +293,8 @@ class _Lane:
         seeds = np.concatenate([row_seeds(requests, answers.sampling), np.zeros(padding, np.int64)])
         self.seeds = torch.from_numpy(seeds).to(device)
         self.finished = np.array([False] * len(requests) + [True] * padding)
+        self.numbers = np.array([*group.requests, *[-1] * padding])  # of each row's request
         self.done = 0  # steps
-
-    @property
-    def unfinished(self) -> int:
-        return int((~self.finished).sum())
 
     def pass_of_pack(self, number: int) -> _Pass:
         """A pack of the group; one of a token that nobody asked for where it has no more."""
@@ -323,12 +333,19 @@ class _Lane:
     def take(self, ids: np.ndarray, logprobs: np.ndarray, support: np.ndarray | None) -> None:
         """The tokens that were drawn. Finished rows step on, and what they draw is dropped."""
         for row in (~self.finished).nonzero()[0]:
-            number = self.group.requests[row]
-            self.finished[row] = self.answers.add(
-                number, int(ids[row]), logprobs[row], None if support is None else support[row]
-            )
+            kept = None if support is None else support[row]
+            number = int(self.numbers[row])
+            self.finished[row] = self.answers.add(number, int(ids[row]), logprobs[row], kept)
         self.tokens = ids
         self.done += 1
+
+    def keep_unfinished(self, rows: int) -> None:
+        """Go on with `rows` rows: those that are unfinished, and finished ones beside them."""
+        kept = np.argsort(self.finished, kind="stable")[:rows]
+        self.state.take(torch.from_numpy(kept))
+        self.seeds = self.seeds[torch.from_numpy(kept).to(self.device)]
+        for name in ("lengths", "tokens", "finished", "numbers"):
+            setattr(self, name, getattr(self, name)[kept])
 
 
 @dataclass

@@ -110,8 +110,8 @@ def _wave(
     ]
     return Wave(
         groups=tuple(tuple(made[rank * groups : (rank + 1) * groups]) for rank in range(ranks)),
-        rows=_up(max(len(group.requests) for group in made), multiple),
-        pack_tokens=_up(max(tokens, default=1), multiple),
+        rows=up_to_multiple(max(len(group.requests) for group in made), multiple),
+        pack_tokens=up_to_multiple(max(tokens, default=1), multiple),
         packs=max(len(group.packs) for group in made),
         capacity=max(len(requests[number].prompt.ids) for number in numbers) + max_new_tokens - 1,
     )
@@ -144,5 +144,6 @@ def _group(numbers: list[int], requests: Sequence[Request], tokens_at_once: int)
     return Group(tuple(numbers), tuple(prompts), source, tuple(packs))
 
 
-def _up(value: int, multiple: int) -> int:
+def up_to_multiple(value: int, multiple: int) -> int:
+    """The least positive multiple that is `value` or more."""
     return -(-max(value, 1) // multiple) * multiple

@@ -47,6 +47,7 @@ from equilibrium_mcore.config.pattern import ByKind, count_kinds
 from equilibrium_mcore.config.schema import ModelConfig
 from equilibrium_mcore.models.attention import TorchCoreAttention
 from equilibrium_mcore.models.decode.attention import DecodingSelfAttention
+from equilibrium_mcore.models.decode.experts import DecodingExperts
 from equilibrium_mcore.models.decode.latent import DecodingLatentAttention
 from equilibrium_mcore.models.mamba import FusedMambaMixer, TorchMambaMixer
 from equilibrium_mcore.models.norms import RMSNorm
@@ -212,6 +213,9 @@ def _moe_layer(model: ModelConfig, backend: Backend) -> ModuleSpec:
         moe_grouped_gemm=backend.grouped_experts,
     )
     submodules = replace(moe.keywords["submodules"], router=GlobalRouter)
+    if not backend.grouped_experts:  # megatron-core's SequentialMLP, made of the same parts
+        experts = partial(DecodingExperts, **submodules.experts.keywords)
+        submodules = replace(submodules, experts=experts)
     moe = partial(moe.func, submodules=submodules)
     return _with_channel_mixer(MoETransformerLayer, moe, backend.norm)
 

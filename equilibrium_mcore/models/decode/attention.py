@@ -14,6 +14,7 @@ from megatron.core.models.common.embeddings import apply_rotary_pos_emb
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
+from equilibrium_mcore.models.decode.linear import output_of
 from equilibrium_mcore.models.decode.state import Decodes, DecodeState, Prefill
 
 
@@ -52,7 +53,7 @@ class DecodingSelfAttention(Decodes, SelfAttention):
                 attn_mask=work.seen()[:, None, None],
                 enable_gqa=heads != query.shape[1],
             ).squeeze(2)
-        return self.linear_proj(context.flatten(1).unsqueeze(1))
+        return output_of(self.linear_proj, context.flatten(1).unsqueeze(1)), None
 
 
 def attend_prompts(query: Tensor, key: Tensor, value: Tensor, work: Prefill, *, scale: float):

@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from torch import Tensor
 
 from equilibrium_mcore.models.decode.attention import attend_prompts
+from equilibrium_mcore.models.decode.linear import output_of
 from equilibrium_mcore.models.decode.state import Decodes, DecodeState, Prefill, Step
 
 
@@ -49,14 +50,14 @@ class DecodingLatentAttention(Decodes):
         else:
             kept[torch.arange(len(remembered), device=kept.device), work.positions] = remembered
             context = self._step(query_THQ, query_THE, kept, state)
-        return self.linear_proj(context.flatten(1).unsqueeze(1))
+        return output_of(self.linear_proj, context.flatten(1).unsqueeze(1)), None
 
     def _queries(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """From the input or its latent, (tokens / SP, 1, width): without position, and with."""
         if self.config.q_lora_rank is not None:
-            query, _ = self.linear_q_up_proj(self.q_layernorm(query))
+            query = output_of(self.linear_q_up_proj, self.q_layernorm(query))
         else:
-            query, _ = self.linear_q_proj(query)
+            query = output_of(self.linear_q_proj, query)
         query = query.squeeze(1).unflatten(-1, (-1, self.q_head_dim))
         return query.split([self.config.qk_head_dim, self.config.qk_pos_emb_head_dim], dim=-1)
 
@@ -79,7 +80,7 @@ class DecodingLatentAttention(Decodes):
         self, query_THQ: Tensor, query_THE: Tensor, latent: Tensor, rope_T1E: Tensor, work: Prefill
     ) -> Tensor:
         """As in training, with keys and values: (T, H, V)."""
-        up, _ = self.linear_kv_up_proj(latent)
+        up = output_of(self.linear_kv_up_proj, latent)
         widths = [self.config.qk_head_dim, self.config.v_head_dim]
         key, value = up.squeeze(1).unflatten(-1, (-1, sum(widths))).split(widths, dim=-1)
         rope = rope_T1E.expand(-1, key.shape[1], -1)
@@ -120,7 +121,7 @@ class DecodingLatentAttention(Decodes):
             size = self.tp_group.size()
             units = torch.nn.functional.pad(units, (0, 0, 0, -latent % size))
             units = units.chunk(size)[self.tp_group.rank()]
-        up, _ = self.linear_kv_up_proj(units.unsqueeze(1))
+        up = output_of(self.linear_kv_up_proj, units.unsqueeze(1))
         widths = [config.qk_head_dim, config.v_head_dim]
         up = up.squeeze(1)[:latent].unflatten(-1, (-1, sum(widths)))
         key_CHQ, value_CHV = up.split(widths, dim=-1)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from equilibrium_mcore.models.decode.linear import output_of
 from equilibrium_mcore.models.decode.state import Decodes, DecodeState, Prefill
 from equilibrium_mcore.models.ssd import causal_conv, ssd_scan_with_state
 
@@ -23,7 +24,7 @@ class DecodingMamba(Decodes):
         self, hidden_states: Tensor, state: DecodeState, *, rotary_pos_emb: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """(tokens / SP, 1, hidden) -> the same shape, and no bias."""
-        zxBCdt, _ = self.in_proj(hidden_states)
+        zxBCdt = output_of(self.in_proj, hidden_states)
         maps = self.ngroups_local_tp * self.d_state
         widths = [self.d_inner_local_tp, self.d_inner_local_tp + 2 * maps, self.nheads_local_tp]
         z, xBC, dt = zxBCdt.squeeze(1).split(widths, dim=-1)
@@ -39,7 +40,7 @@ class DecodingMamba(Decodes):
         mix = self._prompts if isinstance(state.work, Prefill) else self._step
         y = mix(xBC, dt, kept, state.work)
         y = (y * F.silu(z)).unsqueeze(1)
-        return self.out_proj(self.norm(y))
+        return output_of(self.out_proj, self.norm(y)), None
 
     def _split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (..., H, P), B and C (..., G, N)."""
