@@ -91,18 +91,10 @@ class OwnEngine:
         if not requests:
             return []
         answers = _Answers(requests, sampling)
-        waves = plan(
-            requests,
-            ranks=self.groups.dp_cp.size(),
-            groups=self.layout.pipeline,
-            rows_at_once=self.rows_at_once,
-            tokens_at_once=self.tokens_at_once,
-            multiple=self._row_multiple,
-            max_new_tokens=sampling.max_new_tokens,
-        )
         with _evaluating(self.chunks):
-            for wave in waves:
-                self._continue(wave, answers)
+            for wave in self._plan(requests, sampling):
+                for _ in self._steps(wave, answers):
+                    pass
         one_of_copies = self.groups.tp.rank() == 0 and self.groups.pp.rank() == 0
         return answers.of_all(counts=one_of_copies, version=version)
 
@@ -124,8 +116,36 @@ class OwnEngine:
                 )
         check_sampling(sampling, vocab_size=size)
 
-    def _continue(self, wave: Wave, answers: _Answers) -> None:
-        """Every row of the wave, to its end."""
+    def stream(self, request: Request, sampling: Sampling) -> Iterator[int]:
+        """Ids of one answer as they are drawn. On one rank alone; ValueError where there are more.
+
+        Gradients are as the caller has them between two ids.
+        """
+        if torch.distributed.get_world_size() > 1:
+            raise ValueError("an answer is streamed by one rank alone: use `generate` on several")
+        self._check([request], sampling)
+        answers = _Answers([request], sampling)
+        (wave,) = self._plan([request], sampling)
+        steps = self._steps(wave, answers)
+        while True:
+            with torch.no_grad(), _evaluating(self.chunks):
+                if next(steps, self) is self:
+                    return
+            yield answers.ids[0][-1]
+
+    def _plan(self, requests: Sequence[Request], sampling: Sampling) -> list[Wave]:
+        return plan(
+            requests,
+            ranks=self.groups.dp_cp.size(),
+            groups=self.layout.pipeline,
+            rows_at_once=self.rows_at_once,
+            tokens_at_once=self.tokens_at_once,
+            multiple=self._row_multiple,
+            max_new_tokens=sampling.max_new_tokens,
+        )
+
+    def _steps(self, wave: Wave, answers: _Answers) -> Iterator[None]:
+        """Continue every row of the wave to its end; once for each step, after it."""
         mine = wave.groups[self.groups.dp_cp.rank()]
         lanes = [_Lane(group, wave, answers, self.device) for group in mine]
         if wave.packs:
@@ -136,6 +156,7 @@ class OwnEngine:
             drawn = self._step(lanes, answers.sampling)
             for lane, (ids, logprobs, support) in zip(lanes, drawn, strict=True):
                 lane.take(ids, logprobs, support)
+            yield
             most = self._unfinished(lanes)
             if most == 0:
                 break
