@@ -47,7 +47,8 @@ def compare(
         verdicts.append(compare_choices(layout.choices, reference.choices, tie=tie))
     start = reference.weights[0]
     verdicts.append(_tensors("weights loaded", layout.weights[0], start, STATE))
-    verdicts += compare_generated(layout.generated, reference.generated)
+    if reference.generated:
+        verdicts += compare_generated(layout.generated, reference.generated)
     if steps:
         verdicts.append(_tensors("gradients", layout.gradients, reference.gradients, EXACT))
     for step in sorted(reference.weights):
