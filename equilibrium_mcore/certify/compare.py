@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+from equilibrium_mcore.certify.rollouts import compare_generated
 from equilibrium_mcore.certify.ties import Tie, compare_choices
 from equilibrium_mcore.certify.trace import Trace
 from equilibrium_mcore.certify.verdict import Verdict, worst_verdict
@@ -46,6 +47,8 @@ def compare(
         verdicts.append(compare_choices(layout.choices, reference.choices, tie=tie))
     start = reference.weights[0]
     verdicts.append(_tensors("weights loaded", layout.weights[0], start, STATE))
+    if reference.generated:
+        verdicts += compare_generated(layout.generated, reference.generated)
     if steps:
         verdicts.append(_tensors("gradients", layout.gradients, reference.gradients, EXACT))
     for step in sorted(reference.weights):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from equilibrium_mcore.certify.balance import balancing_gradients
 from equilibrium_mcore.certify.float64 import NarrowOperations, in_float64
+from equilibrium_mcore.certify.rollouts import generated
 from equilibrium_mcore.certify.routing import Notes, Routing, RoutingWatch, whole_routing
 from equilibrium_mcore.certify.tokens import (
     made_up_datasets,
@@ -49,6 +50,7 @@ class RankTrace:
     balancing: dict[str, list[TensorShard]] = field(default_factory=dict)  # `balance.py`
     choices: Notes = field(default_factory=dict)
     narrow: dict[str, int] = field(default_factory=dict)  # what was not float64, and how often
+    generated: dict = field(default_factory=dict)  # `rollouts.py`
 
 
 @dataclass
@@ -65,6 +67,7 @@ class Trace:
     choices: dict[tuple[int, int], Routing]  # by (step, layer)
     narrow: dict[str, int]  # what was not float64, over all ranks
     balancing: dict[str, dict[str, FullTensor]] = field(default_factory=dict)  # by objective
+    generated: dict = field(default_factory=dict)  # the same on every rank
 
 
 def trace_rank(
@@ -122,6 +125,8 @@ def _trace(
         trace.weights[0] = _weights(run)
         trace.state = _state(run)
     else:
+        if sharp:
+            trace.generated = generated(run)
         with NarrowOperations() if sharp else contextlib.nullcontext() as narrow:
             _train(run, trace, steps)
         trace.narrow = narrow.places if sharp else {}
@@ -164,6 +169,7 @@ def read_trace(folder: Path, world_size: int) -> Trace:
         },
         choices=whole_routing([rank["choices"] for rank in ranks]),
         narrow=dict(narrow),
+        generated=first["generated"],
     )
 
 

@@ -1,9 +1,10 @@
 """Talk with a model in the terminal: a checkpoint, a run, or an exported folder.
 
 Without --prompt lines are read from standard input, one after the other: texts to continue, or with
---chat turns of one conversation. /exit or Ctrl-D ends the talk, Ctrl-C an answer. A checkpoint is
-exported to a temporary folder (in $TMPDIR, as large as its weights), which is removed. An exported
-folder runs its own modelling code, so use it on folders that you made.
+--chat turns of one conversation. /exit or Ctrl-D ends the talk, Ctrl-C an answer. A run or a
+checkpoint answers by the modules that trained it, on one device; the same question in the same
+place with the same --seed has the same answer. An exported folder runs its own modelling code, so
+use it on folders that you made.
 
 Examples:
     {prog} runs/quickstart/hugging_face --prompt "def read_lines(path):"

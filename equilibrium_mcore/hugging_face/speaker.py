@@ -42,6 +42,23 @@ class TextGenerator:
         self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(seed)
 
+    def of_text(self, text: str) -> Any:
+        """The ids that are continued."""
+        return self.tokenizer(text, return_tensors="pt")
+
+    def of_chat(self, messages: list[dict[str, str]]) -> Any:
+        """The ids of a conversation, up to the answer that is wanted. Raises ValueError for one
+        that the template refuses.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses this talk: {error}") from None
+
     def say(self, inputs: Any) -> Completion:
         """Print the continuation of `inputs` as it comes; Ctrl-C ends it, and what came counts."""
         import torch

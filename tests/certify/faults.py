@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.certify import generation_faults as generation
 from tests.certify import objective_faults as objectives
 from tests.certify import small_faults as small
 
@@ -239,6 +240,10 @@ EXPECTED: dict[Callable[[], None], Case] = {
     ),
     small.recomputation_gives_other_numbers: Case(
         "ep=2", "gradients", "embedding", ("training.recompute=full",)
+    ),
+    generation.another_seed_in_sampling_on_one_rank: Case("dp=2", "generated tokens", "answer"),
+    generation.decoding_forgets_the_latest_input_of_the_convolution: Case(
+        "tp=2", "log-probabilities in training", "answer"
     ),
     objectives.pairs: Case("tp=2,cp=2,ep=2", "", "", PAIRS, everywhere=True),
     objectives.pairs_not_summed_over_context: Case(
