@@ -125,7 +125,7 @@ def _trace(
         trace.weights[0] = _weights(run)
         trace.state = _state(run)
     else:
-        if sharp:
+        if sharp and config.model.head != "scalar":  # which speaks no tokens
             trace.generated = generated(run)
         with NarrowOperations() if sharp else contextlib.nullcontext() as narrow:
             _train(run, trace, steps)
