@@ -119,9 +119,7 @@ class RewardEstimator:
 
     # ------------------------------------------------------------------------------ the inside
 
-    def _measured(
-        self, run: Run, answers: list[Answer]
-    ) -> tuple[list[Answer], dict[str, float]]:
+    def _measured(self, run: Run, answers: list[Answer]) -> tuple[list[Answer], dict[str, float]]:
         """With log p of the policy and of the reference; how far apart engine and training are."""
         packed = packed_for(run, answers)
         old = scored(run, packed, lambda batches: self._policy(run, batches))

@@ -54,7 +54,9 @@ class SamplesFile:
         path = folder / SAMPLES_FILE
         if path.is_file():
             broken: list[str] = []
-            kept = [r for r in read_log(path, broken=broken.append) if r.get("step", 0) <= after_step]
+            kept = [
+                r for r in read_log(path, broken=broken.append) if r.get("step", 0) <= after_step
+            ]
             write_whole(path, b"".join(json_line(record, ascii_only=True) for record in kept))
         self._log, self._tokenizer, self._shown = JsonLinesLog(path), tokenizer, shown
 

@@ -48,6 +48,7 @@ class OnlineStream:
         judge: Judge,
         estimator: Estimator,
         seen: Seen = lambda gathered, step: None,
+        at_end: Callable[[], None] = lambda: None,
     ) -> None:
         """Goes on where the run's checkpoint left it. `seen` is shown every rollout.
 
@@ -55,8 +56,8 @@ class OnlineStream:
         """
         assert isinstance(run.datasets.train, PromptSamples)
         self._run, self._prompts = run, run.datasets.train
-        self._engine, self._judge, self._estimator = engine, judge, estimator
-        self._seen = seen
+        self.engine, self.judge, self._estimator = engine, judge, estimator
+        self._seen, self._at_end = seen, at_end
         self._position = Position()
         self._answers: list[Answer] = []
         self._figures: dict[str, float] = {}
@@ -95,7 +96,7 @@ class OnlineStream:
 
     def close(self) -> None:
         """See TrainStream."""
-        self._judge.close()
+        self._at_end()
 
     # ------------------------------------------------------------------------------ the inside
 
@@ -107,7 +108,7 @@ class OnlineStream:
             first=position.prompts,
             count=wanted // rollout.samples_per_prompt,
             config=rollout,
-            engine=self._engine,
+            engine=self.engine,
             sampling=sampling_of(
                 rollout,
                 self._prompts.stop_ids,
@@ -115,7 +116,7 @@ class OnlineStream:
                 rollout=position.rollouts,
             ),
             version=run.progress.step,
-            judge=self._judge,
+            judge=self.judge,
         )
         position.prompts += gathered.prompts_taken
         position.rollouts += 1

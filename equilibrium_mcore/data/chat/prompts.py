@@ -78,9 +78,7 @@ def _turns(row: Mapping[str, Any]) -> Iterator[Turn]:
                 yield from read_turns(row, key)
             return
     held = ", ".join(map(repr, list(row)[:8])) or "no key"
-    raise ConversationError(
-        "", f"none of the keys prompt, {', '.join(_HISTORIES)}; it has {held}"
-    )
+    raise ConversationError("", f"none of the keys prompt, {', '.join(_HISTORIES)}; it has {held}")
 
 
 def read_prompts(path: Path, *, truth: str) -> Iterator[PromptRow]:
