@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from equilibrium_mcore.config.policy import PolicyConfig
 from equilibrium_mcore.config.section import (
     Fraction,
     NonNegativeFloat,
@@ -72,6 +73,6 @@ REFERENCED = (DpoConfig, IpoConfig)
 """Those that need the log-probabilities of a reference."""
 
 ObjectiveConfig = Annotated[
-    NextTokenConfig | SftConfig | DpoConfig | IpoConfig | SimpoConfig | OrpoConfig,
+    NextTokenConfig | SftConfig | DpoConfig | IpoConfig | SimpoConfig | OrpoConfig | PolicyConfig,
     Field(discriminator="type"),
 ]
