@@ -8,6 +8,7 @@ from equilibrium_mcore.config.online import EvaluationConfig, RolloutConfig
 from equilibrium_mcore.config.pattern import count_kinds
 from equilibrium_mcore.config.policy import PolicyConfig
 from equilibrium_mcore.config.rule_kit import RuleTable, Subject
+from equilibrium_mcore.config.stages import STAGES
 
 ONLINE_RULES = RuleTable()
 rule = ONLINE_RULES.rule
@@ -17,38 +18,36 @@ WITHOUT_REWARDS = ("teacher",)
 
 def is_online(subject: Subject) -> bool:
     """Whether the run learns from its own answers."""
-    return isinstance(subject.config.objective, PolicyConfig)
+    return STAGES[subject.config.stage].data == "prompts"
 
 
-@rule("objective", "data")
-def a_policy_has_prompts(subject: Subject) -> Iterator[str]:
+@rule("stage", "objective")
+def an_online_stage_has_a_policy(subject: Subject) -> Iterator[str]:
+    """The other way round is asked where a run starts: made-up answers certify a policy."""
     config = subject.config
-    if is_online(subject) != (config.data.type == "prompts"):
-        needs = (
-            "prompts to answer: name data of type prompts"
-            if is_online(subject)
-            else "texts or pairs: name other data, or objective: {type: policy}"
-        )
+    if is_online(subject) and not isinstance(config.objective, PolicyConfig):
         yield (
-            f"objective.type={config.objective.type!r} with data.type={config.data.type!r}: it "
-            f"needs {needs}"
+            f"objective.type={config.objective.type!r} with stage={config.stage!r}, which learns "
+            "from its own answers: set objective.type: policy"
         )
 
 
-@rule("objective", "rewards")
+@rule("stage", "objective", "rewards")
 def answers_are_worth_something(subject: Subject) -> Iterator[str]:
     config = subject.config
-    wanted = is_online(subject) and config.objective.advantage not in WITHOUT_REWARDS
+    if not is_online(subject):
+        if config.rewards is not None:
+            yield f"rewards with stage={config.stage!r}, which asks for no answers: leave them out"
+        return
+    wanted = getattr(config.objective, "advantage", None) not in WITHOUT_REWARDS
     if wanted and config.rewards is None:
         yield (
             "rewards: missing; answers are learned from by what they are worth: name some, e.g. "
             "rewards: [{type: math_answer}] (docs/reference/rewards.md)"
         )
-    if not is_online(subject) and config.rewards is not None:
-        yield f"rewards with objective.type={config.objective.type!r}, which asks for no answers"
 
 
-@rule("objective", "rollout", "evaluation")
+@rule("stage", "rollout", "evaluation")
 def rollouts_are_for_policies(subject: Subject) -> Iterator[str]:
     config = subject.config
     if is_online(subject):
@@ -56,12 +55,12 @@ def rollouts_are_for_policies(subject: Subject) -> Iterator[str]:
     for name, default in (("rollout", RolloutConfig()), ("evaluation", EvaluationConfig())):
         if getattr(config, name) != default:
             yield (
-                f"{name} with objective.type={config.objective.type!r}, which asks for no answers: "
-                "leave it out, or set stage to one that does, e.g. grpo"
+                f"{name} with stage={config.stage!r}, which asks for no answers: leave it "
+                "out, or set stage to one that does, e.g. grpo"
             )
 
 
-@rule("objective", "training", "rollout")
+@rule("stage", "training", "rollout")
 def groups_are_whole(subject: Subject) -> Iterator[str]:
     if not is_online(subject):
         return
@@ -75,11 +74,11 @@ def groups_are_whole(subject: Subject) -> Iterator[str]:
         )
 
 
-@rule("objective", "rollout")
+@rule("stage", "objective", "rollout")
 def advantages_have_their_groups(subject: Subject) -> Iterator[str]:
-    if not is_online(subject):
-        return
     objective, rollout = subject.config.objective, subject.config.rollout
+    if not is_online(subject) or not isinstance(objective, PolicyConfig):
+        return
     if objective.advantage in ("group", "leave_one_out") and rollout.samples_per_prompt == 1:
         yield (
             f"rollout.samples_per_prompt=1 with objective.advantage={objective.advantage!r}: the "
@@ -89,7 +88,7 @@ def advantages_have_their_groups(subject: Subject) -> Iterator[str]:
         yield "rollout.resample with samples_per_prompt=1: a single answer is no group; set it to 0"
 
 
-@rule("objective", "training", "rollout")
+@rule("stage", "training", "rollout")
 def an_answer_fits(subject: Subject) -> Iterator[str]:
     if not is_online(subject):
         return
@@ -101,7 +100,7 @@ def an_answer_fits(subject: Subject) -> Iterator[str]:
         )
 
 
-@rule("objective", "model")
+@rule("stage", "model")
 def the_router_follows_the_reward(subject: Subject) -> Iterator[str]:
     """A bias that moved would make old and new log-probabilities those of two models."""
     moe = subject.config.model.moe
@@ -109,8 +108,8 @@ def the_router_follows_the_reward(subject: Subject) -> Iterator[str]:
         return
     if moe.load_balancing != "none" and moe.aux_loss_coefficient > 0:
         yield (
-            f"model.moe.load_balancing={moe.load_balancing!r} with a policy: a balancing loss would "
-            "pull the router whatever answers are worth; set model.moe.load_balancing: none"
+            f"model.moe.load_balancing={moe.load_balancing!r} with a policy: a balancing loss "
+            "would pull the router whatever answers are worth; set model.moe.load_balancing: none"
         )
     if moe.z_loss_coefficient > 0:
         yield (
@@ -124,7 +123,7 @@ def the_router_follows_the_reward(subject: Subject) -> Iterator[str]:
         )
 
 
-@rule("objective", "training")
+@rule("stage", "training")
 def nothing_counts_positions_in_the_data(subject: Subject) -> Iterator[str]:
     """What names samples by their place in a file."""
     if not is_online(subject):
@@ -140,12 +139,12 @@ def nothing_counts_positions_in_the_data(subject: Subject) -> Iterator[str]:
         yield "training.left_out with a policy: its samples are answers; leave it empty"
     if training.anomalies is not None and training.anomalies.policy == "rollback":
         yield (
-            "training.anomalies.policy='rollback' with a policy: the samples that it leaves out are "
-            "positions in data, and answers have none; use skip or stop"
+            "training.anomalies.policy='rollback' with a policy: the samples that it leaves out "
+            "are positions in data, and answers have none; use skip or stop"
         )
 
 
-@rule("objective", "evaluation", "data")
+@rule("stage", "evaluation", "data")
 def an_evaluation_has_prompts(subject: Subject) -> Iterator[str]:
     config = subject.config
     if not is_online(subject) or config.data.type != "prompts":

@@ -14,8 +14,6 @@ from torch import Tensor
 from equilibrium_mcore.data.chat.examples import Example, Examples
 from equilibrium_mcore.data.chat.fill import fill_sequence, first_fit_decreasing, padded
 
-ANSWER = "answer"  # of a batch: 1 + n at labels of the sequence's answer n, 0 elsewhere
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -86,7 +84,7 @@ def pack(
     """Answers in sequences of `length` tokens, each padded to a multiple of `multiple`.
 
     Sequences hold `tokens`, `labels`, `position_ids`, `loss_mask` as `fill_sequence` makes them,
-    `answer`, and every value of the answers at the positions whose label it is of. Their number is
+    and every value of the answers at the positions whose label it is of. Their number is
     filled up to a multiple of `at_once` by sequences in which nothing counts.
     """
     examples = Examples.of([_example(answer) for answer in answers])
@@ -95,14 +93,12 @@ def pack(
     places: dict[int, Place] = {}
     for numbers in [*bins, *[[]] * (-len(bins) % at_once)]:
         arrays = fill_sequence(examples, numbers, length=length, multiple=multiple, pad_id=pad_id)
-        arrays[ANSWER] = np.zeros(length, np.int64)
         arrays |= {name: np.zeros(length, np.float32) for name in answers[0].values}
         start = 0
-        for count, number in enumerate(numbers, start=1):
+        for number in numbers:
             answer = answers[number]
             first = start + answer.prompt_length - 1
             here = slice(first, first + answer.length)
-            arrays[ANSWER][here] = count * answer.counts
             for name, values in answer.values.items():
                 arrays[name][here] = values
             places[number] = Place(len(sequences), first, answer.length)

@@ -18,13 +18,11 @@ from equilibrium_mcore.config.policy import PolicyConfig
 from equilibrium_mcore.data.stream import Batch
 from equilibrium_mcore.objectives.advantages import Scores, advantages
 from equilibrium_mcore.objectives.kl import ESTIMATORS, Adaptive, Coefficient, Fixed, penalised
-from equilibrium_mcore.objectives.mismatch import CORRECTIONS
+from equilibrium_mcore.objectives.mismatch import CORRECTIONS as WAYS
 from equilibrium_mcore.objectives.trackers import TRACKERS, Tracker
 from equilibrium_mcore.objectives.truncation import outcomes
 from equilibrium_mcore.online.answers import Answer
 from equilibrium_mcore.online.experience import (
-    OLD,
-    REFERENCE,
     SAMPLED,
     answers_of,
     mismatch_of,
@@ -32,10 +30,11 @@ from equilibrium_mcore.online.experience import (
     scored,
 )
 from equilibrium_mcore.online.rollouts import Group
+from equilibrium_mcore.training.pairs import REFERENCE
+from equilibrium_mcore.training.policy_objective import ADVANTAGES, CORRECTIONS, OLD
 from equilibrium_mcore.training.scoring import log_probabilities
 from equilibrium_mcore.training.setup import Run
 
-ADVANTAGES, WEIGHTS = "advantages", "corrections"
 Reference = Callable[[Run, list[Batch]], list[torch.Tensor]]
 
 
@@ -50,6 +49,9 @@ class Estimator(Protocol):
         self, run: Run, groups: Sequence[Group]
     ) -> tuple[list[Answer], dict[str, float]]:
         """The answers with all values that the objective needs, and figures. Collective."""
+
+    def ready(self, objective: Any) -> None:
+        """Tell the objective what changes from rollout to rollout, before each step."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: plain values, the same on every rank."""
@@ -102,9 +104,16 @@ class RewardEstimator:
         found = torch.zeros(len(answers), dtype=torch.float64)
         if bool(counts.any()):
             found[counts] = self._advantages(earned, counts)
+        if self._reference is not None:
+            self.coefficient.update(figures["kl_reference"], answers=len(answers))
         if self.tracker is not None:
             self._track(earned, counts, answers, figures)
         return self._weighted(answers, found), figures
+
+    def ready(self, objective: Any) -> None:
+        """See Estimator."""
+        objective.temperature = self._temperature
+        objective.kl_coefficient = self.coefficient.value
 
     def state(self) -> dict[str, Any]:
         """See Estimator."""
@@ -144,7 +153,6 @@ class RewardEstimator:
             answers = [a.with_values(**{REFERENCE: v}) for a, v in zip(answers, found, strict=True)]
             divergence = _mean_k1(answers)
             figures |= {"kl_reference": divergence, "kl_coefficient": self.coefficient.value}
-            self.coefficient.update(divergence, answers=len(answers))
         return answers, figures
 
     def _policy(self, run: Run, batches: list[Batch]) -> list[torch.Tensor]:
@@ -195,13 +203,13 @@ class RewardEstimator:
     def _weighted(self, answers: Sequence[Answer], found: torch.Tensor) -> list[Answer]:
         """With the advantage and the correction of each token."""
         mismatch = self._settings.mismatch
-        correct = CORRECTIONS[mismatch.correction]
+        correct = WAYS[mismatch.correction]
         done = []
         for answer, advantage in zip(answers, found.tolist(), strict=True):
             old, sampled = (torch.from_numpy(answer.values[n].copy()) for n in (OLD, SAMPLED))
             weights = correct(old, sampled, mismatch.low, mismatch.high).numpy()
             spread = np.full(answer.length, advantage, np.float32)
-            done.append(answer.with_values(**{ADVANTAGES: spread, WEIGHTS: weights}))
+            done.append(answer.with_values(**{ADVANTAGES: spread, CORRECTIONS: weights}))
         return done
 
 

@@ -17,9 +17,10 @@ from equilibrium_mcore.objectives.mismatch import Mismatch, mismatch
 from equilibrium_mcore.online.answers import Answer, Packed, Place, batches_of_rank, pack
 from equilibrium_mcore.online.rollouts import Group
 from equilibrium_mcore.parallel import accelerator
+from equilibrium_mcore.training.policy_objective import OLD
 from equilibrium_mcore.training.setup import Run
 
-OLD, SAMPLED, REFERENCE = "old", "sampled", "reference"
+SAMPLED = "sampled"  # log p of the engine, in the distribution that it drew from
 Scoring = Callable[[list[Batch]], list[torch.Tensor]]
 
 

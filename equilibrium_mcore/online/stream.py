@@ -69,6 +69,7 @@ class OnlineStream:
         """See TrainStream; as many as the answers fill, whatever `count` is. Collective."""
         if not self._answers:
             self._roll_out()
+        self._estimator.ready(self._run.objective)
         return rank_batches(self._run, packed_for(self._run, self._minibatch()))
 
     def commit(self, samples: int) -> None:

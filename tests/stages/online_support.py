@@ -82,3 +82,78 @@ def records(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
     """Lines of `metrics.jsonl`."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+class KilledError(Exception):
+    """A run that ends at a place."""
+
+
+def killed_and_resumed(rank_info: RankInfo, config: RunConfig, place: str) -> int:
+    """The run, ended in its second rollout at `place`, and started again; where it went on."""
+    from equilibrium_mcore.online import stream
+    from equilibrium_mcore.optim.optimizer import HybridOptimizer
+    from equilibrium_mcore.parallel import process_groups
+    from equilibrium_mcore.stages.online import online_rank
+    from tests.support.slow_engine import SlowEngine
+
+    owner, name, at = {
+        "generation": (SlowEngine, "_last_logits", 0),  # counted by rollouts
+        "between": (stream.OnlineStream, "_minibatch", 3),
+        "update": (HybridOptimizer, "step", 3),
+    }[place]
+    whole, calls = getattr(owner, name), []
+
+    def ends(self: Any, *arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        rollouts = _rollouts_of(self) if place == "generation" else 0
+        if rollouts == 2 or (at and len(calls) == at):
+            raise KilledError
+        return whole(self, *arguments, **named)
+
+    setattr(owner, name, ends)
+    try:
+        online_rank(RankInfo.alone(), config=config, engine_of=SlowEngine)
+        raise AssertionError("it was not killed")
+    except KilledError:
+        process_groups.destroy()
+    finally:
+        setattr(owner, name, whole)
+    from equilibrium_mcore.checkpoint.directory import latest_checkpoint, step_of
+
+    step = step_of(latest_checkpoint(config.output_directory))
+    online_rank(RankInfo.alone(), config=config, engine_of=SlowEngine)
+    return step
+
+
+def _rollouts_of(engine: Any) -> int:
+    """1 while the first rollout is made, 2 while the second is; evaluations come between."""
+    run = engine._run
+    if run.progress.step < 2:
+        return 1
+    # After the evaluation of step 2, which is before the second rollout.
+    return 2 if (run.config.output_directory / "checkpoints" / "step_00000002").exists() else 1
+
+
+def kept_bias(rank_info: RankInfo, config: RunConfig) -> list[tuple[list[float], list[float]]]:
+    """Biases of the routers before and after the steps, which begin as no zeros."""
+    from equilibrium_mcore.online.setup import go_online
+    from equilibrium_mcore.training.setup import setup, teardown
+    from equilibrium_mcore.training.step import train_step
+    from tests.support.slow_engine import SlowEngine
+
+    run = setup(config, rank_info)
+    go_online(run, SlowEngine(run))
+    biases = [
+        buffer
+        for chunk in run.chunks
+        for name, buffer in chunk.named_buffers()
+        if name.endswith("expert_bias")
+    ]
+    for bias in biases:
+        bias.copy_(bias + 0.01 * (1 + bias.new_tensor(range(bias.numel()))))
+    before = [bias.tolist() for bias in biases]
+    for _ in range(config.training.steps):
+        train_step(run)
+    after = [bias.tolist() for bias in biases]
+    teardown(run)
+    return list(zip(before, after, strict=True))
