@@ -27,7 +27,8 @@ class OnlyBalancing:
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
         self.figures, self.inputs = objective.figures, objective.inputs
-        self.tokens_of = objective.tokens_of
+        self.tokens_of, self.carried = objective.tokens_of, objective.carried
+        self.needs_logits = objective.needs_logits
 
     def weigh(self, batch) -> float:
         """See Objective."""

@@ -2,9 +2,12 @@
 
 `HybridModel(labels=...)` returns -log p of every label, in every layout. An objective makes of them
 a sum that gradients flow through; what it divides by is known before the step, from the batches of
-the whole global batch. megatron-core is always given positions as `num_tokens`, by which it divides
-gradients and weighs the balancing losses; so an objective's sum is scaled by positions / divisor,
-and the weight of balancing losses depends on neither the objective nor how many tokens count.
+the whole global batch. One that needs more than labels (a temperature, an entropy, another model's
+distribution) says `needs_logits`, and gets this rank's slice of the logits in their place.
+
+megatron-core is always given positions as `num_tokens`, by which it divides gradients and weighs
+the balancing losses; so an objective's sum is scaled by positions / divisor, and the weight of
+balancing losses depends on neither the objective nor how many tokens count.
 
 A new objective is a section in `config/objectives.py`, a class, and its row in
 `all_objectives.OBJECTIVES`.
@@ -18,9 +21,46 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from equilibrium_mcore.models.logprobs import (
+    label_log_probabilities,
+    log_probabilities_and_entropies,
+)
 from equilibrium_mcore.objectives.reduction import REDUCTIONS
 
 Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Logits:
+    """What the output layer made of this rank's tokens: its slice of the padded vocabulary.
+
+    `values`: (B, S / CP, V / TP) or, packed, (1, B * S / CP, V / TP), in the order of the rank's
+    batch, of the model's dtype, the vocabulary in the order of the tensor ranks. Ids from
+    `vocab_size` on are padding. Gradients to `values` must be those of a sum that is the same on
+    all tensor ranks, as those of `models/logprobs.py` are.
+    """
+
+    values: Tensor
+    vocab_size: int
+    tp_group: Any
+
+    def log_probabilities(self, labels_BS: Tensor, *, temperature: float = 1.0) -> Tensor:
+        """log p of each label among real ids, in nats, of `labels_BS`' shape. Collective."""
+        return label_log_probabilities(self.values, labels_BS, **self._settings(temperature))
+
+    def log_probabilities_and_entropies(
+        self, labels_BS: Tensor, *, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """`log_probabilities`, and the entropy of the distribution that they are of. Collective."""
+        settings = self._settings(temperature)
+        return log_probabilities_and_entropies(self.values, labels_BS, **settings)
+
+    def _settings(self, temperature: float) -> dict[str, Any]:
+        return {
+            "vocab_size": self.vocab_size,
+            "tp_group": self.tp_group,
+            "temperature": temperature,
+        }
 
 
 @dataclass(frozen=True)
@@ -49,18 +89,28 @@ class Objective(Protocol):
         May add tensors [B, S] to `batch`; those named in `inputs` are cut with the others.
         """
 
-    def __call__(self, losses: Tensor, batch: Batch, *, cp_group: Any) -> ObjectiveOutput:
+    def __call__(self, losses: Any, batch: Batch, *, cp_group: Any) -> ObjectiveOutput:
         """The sum over this rank's part of the micro-batch.
 
-        losses: (B, S / CP) or, packed, (1, B * S / CP), -log p of each label in nats. What is not
-        linear in the losses of a sequence sums them over `cp_group` first: `summed_over_context`.
+        losses: (B, S / CP) or, packed, (1, B * S / CP), -log p of each label in nats, padding of
+        the vocabulary in the normaliser; with `needs_logits`, `Logits`. What is not linear in the
+        losses of a sequence sums them over `cp_group` first: `summed_over_context`.
+
+        batch: `tokens`, `labels`, `position_ids`, `loss_mask` and `inputs`, cut as the losses are,
+        and `carried`.
         """
+
+    needs_logits: bool
+    """Whether `__call__` is given `Logits`; -log p of each label if not."""
 
     tokens_of: str
     """The figure whose count is how many tokens were trained on."""
 
     inputs: tuple[str, ...]
     """Names of tensors of the batch that `__call__` needs beside `loss_mask`."""
+
+    carried: tuple[str, ...]
+    """Names of what `Run.prepare` put into batches for this rank alone: neither cut nor sent."""
 
 
 class WeightedTokens:
@@ -72,6 +122,8 @@ class WeightedTokens:
     figures = ("loss",)
     tokens_of = "loss"
     has_perplexity = True
+    needs_logits = False
+    carried = ()
 
     def __init__(self, reduction: str = "token_mean", length: int | None = None) -> None:
         self._weights, self._length = REDUCTIONS[reduction], length

@@ -34,6 +34,8 @@ class Pairs:
     figures = ("loss", "nll", "accuracy", "margin", "chosen_reward", "rejected_reward")
     tokens_of = "nll"
     has_perplexity = False
+    needs_logits = False
+    carried = ()
 
     def __init__(self, loss: PairLoss, reward: Reward, *, needs_reference: bool) -> None:
         self._loss, self._reward, self.needs_reference = loss, reward, needs_reference

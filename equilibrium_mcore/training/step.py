@@ -16,6 +16,7 @@ from equilibrium_mcore.optim.optimizer import StepResult
 from equilibrium_mcore.parallel import accelerator
 from equilibrium_mcore.processes.hangs import progress
 from equilibrium_mcore.training.anomalies import Anomaly
+from equilibrium_mcore.training.objective import Logits
 from equilibrium_mcore.training.schedule import evaluating, rank_batch, run_schedule
 from equilibrium_mcore.training.setup import Run
 
@@ -156,25 +157,29 @@ def _objective_step(run: Run, batches: list[Batch]) -> partial:
 def forward_step(
     iterator: Iterator[Batch], chunk: torch.nn.Module, *, run: Run, scale: float
 ) -> tuple[Tensor, partial]:
-    """megatron-core's forward step: losses per token on the last stage, hidden states before."""
-    also = ("loss_mask", *run.objective.inputs)
-    batch, packed = rank_batch(next(iterator), run, also=also)
+    """megatron-core's forward step: the objective's losses or logits, or hidden states before."""
+    objective, whole = run.objective, next(iterator)
+    batch, packed = rank_batch(whole, run, also=("loss_mask", *objective.inputs))
+    batch |= {name: whole[name] for name in objective.carried}
     output = chunk(
         input_ids=batch["tokens"],
         position_ids=batch["position_ids"],
         attention_mask=None,
-        labels=batch["labels"],
+        labels=None if objective.needs_logits else batch["labels"],
         packed_seq_params=packed,
     )
     return output, partial(objective_of, batch=batch, run=run, scale=scale)
 
 
 def objective_of(
-    losses: Tensor, *, batch: Batch, run: Run, scale: float
+    output: Tensor, *, batch: Batch, run: Run, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The objective's scaled sum, this rank's positions, and the figures (sum, count) as a row."""
-    outcome = run.objective(losses, batch, cp_group=run.groups.cp)
-    positions = torch.tensor(batch["labels"].numel(), dtype=torch.int, device=losses.device)
+    values: Tensor | Logits = output
+    if run.objective.needs_logits:
+        values = Logits(output, run.config.model.vocab_size, run.groups.tp)
+    outcome = run.objective(values, batch, cp_group=run.groups.cp)
+    positions = torch.tensor(batch["labels"].numel(), dtype=torch.int, device=output.device)
     figures = [value for name in run.objective.figures for value in outcome.figures[name]]
     return outcome.total * scale, positions, torch.stack(figures).detach()
 

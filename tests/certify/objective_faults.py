@@ -19,6 +19,8 @@ class LikelierDocument:
     figures = ("loss", "margin")
     tokens_of = "loss"
     has_perplexity = False
+    needs_logits = False
+    carried = ()
     inputs = ("document", "documents", "weight")
 
     def weigh(self, batch: dict[str, Tensor]) -> float:

@@ -160,3 +160,56 @@ def test_trap_9_denominator_re_weights_balancing(ranks, data, tmp_path, start):
     for name in routers:
         left = both[name] - without[name]
         assert (left - alone[name]).norm() / alone[name].norm() < 1e-3
+
+
+class FromLogits:
+    """-log p of each label and its entropy, both from the rank's slice of the logits."""
+
+    figures, tokens_of, has_perplexity = ("loss", "entropy"), "loss", True
+    needs_logits, inputs, carried = True, (), ("note",)
+
+    def weigh(self, batch: dict[str, Any]) -> float:
+        """Positions that count; `note` is left for this rank alone."""
+        batch["note"] = {"of": self}
+        return float(batch["loss_mask"].sum())
+
+    def __call__(self, logits: Any, batch: dict[str, Any], *, cp_group: Any) -> Any:
+        """See Objective."""
+        from equilibrium_mcore.training.objective import ObjectiveOutput
+
+        assert batch["note"]["of"] is self
+        log_p, entropy = logits.log_probabilities_and_entropies(batch["labels"])
+        mask = batch["loss_mask"]
+        total, of_entropy = (-log_p * mask).sum(), (entropy * mask).sum()
+        figures = {
+            "loss": (total.detach(), mask.sum()),
+            "entropy": (of_entropy.detach(), mask.sum()),
+        }
+        return ObjectiveOutput(total, figures)
+
+
+def gradients_from_logits(
+    rank_info: RankInfo, config: RunConfig, weights: str | None
+) -> dict[str, Any]:
+    """`gradients` by an objective of logits."""
+    from equilibrium_mcore.training import setup
+
+    setup.build_objective = lambda settings: FromLogits()
+    return gradients(rank_info, config, weights)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(TP_SP_EP, id="tp2_sp_ep2"),
+        pytest.param({"world_size": 2, "context": 2}, marks=pytest.mark.slow, id="cp2"),
+        pytest.param({"world_size": 2, "pipeline": 2}, marks=pytest.mark.slow, id="pp2"),
+    ],
+)
+def test_an_objective_of_logits_gets_each_ranks_slice(ranks, data, tmp_path, start, layout):
+    """The vocabulary has no padding here: its gradients are those of next_token's losses."""
+    config = config_of(data, tmp_path, objective={"type": "next_token"}, parallelism=layout)
+    expected = ranks.run(2, gradients, config, start)
+    found = ranks.run(2, gradients_from_logits, config, start)
+    assert found[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-6)
+    assert_close(whole(found), whole(expected), 1e-5)
