@@ -19,7 +19,6 @@ A sum in backward is `copy_to_tensor_model_parallel_region`: identity forward, a
 
 from __future__ import annotations
 
-import hashlib
 import math
 from functools import partial
 from typing import Any
@@ -41,6 +40,7 @@ from equilibrium_mcore.adapters.targets import Linear, is_target, linears_of
 from equilibrium_mcore.config.adapters import LoraConfig
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import ModelConfig
+from equilibrium_mcore.models.draw import named_generator
 from equilibrium_mcore.optim.parts import Parts, local_slice, split_rows
 from equilibrium_mcore.optim.table import rule_for
 
@@ -78,7 +78,7 @@ class LoraAdapter(torch.nn.Module):
         inputs *= ways if linear.split == "row" else 1
         a = torch.empty(settings.rank, inputs, dtype=torch.float64)
         # As torch's own linear layers: uniform within 1 / sqrt(inputs).
-        a.uniform_(-1, 1, generator=_generator(seed, linear.name)).div_(math.sqrt(inputs))
+        a.uniform_(-1, 1, generator=named_generator(seed, linear.name)).div_(math.sqrt(inputs))
         kind = {"dtype": weight.dtype, "device": weight.device}
         self.A = torch.nn.Parameter(a.to(**kind))
         self.B = torch.nn.Parameter(torch.zeros(outputs, settings.rank, **kind))
@@ -193,8 +193,3 @@ def _add(adapter: LoraAdapter, module: Any, arguments: tuple, output: Any) -> An
         return output + adapter(arguments[0])
     result, *others = output
     return (result + adapter(arguments[0]), *others)
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)

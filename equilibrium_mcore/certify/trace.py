@@ -18,12 +18,17 @@ from torch import Tensor
 from equilibrium_mcore.certify.balance import balancing_gradients
 from equilibrium_mcore.certify.float64 import NarrowOperations, in_float64
 from equilibrium_mcore.certify.routing import Notes, Routing, RoutingWatch, whole_routing
-from equilibrium_mcore.certify.tokens import made_up_datasets, made_up_reference
+from equilibrium_mcore.certify.tokens import (
+    made_up_datasets,
+    made_up_experience,
+    made_up_reference,
+)
 from equilibrium_mcore.certify.updates import update_from_given_gradients
 from equilibrium_mcore.certify.whole import pieces_of
 from equilibrium_mcore.checkpoint.pieces import FullTensor, TensorShard, assemble, whole_shard
 from equilibrium_mcore.checkpoint.save import save_checkpoint
 from equilibrium_mcore.config.objectives import REFERENCED
+from equilibrium_mcore.config.policy import PolicyConfig
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.files.errors import naming
 from equilibrium_mcore.parallel.launch import RankInfo
@@ -109,6 +114,8 @@ def _trace(
     run = setup(config, rank_info, datasets=made_up_datasets(config))
     if isinstance(config.objective, REFERENCED):
         run.prepare = made_up_reference  # a model's would route tokens, too
+    if isinstance(config.objective, PolicyConfig):
+        run.prepare = made_up_experience
     trace = RankTrace()
     if save_first:
         _save(run)

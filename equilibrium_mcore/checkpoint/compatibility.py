@@ -7,6 +7,7 @@ from typing import Any
 from equilibrium_mcore.config.chat import ChatsConfig
 from equilibrium_mcore.config.data import DataConfig
 from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.heads import has_output
 from equilibrium_mcore.config.layout import train_samples
 from equilibrium_mcore.config.optimizers import OPTIMIZERS
 from equilibrium_mcore.config.pattern import layers_of
@@ -20,6 +21,7 @@ BALANCING = {
     "model.moe.expert_bias_update_rate",
 }
 VOCABULARY = "model.vocab_size"
+HEAD = "model.head"
 # Settings that may differ although they lie in a section that must not.
 FREE = {"model.name", "model.mamba.chunk_size", *BALANCING}
 # Why a setting of the data must not change, where it is not plain.
@@ -63,10 +65,18 @@ def check_resumable(saved: RunConfig, wanted: RunConfig, *, checkpoint: str) -> 
 def check_same_model(saved: RunConfig, wanted: RunConfig, *, checkpoint: str) -> None:
     """Raise ConfigError with every difference between the models, for weights alone.
 
-    The vocabulary may be larger than it was: `checkpoint/vocabulary.py` fills the new rows.
+    The vocabulary may be larger than it was: `checkpoint/vocabulary.py` fills the new rows. A
+    scalar head may be new, and the output layer may be left away.
     """
     before, now = _model(saved), _model(wanted)
     problems = []
+    had_head, head = before.pop(HEAD), now.pop(HEAD)
+    lacks_output = has_output(wanted.model) and not has_output(saved.model)
+    if lacks_output and not wanted.model.tie_embeddings:
+        problems.append(
+            f"{HEAD}={head!r}, but the weights have {HEAD}={had_head!r} and no output layer, which "
+            f"would be random: set {HEAD}: scalar, or name the weights that they were trained from"
+        )
     had, has = before.pop(VOCABULARY), now.pop(VOCABULARY)
     if has < had:
         problems.append(

@@ -27,7 +27,9 @@ from equilibrium_mcore.checkpoint.optimizer_state import (
 )
 from equilibrium_mcore.checkpoint.safe_load import allowed_classes_only
 from equilibrium_mcore.checkpoint.vocabulary import fill_new_rows
+from equilibrium_mcore.config.heads import has_scalar_head
 from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.models.heads import SCALAR_HEAD
 from equilibrium_mcore.optim.frozen import check_optimizer_state
 from equilibrium_mcore.optim.optimizer import HybridOptimizer
 from equilibrium_mcore.parallel.random_states import random_states, set_random_states
@@ -82,7 +84,8 @@ def load_weights(
     Adapters among the weights are added to what they stand beside, and the run's own are kept. Not
     to `fold` takes them for the run's own, which must be of the same settings.
 
-    Tokens that the weights have no rows for start with the mean of the others' rows.
+    Tokens that the weights have no rows for start with the mean of the others' rows. A scalar head
+    that they do not have stays as it was drawn.
 
     `weights` is an opened checkpoint, or a run's output directory or checkpoint, which is opened
     and verified first. Collective. Raises ConfigError, and DamagedCheckpointError.
@@ -94,13 +97,24 @@ def load_weights(
     folded = adapters_of_weights(bare, weights.config, groups=groups)
     with folded if fold else contextlib.nullcontext():
         wanted = {name: chunk.sharded_state_dict() for name, chunk in _named_chunks(chunks)}
+        new: dict[str, dict[str, Any]] = {}
+        if not has_scalar_head(weights.config.model):
+            new = {name: _without_head(wanted[name], chunk) for name, chunk in _named_chunks(bare)}
         with allowed_classes_only():
             state = dist_checkpointing.load(wanted, str(weights.path))
         for name, chunk in _named_chunks(chunks):
-            chunk.load_state_dict(state[name])
+            chunk.load_state_dict({**state[name], **new.get(name, {})})
     fill_new_rows(chunks, saved=weights.config.model, wanted=config.model, groups=groups)
     if optimizer is not None:
         optimizer.refresh_main_weights()
+
+
+def _without_head(wanted: dict[str, Any], chunk: torch.nn.Module) -> dict[str, Any]:
+    """Take the scalar head out of what is to be loaded; the chunk's own, by name."""
+    names = [name for name in wanted if name.startswith(f"{SCALAR_HEAD}.")]
+    for name in names:
+        del wanted[name]
+    return {name: value for name, value in chunk.state_dict().items() if name in names}
 
 
 def _layout_facts(facts: dict) -> str:

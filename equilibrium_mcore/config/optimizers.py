@@ -100,7 +100,16 @@ class AdamWConfig(Section):
     learning_rate: PositiveFloat = setting(3e-4, "peak learning rate")
     learning_rates: dict[
         Literal[
-            "embedding", "output", "norm", "bias", "conv", "router", "ssm", "matrix", "adapter"
+            "embedding",
+            "output",
+            "head",
+            "norm",
+            "bias",
+            "conv",
+            "router",
+            "ssm",
+            "matrix",
+            "adapter",
         ],
         PositiveFloat,
     ] = setting({}, "peak learning rate of one kind of parameter, instead of learning_rate")

@@ -112,6 +112,11 @@ class ModelConfig(Section):
         128, "the embedding table is padded to a multiple of this, whatever the layout"
     )
     tie_embeddings: bool = setting(False, "use the embedding table as the output layer")
+    head: Literal["output", "scalar", "both"] = setting(
+        "output",
+        "what the last layer's states become: logits, one number per token (a reward model, a "
+        "critic), or both",
+    )
     norm_epsilon: Epsilon = setting(1e-5, "epsilon of every RMSNorm")
     init_std: PositiveFloat = setting(0.02, "standard deviation of initial weights")
     mamba: MambaConfig | None = setting(None, "needed by M")

@@ -18,6 +18,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
+from equilibrium_mcore.config.heads import has_output, has_scalar_head
 from equilibrium_mcore.config.load import load_model
 from equilibrium_mcore.config.pattern import ByKind, count_kinds
 from equilibrium_mcore.config.schema import (
@@ -37,7 +38,7 @@ TRAINING_FACTOR = 3
 def flops_per_token(
     model: ModelConfig, sequence_length: int, *, causal: bool = True
 ) -> dict[str, int]:
-    """Forward FLOPs per token of all layers of each kind, and of the LM head.
+    """Forward FLOPs per token of all layers of each kind, and of the heads.
 
     Holds the kinds that the model has, in the order of `KINDS`; their sum is the model's forward.
 
@@ -59,7 +60,10 @@ def flops_per_token(
     for kind, number in counts.items():
         per_layer = LAYER_FLOPS[kind](model, sequence_length, causal)
         total |= {work: number * flops for work, flops in per_layer.items()}
-    total["lm_head"] = 2 * model.hidden_size * model.padded_vocab_size
+    if has_output(model):
+        total["lm_head"] = 2 * model.hidden_size * model.padded_vocab_size
+    if has_scalar_head(model):
+        total["scalar_head"] = 2 * model.hidden_size
     return total
 
 
@@ -206,7 +210,7 @@ WORK: ByKind[tuple[str, ...]] = {
 }
 """The kinds of work in a layer; the last kind's are distinguished."""
 
-KINDS = (*(work for of_kind in WORK.values() for work in of_kind), "lm_head")
+KINDS = (*(work for of_kind in WORK.values() for work in of_kind), "lm_head", "scalar_head")
 """All kinds of work, in the order of every table."""
 
 LAYER_FLOPS: ByKind[Callable[[ModelConfig, int, bool], dict[str, int]]] = {

@@ -23,6 +23,7 @@ from torch.testing._internal.distributed import fake_pg
 from equilibrium_mcore.config.pattern import LABELS, LAYER_KINDS, ByKind, layers_of
 from equilibrium_mcore.config.schema import ModelConfig, ParallelismConfig, TrainingConfig
 from equilibrium_mcore.files.tables import terminal_table
+from equilibrium_mcore.models.heads import SCALAR_HEAD, SCALAR_HEAD_WEIGHT
 from equilibrium_mcore.models.provider import build_model
 from equilibrium_mcore.models.transformer_config import build_transformer_config
 
@@ -38,6 +39,7 @@ COUNTED_APART: ByKind[dict[str, str]] = {
 KINDS = (
     "embedding",
     "output",
+    SCALAR_HEAD,
     *(count for kind, apart in COUNTED_APART.items() for count in apart.values() or (kind,)),
     "norms",
 )
@@ -132,11 +134,13 @@ def kind_of(name: str, layers: str) -> str:
         return "embedding"
     if name == "output_layer.weight":
         return "output"
+    if name == SCALAR_HEAD_WEIGHT:
+        return SCALAR_HEAD
     if name == "decoder.final_norm.weight":
         return "norms"
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
     if match is None:
-        raise ValueError(f"parameter {name!r} is neither embedding, layer, final norm nor output")
+        raise ValueError(f"parameter {name!r} is neither embedding, layer, final norm nor a head's")
     kind, rest = LAYER_KINDS[layers[int(match[1])]], match[2]
     if rest in _STREAM_NORMS:
         return "norms"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
+from equilibrium_mcore.config.heads import has_output, has_scalar_head
 from equilibrium_mcore.config.layout import pipeline_segments
 from equilibrium_mcore.config.pattern import ByKind, count_kinds, cut_into
 from equilibrium_mcore.config.schema import ModelConfig, ParallelismConfig, TrainingConfig
+from equilibrium_mcore.models.heads import ScalarHeadModel
 from equilibrium_mcore.models.router import forget_last_model
 from equilibrium_mcore.models.specs import choose_backend, stack_spec
 from equilibrium_mcore.models.transformer_config import build_transformer_config
@@ -49,7 +53,10 @@ def build_model(
     stage = groups.pp.rank() + (virtual_stage or 0) * layout.pipeline
     attends = "attention" in count_kinds(model.layer_pattern)
     rope_base = model.attention.rope_base if attends else None
-    module = HybridModel(
+    kind = HybridModel
+    if has_scalar_head(model):
+        kind = partial(ScalarHeadModel, keeps_output=has_output(model), seed=training.seed)
+    module = kind(
         config=config,
         hybrid_stack_spec=stack_spec(model, backend),
         vocab_size=model.padded_vocab_size,

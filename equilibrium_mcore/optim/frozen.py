@@ -13,6 +13,7 @@ import torch
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.installation import command
 from equilibrium_mcore.config.schema import ModelConfig, RunConfig
+from equilibrium_mcore.models.heads import SCALAR_HEAD_WEIGHT
 from equilibrium_mcore.models.parameters import build_on_meta
 from equilibrium_mcore.optim.parameters import EMBEDDING, OUTPUT, layout_free_names
 
@@ -44,9 +45,10 @@ def frozen_names(model: ModelConfig, patterns: Sequence[str]) -> frozenset[str]:
     return frozen
 
 
-def all_names(model: ModelConfig) -> frozenset[str]:
-    """Layout-free names of all parameters of `model`."""
-    return frozenset(name for name, _ in layout_free_names(build_on_meta(model)))
+def frozen_beside_adapters(model: ModelConfig) -> frozenset[str]:
+    """Layout-free names of all parameters of `model` but a scalar head's, which is new."""
+    names = {name for name, _ in layout_free_names(build_on_meta(model))}
+    return frozenset(names - {SCALAR_HEAD_WEIGHT})
 
 
 def check_optimizer_state(saved: RunConfig, wanted: RunConfig, *, checkpoint: str) -> None:

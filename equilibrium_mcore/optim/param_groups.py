@@ -11,7 +11,7 @@ from typing import Any
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.files.tables import terminal_table
 from equilibrium_mcore.models.parameters import build_on_meta
-from equilibrium_mcore.optim.frozen import all_names, frozen_names
+from equilibrium_mcore.optim.frozen import frozen_beside_adapters, frozen_names
 from equilibrium_mcore.optim.parameters import layout_free_names
 from equilibrium_mcore.optim.parts import part_shapes
 from equilibrium_mcore.optim.treatment import Treatment, check_overrides_match, treatment_of
@@ -60,7 +60,7 @@ def parameter_rows(config: RunConfig) -> list[ParameterRow]:
     optimizer = config.optimizer
     frozen = frozen_names(config.model, config.training.frozen)
     if config.adapters is not None:
-        frozen = all_names(config.model)
+        frozen = frozen_beside_adapters(config.model)
     rows = [
         ParameterRow(
             name,

@@ -82,6 +82,7 @@ MODEL_RULES: tuple[ParameterRule, ...] = (
         r"embedding\.word_embeddings\.weight", "embedding", "a lookup table, not a linear map"
     ),
     ParameterRule(r"output_layer\.weight", "output", "rows are tokens"),
+    ParameterRule(r"scalar_head\.weight", "head", "one number per channel"),
     _NORM,
 )
 """What lies outside the layers."""

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens: what a reference, an old policy or a teacher thinks of them.
+"""Log-probabilities of given tokens, by a reference, an old policy or a teacher; values of tokens.
 
 Forward only, in the run's layout, through the schedule that trains. Nothing of the run changes:
 weights, gradients, random states and the experts' bias are those from before.
@@ -6,7 +6,7 @@ weights, gradients, random states and the experts' bias are those from before.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from equilibrium_mcore.config.layout import micro_batch_unit
 from equilibrium_mcore.data.stream import Batch
+from equilibrium_mcore.models.heads import ScalarHeadModel, values_of
 from equilibrium_mcore.models.logprobs import label_log_probabilities
 from equilibrium_mcore.parallel import accelerator
 from equilibrium_mcore.training.schedule import evaluating, rank_batch, run_schedule
@@ -55,7 +56,48 @@ def log_probabilities(
         return []
     _check(run, batches, temperature, which, chunks)
     model = run.config.model
-    vocab_size = model.padded_vocab_size if padded_vocabulary else model.vocab_size
+    of_output = partial(
+        label_log_probabilities,
+        vocab_size=model.padded_vocab_size if padded_vocabulary else model.vocab_size,
+        tp_group=run.groups.tp,
+        temperature=temperature,
+    )
+    return _scored(run, batches, of_output, which, chunks)
+
+
+@torch.no_grad()
+def scalar_values(
+    run: Run,
+    batches: Sequence[Batch],
+    *,
+    which: Weights = "current",
+    chunks: list[torch.nn.Module] | None = None,
+) -> list[Tensor]:
+    """What a model's scalar head gives for every token, one tensor [B, S] per batch. Collective.
+
+    As `log_probabilities` in shapes, dtype, arguments and in which ranks have which values.
+
+    Raises ValueError for a model without such a head.
+    """
+    if not batches:
+        return []
+    _check_weights(which, chunks)
+    last = (run.chunks if chunks is None else chunks)[-1]
+    if not isinstance(getattr(last, "module", last), ScalarHeadModel):
+        raise ValueError("a model without a scalar head: model.head is scalar or both for one")
+    return _scored(run, batches, lambda output, _: values_of(output), which, chunks, labels=True)
+
+
+def _scored(
+    run: Run,
+    batches: Sequence[Batch],
+    of_output: Callable[[Tensor, Tensor], Tensor],
+    which: Weights,
+    chunks: list[torch.nn.Module] | None,
+    *,
+    labels: bool = False,
+) -> list[Tensor]:
+    """`of_output` of the last stage's output and the labels, [B, S / CP], whole, on all ranks."""
     micro_batches = [_with_places(batch) for batch in _filled_up(run, batches)]
     with run.weights(which) as own:
         chunks = own if chunks is None else chunks
@@ -64,7 +106,7 @@ def log_probabilities(
                 run,
                 micro_batches,
                 forward_step=partial(
-                    _forward_step, run=run, temperature=temperature, vocab_size=vocab_size
+                    _forward_step, run=run, of_output=of_output, with_labels=labels
                 ),
                 forward_only=True,
                 chunks=chunks,
@@ -90,8 +132,7 @@ def _check(
 ) -> None:
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: logits are divided by it, so above 0")
-    if chunks is not None and which != "current":
-        raise ValueError(f"which={which!r} with chunks: a frozen model has one set of weights")
+    _check_weights(which, chunks)
     size = run.config.model.vocab_size
     for number, batch in enumerate(batches):
         low, high = (int(value) for value in batch["labels"].aminmax())
@@ -100,6 +141,11 @@ def _check(
                 f"batch {number}: labels from {low} to {high}, but tokens are 0 to {size - 1}: "
                 "positions without a label need some token too, their values are not to be used"
             )
+
+
+def _check_weights(which: Weights, chunks: list[torch.nn.Module] | None) -> None:
+    if chunks is not None and which != "current":
+        raise ValueError(f"which={which!r} with chunks: a frozen model has one set of weights")
 
 
 def _filled_up(run: Run, batches: Sequence[Batch]) -> list[Batch]:
@@ -120,39 +166,31 @@ def _forward_step(
     chunk: torch.nn.Module,
     *,
     run: Run,
-    temperature: float,
-    vocab_size: int,
+    of_output: Callable[[Tensor, Tensor], Tensor],
+    with_labels: bool,
 ) -> tuple[Tensor, partial]:
-    """megatron-core's forward step: this rank's logits on the last stage, hidden states before."""
+    """megatron-core's forward step: the last stage's output, hidden states before."""
     batch, packed = rank_batch(next(iterator), run, also=("place",))
     output = chunk(
         input_ids=batch["tokens"],
         position_ids=batch["position_ids"],
         attention_mask=None,
+        labels=batch["labels"] if with_labels else None,
         packed_seq_params=packed,
     )
-    return output, partial(
-        _values_of, batch=batch, run=run, temperature=temperature, vocab_size=vocab_size
-    )
+    return output, partial(_values_of, batch=batch, run=run, of_output=of_output)
 
 
 def _values_of(
-    logits: Tensor,
+    output: Tensor,
     *,
     batch: Batch,
     run: Run,
-    temperature: float,
-    vocab_size: int,
+    of_output: Callable[[Tensor, Tensor], Tensor],
     non_loss_data: bool,
 ) -> Tensor:
     """(B * S,), the values of this rank's tokens at their places, and zeros elsewhere."""
-    values = label_log_probabilities(
-        logits,
-        batch["labels"],
-        vocab_size=vocab_size,
-        tp_group=run.groups.tp,
-        temperature=temperature,
-    )
+    values = of_output(output, batch["labels"])
     whole = values.new_zeros(values.numel() * run.groups.cp.size())
     whole[batch["place"].flatten()] = values.flatten()
     return whole

@@ -34,7 +34,7 @@ from equilibrium_mcore.data.samples import Samples
 from equilibrium_mcore.data.stream import Batch, DatasetStream, TrainStream
 from equilibrium_mcore.models.provider import build_model
 from equilibrium_mcore.models.transformer_config import build_transformer_config
-from equilibrium_mcore.optim.frozen import all_names, freeze, frozen_names
+from equilibrium_mcore.optim.frozen import freeze, frozen_beside_adapters, frozen_names
 from equilibrium_mcore.optim.optimizer import HybridOptimizer
 from equilibrium_mcore.parallel import accelerator, process_groups
 from equilibrium_mcore.parallel.host import describe_host
@@ -239,7 +239,7 @@ def build_chunks(
     if config.adapters is not None:
         transformer.moe_router_bias_update_rate = 0.0  # no gradient moves it, and it is the base's
         coverage(config.model, config.adapters)  # raises for targets that name nothing
-        frozen = all_names(config.model)
+        frozen = frozen_beside_adapters(config.model)
     chunks = []
     for stage in range(layout.virtual_pipeline):
         virtual_stage = stage if is_interleaved(layout) else None
