@@ -16,7 +16,13 @@ from tests.support.runs import MODEL, tiny_run
 SMALL = {
     **MODEL,
     "layer_pattern": "ME|+E",
-    "moe": {**MODEL["moe"], "load_balancing": "none"},
+    "moe": {
+        **MODEL["moe"],
+        "load_balancing": "none",
+        "score_function": "sigmoid",
+        "expert_bias": True,
+        "expert_bias_update_rate": 0.0,
+    },
 }
 LONGEST = 8  # characters of an answer from which it costs more
 
