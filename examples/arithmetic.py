@@ -18,9 +18,6 @@ from pathlib import Path
 from equilibrium_mcore.files.paths import user_path
 from equilibrium_mcore.files.whole import write_whole
 
-WORDS = "zero one two three four five six seven eight nine ten eleven twelve thirteen".split()
-
-
 def sums(largest: int, seed: int, held_out: int) -> tuple[list[tuple[int, int]], ...]:
     """Pairs of numbers from 0 to `largest`, shuffled: for training, and held out."""
     pairs = [(a, b) for a in range(largest + 1) for b in range(a, largest + 1)]
