@@ -1,6 +1,6 @@
 """Held-out accuracy of a run on its own answers, evaluation by evaluation, and some answers.
 
-    python examples/math_rl_summary.py runs/math_rl/grpo
+python examples/math_rl_summary.py runs/math_rl/grpo
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def main() -> None:
     folder = parser.parse_args().run
     for record in read_metrics(folder / METRICS_FILE):
         if record["kind"] == "evaluation":
-            others = (f"{k} {v:.2f}" for k, v in record.items() if k.startswith(("pass", "sampled")))
+            others = (
+                f"{k} {v:.2f}" for k, v in record.items() if k.startswith(("pass", "sampled"))
+            )
             print(f"  step {record['step']:>4}: accuracy {record['accuracy']:.2f}", *others)
     for sample in list(read_log(folder / "samples.jsonl"))[-SHOWN:]:
         print(f"  {sample['prompt']}{sample['answer']}  ({sample['verdict']})")
