@@ -39,6 +39,21 @@ def _on_pairs(objective: str, meaning: str) -> StageSettings:
     )
 
 
+def _online(preset: str, meaning: str, **defaults: Any) -> StageSettings:
+    return StageSettings(
+        meaning,
+        data="prompts",
+        data_folder="posttrain/grpo",
+        defaults={
+            "objective": {"type": "policy", "preset": preset},
+            "data": {"type": "prompts"},
+            **defaults,
+        },
+        needs_weights=True,
+        template=None if preset == "grpo" else "grpo",
+    )
+
+
 STAGES: dict[str, StageSettings] = {
     "pretrain": StageSettings(
         "from random weights, on text",
@@ -75,6 +90,12 @@ STAGES: dict[str, StageSettings] = {
     "ipo": _on_pairs("ipo", "identity preference optimisation, on pairs"),
     "simpo": _on_pairs("simpo", "preferences by log p per token, without a reference"),
     "orpo": _on_pairs("orpo", "fine-tuning and an odds ratio of pairs, without a reference"),
+    "grpo": _online("grpo", "policy gradient against the mean of a prompt's answers, online"),
+    "spo": _online(
+        "spo",
+        "policy gradient against what was earned before, online",
+        rollout={"samples_per_prompt": 1},
+    ),
 }
 
 MEANINGS = "; ".join(f"{name}: {stage.meaning}" for name, stage in STAGES.items())
@@ -112,6 +133,8 @@ def an_objective_has_its_data(subject: Subject) -> Iterator[str]:
     config = subject.config
     of_pairs = isinstance(config.objective, PREFERENCES)
     if of_pairs != (config.data.type == "preferences"):
+        if config.data.type == "prompts":  # `online_rules.py` speaks
+            return
         needs = (
             "pairs of answers: name data of type preferences"
             if of_pairs

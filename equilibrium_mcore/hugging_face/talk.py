@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from equilibrium_mcore.checkpoint.directory import latest_checkpoint
-from equilibrium_mcore.config.chat import ConversationsConfig
+from equilibrium_mcore.config.chat import ChatsConfig
 from equilibrium_mcore.config.installation import command
 from equilibrium_mcore.files.temporary import temporary_folder
 from equilibrium_mcore.hugging_face.convert import export_hugging_face, read_run_config
@@ -66,7 +66,7 @@ def _released(path: Path, *, chat: bool) -> Iterator[Path]:
             "checkpoints/step_... folders"
         )
     config = read_run_config(checkpoint)
-    if chat and not isinstance(config.data, ConversationsConfig):
+    if chat and not isinstance(config.data, ChatsConfig):
         raise no_template(f"{path}, a run on text,", f"--checkpoint {path} --output NEW")
     with temporary_folder("equilibrium_mcore_") as temporary:
         folder = temporary / checkpoint.name

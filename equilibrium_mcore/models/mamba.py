@@ -12,6 +12,7 @@ from megatron.core.ssm import mamba_mixer
 from megatron.core.ssm.mamba_mixer import MambaMixer
 from torch import Tensor
 
+from equilibrium_mcore.models.decode.mamba import DecodingMamba
 from equilibrium_mcore.models.norms import GroupRMSNorm
 from equilibrium_mcore.models.packing import TorchMambaContextParallel
 from equilibrium_mcore.models.ssd import causal_conv, ssd_scan
@@ -34,7 +35,7 @@ def _parts_supplied() -> Iterator[None]:
         vars(mamba_mixer).update(before)
 
 
-class TorchMambaMixer(MambaMixer):
+class TorchMambaMixer(DecodingMamba, MambaMixer):
     """MambaMixer whose convolution and scan run in PyTorch: same parameters, same function.
 
     Input and output have shape (sequence / SP, batch, hidden). TP splits heads and groups; CP
@@ -76,6 +77,10 @@ class TorchMambaMixer(MambaMixer):
         ).flatten(-2)
         y = (y * F.silu(z)).transpose(0, 1).contiguous()
         return self.norm(cp.post_conv_ssm(y, packed_seq_params))
+
+
+class FusedMambaMixer(DecodingMamba, MambaMixer):
+    """megatron-core's MambaMixer with mamba-ssm's kernels in training."""
 
 
 def _documents_of(packed_seq_params: PackedSeqParams | None) -> Tensor | None:

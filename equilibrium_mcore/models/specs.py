@@ -19,7 +19,7 @@ from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
-from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
+from megatron.core.ssm.mamba_mixer import MambaMixerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
@@ -27,7 +27,7 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
 )
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.multi_latent_attention import (
@@ -46,7 +46,9 @@ from torch import Tensor
 from equilibrium_mcore.config.pattern import ByKind, count_kinds
 from equilibrium_mcore.config.schema import ModelConfig
 from equilibrium_mcore.models.attention import TorchCoreAttention
-from equilibrium_mcore.models.mamba import TorchMambaMixer
+from equilibrium_mcore.models.decode.attention import DecodingSelfAttention
+from equilibrium_mcore.models.decode.latent import DecodingLatentAttention
+from equilibrium_mcore.models.mamba import FusedMambaMixer, TorchMambaMixer
 from equilibrium_mcore.models.norms import RMSNorm
 from equilibrium_mcore.models.router import GlobalRouter
 
@@ -110,7 +112,7 @@ def transformer_engine_backend(*, has_mamba_ssm: bool) -> Backend:
         duplicated_linear=te.TELinear,
         norm=EngineNorm,
         core_attention=te.TEDotProductAttention,
-        mamba_mixer=MambaMixer if has_mamba_ssm else TorchMambaMixer,
+        mamba_mixer=FusedMambaMixer if has_mamba_ssm else TorchMambaMixer,
         experts=TESpecProvider(),
         grouped_experts=True,
     )
@@ -164,7 +166,7 @@ def _attention_layer(model: ModelConfig, backend: Backend) -> ModuleSpec:
         core_attention=backend.core_attention,
         linear_proj=backend.row_linear,
     )
-    return _with_attention(SelfAttention, submodules, backend.norm)
+    return _with_attention(DecodingSelfAttention, submodules, backend.norm)
 
 
 def _mla_layer(model: ModelConfig, backend: Backend) -> ModuleSpec:
@@ -235,7 +237,7 @@ LAYER_SPECS: ByKind[Callable[[ModelConfig, Backend], ModuleSpec]] = {
 # ---------------------------------------------------------------- where megatron-core is not enough
 
 
-class MultiLatentSelfAttention(MLASelfAttention):
+class MultiLatentSelfAttention(DecodingLatentAttention, MLASelfAttention):
     """MLASelfAttention with the projections and norms that its spec names, and whole gradients.
 
     megatron-core re-derives them and refuses a latent norm when there is no query latent, which

@@ -27,7 +27,24 @@ def ssd_scan(
     D_H: Tensor | None = None,
     seq_idx_BL: Tensor | None = None,
 ) -> Tensor:
-    """y of the recurrence  S_t = exp(dt_t A) S_{t-1} + dt_t B_t x_t^T,  y_t = C_t S_t + D x_t.
+    """y of `ssd_scan_with_state`, which takes the same arguments."""
+    return ssd_scan_with_state(
+        x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, chunk_size=chunk_size, D_H=D_H, seq_idx_BL=seq_idx_BL
+    )[0]
+
+
+def ssd_scan_with_state(
+    x_BLHP: Tensor,
+    dt_BLH: Tensor,
+    A_H: Tensor,
+    B_BLGN: Tensor,
+    C_BLGN: Tensor,
+    *,
+    chunk_size: int,
+    D_H: Tensor | None = None,
+    seq_idx_BL: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence  S_t = exp(dt_t A) S_{t-1} + dt_t B_t x_t^T,  y_t = C_t S_t + D x_t.
 
     Args:
         x_BLHP: inputs.
@@ -38,7 +55,9 @@ def ssd_scan(
         D_H: skip connection per head.
         seq_idx_BL: document of each token; no state crosses from one document to the next.
 
-    Computes in float32 (float64 if x is float64) and returns x's dtype, shape (B, L, H, P).
+    Computes in float32 (float64 if x is float64). Returns y in x's dtype, (B, L, H, P), and the
+    state after the last token, (B, H, P, N), in the dtype of the computation. A token with a step
+    size of 0 leaves the state as it is.
     """
     batch, length, heads, channels = x_BLHP.shape
     groups = B_BLGN.shape[2]
@@ -104,7 +123,8 @@ def ssd_scan(
     y = y.permute(0, 1, 4, 2, 3, 5).reshape(batch, chunks * chunk, heads, channels)[:, :length]
     if D_H is not None:
         y = y + skip * D_H.to(dtype).view(-1, 1)
-    return y.to(x_BLHP.dtype)
+    state = state.unflatten(-1, (ratio, channels)).permute(0, 1, 3, 4, 2)
+    return y.to(x_BLHP.dtype), state.flatten(1, 2)
 
 
 @dataclass(frozen=True)

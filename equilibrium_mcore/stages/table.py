@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from equilibrium_mcore.stages.offline import train_rank
+from equilibrium_mcore.stages.online import online_rank
 from equilibrium_mcore.stages.preferences import preference_rank
 
 # (place, config=) of every rank, from setup to the end.
@@ -17,4 +18,6 @@ STAGE_RANKS: dict[str, Callable[..., None]] = {
     "ipo": preference_rank,
     "simpo": preference_rank,
     "orpo": preference_rank,
+    "grpo": online_rank,
+    "spo": online_rank,
 }

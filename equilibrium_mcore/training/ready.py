@@ -16,6 +16,7 @@ from pathlib import Path
 from equilibrium_mcore.checkpoint.choose import find_alone, find_weights
 from equilibrium_mcore.checkpoint.compatibility import check_resumable, check_same_model
 from equilibrium_mcore.checkpoint.opened import OpenedCheckpoint, inspect
+from equilibrium_mcore.config.chat import ConversationsConfig
 from equilibrium_mcore.config.data import DataConfig
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import RunConfig
@@ -142,7 +143,8 @@ def _check_data(config: RunConfig, progress: Progress | None) -> None:
 @contextmanager
 def _not_kept(config: RunConfig) -> Iterator[RunConfig]:
     """The run, whose encoded conversations are forgotten unless there is a folder for them."""
-    if isinstance(config.data, DataConfig) or cached_conversations(config).cache_directory.is_dir():
+    cached = isinstance(config.data, ConversationsConfig)
+    if not cached or cached_conversations(config).cache_directory.is_dir():
         yield config
         return
     with tempfile.TemporaryDirectory(prefix="conversations_") as folder:

@@ -1,4 +1,4 @@
-"""What the weights that a run started from think of its batches: the reference of preferences."""
+"""What the weights that a run started from think of its batches: the reference."""
 
 from __future__ import annotations
 
@@ -34,13 +34,24 @@ class Reference:
         """Fill `reference` [B, S] of every batch. Collective."""
         # As the loss has it, in which rows that only pad the vocabulary have a share: both sides of
         # a ratio must be of one distribution.
-        if self._frozen is not None:
-            found = log_probabilities(run, batches, chunks=self._frozen, padded_vocabulary=True)
-        else:
-            with adapters_off(run.chunks):
-                found = log_probabilities(run, batches, padded_vocabulary=True)
+        found = self.log_probabilities(run, batches, padded_vocabulary=True)
         for batch, values in zip(batches, found, strict=True):
             batch[REFERENCE] = values.cpu()  # cut and sent with the others
+
+    def log_probabilities(
+        self,
+        run: Run,
+        batches: list[Batch],
+        *,
+        temperature: float = 1.0,
+        padded_vocabulary: bool = False,
+    ) -> list[torch.Tensor]:
+        """As `training.scoring.log_probabilities`, of the reference. Collective."""
+        settings = {"temperature": temperature, "padded_vocabulary": padded_vocabulary}
+        if self._frozen is not None:
+            return log_probabilities(run, batches, chunks=self._frozen, **settings)
+        with adapters_off(run.chunks):
+            return log_probabilities(run, batches, **settings)
 
 
 @contextmanager

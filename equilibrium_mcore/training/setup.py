@@ -82,6 +82,8 @@ class Run:
     left_out: LeftOut = field(default_factory=LeftOut)  # samples that are passed over
     # Adds to whole micro-batches, of training and validation, before they are weighed. Collective.
     prepare: Callable[[Run, list[Batch]], None] = lambda run, batches: None
+    stage_figures: Callable[[], dict[str, float]] = dict  # logged beside the objective's
+    positions: int = 0  # of all sequences that this process trained on, over all ranks
     watch: Watch | None = None  # judges every step, where `training.anomalies` is set
 
     def progress_to_save(self) -> dict[str, Any]:

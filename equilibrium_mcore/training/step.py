@@ -47,7 +47,9 @@ def train_step(run: Run, *, stop_requested: bool = False) -> StepOutcome:
     """
     progress()
     biases = _expert_biases(run)
-    outputs = gradients_of(run, run.stream.next_batches(run.micro_batches))
+    batches = run.stream.next_batches(run.micro_batches)
+    outputs = gradients_of(run, batches)
+    run.positions += sum(b["labels"].numel() for b in batches) * run.data_parallel_size
     rates = run.optimizer.learning_rates()
     figures, counts, extra = _sum_over_ranks(
         run, outputs, extra=[_aux_loss_here(run), float(stop_requested)]
@@ -62,7 +64,7 @@ def train_step(run: Run, *, stop_requested: bool = False) -> StepOutcome:
     moe_layers = count_kinds(run.config.model.layer_pattern).get("moe", 0)
     aux_scale = moe_layers * run.micro_batches * run.data_parallel_size
     return StepOutcome(
-        figures=figures,
+        figures={**figures, **run.stage_figures()},
         tokens=round(counts[run.objective.tokens_of]),
         aux_loss=aux / aux_scale if moe_layers and balances(run) else None,
         gradient_norm=result.gradient_norm,

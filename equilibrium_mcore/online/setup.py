@@ -1,0 +1,86 @@
+"""From a run that is set up to one that learns from its own answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.policy import PolicyConfig
+from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.data.chat.prompts import PromptSamples
+from equilibrium_mcore.generation.interface import Engine
+from equilibrium_mcore.online.estimate import Estimator, Reference, RewardEstimator
+from equilibrium_mcore.online.evaluation import EvaluationCallback
+from equilibrium_mcore.online.judge import Judge
+from equilibrium_mcore.online.report import SamplesFile
+from equilibrium_mcore.online.rollouts import Gathered
+from equilibrium_mcore.online.stream import OnlineStream
+from equilibrium_mcore.processes.console import say
+from equilibrium_mcore.training import reference
+from equilibrium_mcore.training.callbacks import LogCallback
+from equilibrium_mcore.training.loop import Callback
+from equilibrium_mcore.training.setup import Run
+
+
+def go_online(run: Run, engine: Engine) -> None:
+    """Give the run a stream of its own answers. Collective.
+
+    Raises ConfigError for rewards that cannot work here, a missing reference, and a checkpoint of
+    other prompts.
+    """
+    samples = run.datasets.train
+    assert isinstance(samples, PromptSamples)
+    judge = Judge(run.config.rewards, samples.tokenizer, first_rank=run.is_first_rank)
+    files: list[SamplesFile] = []
+    if run.is_first_rank:
+        for note in judge.notes:
+            say(note)
+        files.append(
+            SamplesFile(
+                Path(run.config.output_directory),
+                samples.tokenizer,
+                shown=run.config.rollout.shown,
+                after_step=run.progress.step,
+            )
+        )
+
+    def seen(gathered: Gathered, step: int) -> None:
+        for file in files:
+            file(gathered, step)
+
+    def at_end() -> None:
+        for closing in (judge, *files):
+            closing.close()
+
+    run.stream.close()
+    stream = OnlineStream(
+        run, engine=engine, judge=judge, estimator=build_estimator(run), seen=seen, at_end=at_end
+    )
+    run.stream, run.stage_figures = stream, stream.figures
+
+
+def build_estimator(run: Run) -> Estimator:
+    """What makes experience of answers, by the objective's settings. Collective."""
+    settings = run.config.objective
+    assert isinstance(settings, PolicyConfig)
+    temperature = run.config.rollout.temperature
+    return RewardEstimator(
+        settings, temperature=temperature, reference=_reference(run, settings, temperature)
+    )
+
+
+def _reference(run: Run, settings: PolicyConfig, temperature: float) -> Reference | None:
+    if not settings.needs_reference:
+        return None
+    if run.config.checkpoint.initial_weights is None:
+        raise ConfigError(
+            f"objective.kl.coefficient={settings.kl.coefficient:g} without "
+            "checkpoint.initial_weights: they are the reference"
+        )
+    model = reference.Reference(run)
+    return lambda run, batches: model.log_probabilities(run, batches, temperature=temperature)
+
+
+def online_callbacks(config: RunConfig, log: LogCallback) -> list[Callback]:
+    """The callbacks of a run on its own answers."""
+    return [EvaluationCallback(config, log)]

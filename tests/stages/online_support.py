@@ -1,0 +1,159 @@
+"""Runs on their own answers, at the size of a test: prompts, settings, and what ranks run."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.parallel.launch import RankInfo
+from tests.data.chat.support import write_rows
+from tests.support.runs import MODEL, tiny_run
+
+SMALL = {
+    **MODEL,
+    "layer_pattern": "ME|+E",
+    "moe": {**MODEL["moe"], "load_balancing": "none"},
+}
+LONGEST = 8  # characters of an answer from which it costs more
+
+
+def prompt_rows(count: int, seed: int) -> list[dict]:
+    """Words to be continued, of which no answer is true."""
+    draw = random.Random(seed)
+    return [
+        {"prompt": "say " + "".join(draw.choices("abcdefgh", k=draw.randint(2, 9))), "truth": n}
+        for n in range(count)
+    ]
+
+
+def prompts_section(data: dict, folder: Path) -> dict[str, Any]:
+    """The `data` section of a run on prompts."""
+    files = {
+        part: [str(write_rows(folder / f"{part}.jsonl", prompt_rows(count, seed)))]
+        for part, count, seed in (("train", 11, 1), ("validation", 3, 2))
+    }
+    return {
+        "type": "prompts",
+        "name": "words",
+        "tokenizer": data["tokenizer"],
+        "template": "plain",
+        "sources": [{"name": "made_up", **files}],
+        "document_multiple": 4,
+    }
+
+
+def online_run(prompts: dict, weights: Path, output: Path, **changes: Any) -> RunConfig:
+    """A short run whose answers are worth more the fewer characters they have."""
+    training = {
+        "sequence_length": 64,
+        "micro_batch_size": 1,
+        "global_batch_size": 8,
+        "steps": 4,
+        "precision": "fp32",
+        **changes.pop("training", {}),
+    }
+    rollout = {"samples_per_prompt": 4, "max_new_tokens": 6, **changes.pop("rollout", {})}
+    changes = {
+        "stage": "grpo",
+        "model": SMALL,
+        "objective": {"type": "policy", **changes.pop("objective", {})},
+        "parallelism": {"world_size": 1},
+        "rewards": [{"type": "length", "unit": "characters", "max_length": 60, "soft_from": 1}],
+        **changes,
+    }
+    checkpoint = {"initial_weights": str(weights), **changes.pop("checkpoint", {})}
+    return tiny_run(
+        prompts, output, training=training, rollout=rollout, checkpoint=checkpoint, **changes
+    )
+
+
+def stage_rank(rank_info: RankInfo, config: RunConfig) -> None:
+    """What `python -m equilibrium_mcore.train` runs in a rank, by the slow engine."""
+    from equilibrium_mcore.stages.online import online_rank
+    from tests.support.slow_engine import SlowEngine
+
+    online_rank(rank_info, config=config, engine_of=SlowEngine)
+
+
+def records(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """Lines of `metrics.jsonl`."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+class KilledError(Exception):
+    """A run that ends at a place."""
+
+
+def killed_and_resumed(rank_info: RankInfo, config: RunConfig, place: str) -> int:
+    """The run, ended in its second rollout at `place`, and started again; where it went on."""
+    from equilibrium_mcore.online import stream
+    from equilibrium_mcore.optim.optimizer import HybridOptimizer
+    from equilibrium_mcore.parallel import process_groups
+    from equilibrium_mcore.stages.online import online_rank
+    from tests.support.slow_engine import SlowEngine
+
+    owner, name, at = {
+        "generation": (SlowEngine, "_last_logits", 0),  # counted by rollouts
+        "between": (stream.OnlineStream, "_minibatch", 3),
+        "update": (HybridOptimizer, "step", 3),
+    }[place]
+    whole, calls = getattr(owner, name), []
+
+    def ends(self: Any, *arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        rollouts = _rollouts_of(self) if place == "generation" else 0
+        if rollouts == 2 or (at and len(calls) == at):
+            raise KilledError
+        return whole(self, *arguments, **named)
+
+    setattr(owner, name, ends)
+    try:
+        online_rank(RankInfo.alone(), config=config, engine_of=SlowEngine)
+        raise AssertionError("it was not killed")
+    except KilledError:
+        process_groups.destroy()
+    finally:
+        setattr(owner, name, whole)
+    from equilibrium_mcore.checkpoint.directory import latest_checkpoint, step_of
+
+    step = step_of(latest_checkpoint(config.output_directory))
+    online_rank(RankInfo.alone(), config=config, engine_of=SlowEngine)
+    return step
+
+
+def _rollouts_of(engine: Any) -> int:
+    """1 while the first rollout is made, 2 while the second is; evaluations come between."""
+    run = engine._run
+    if run.progress.step < 2:
+        return 1
+    # After the evaluation of step 2, which is before the second rollout.
+    return 2 if (run.config.output_directory / "checkpoints" / "step_00000002").exists() else 1
+
+
+def kept_bias(rank_info: RankInfo, config: RunConfig) -> list[tuple[list[float], list[float]]]:
+    """Biases of the routers before and after the steps, which begin as no zeros."""
+    from equilibrium_mcore.online.setup import go_online
+    from equilibrium_mcore.training.setup import setup, teardown
+    from equilibrium_mcore.training.step import train_step
+    from tests.support.slow_engine import SlowEngine
+
+    run = setup(config, rank_info)
+    go_online(run, SlowEngine(run))
+    biases = [
+        buffer
+        for chunk in run.chunks
+        for name, buffer in chunk.named_buffers()
+        if name.endswith("expert_bias")
+    ]
+    for bias in biases:
+        bias.copy_(bias + 0.01 * (1 + bias.new_tensor(range(bias.numel()))))
+    before = [bias.tolist() for bias in biases]
+    for _ in range(config.training.steps):
+        train_step(run)
+    after = [bias.tolist() for bias in biases]
+    teardown(run)
+    return list(zip(before, after, strict=True))

@@ -1,0 +1,132 @@
+"""Training on a policy's own answers through the stage's own function: layouts, resumes, traps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.stages.online_support import (
+    SMALL,
+    kept_bias,
+    killed_and_resumed,
+    online_run,
+    prompts_section,
+    records,
+    stage_rank,
+)
+from tests.support.runs import tiny_run, train_steps
+
+LAYOUTS = {
+    "mixed": {"world_size": 2, "tensor": 2, "sequence": True, "expert": 2},
+    "mixed_data": {"world_size": 4, "tensor": 2, "sequence": True, "expert": 2},
+    "pipeline": {"world_size": 2, "pipeline": 2},
+    "virtual": {"world_size": 2, "pipeline": 2, "virtual_pipeline": 2},
+    "data": {"world_size": 2},
+}
+IN_CI = ("mixed",)
+# Of 4 steps: two rollouts, each of two minibatches, so that a rollout is half used in between.
+SETTINGS: dict[str, Any] = {
+    "rollout": {"minibatches": 2},
+    "evaluation": {"interval_steps": 2, "samples": 2},
+    "checkpoint": {"save_interval_steps": 1, "keep_last": 9},
+}
+
+
+@pytest.fixture(scope="module")
+def prompts(data: dict, tmp_path_factory) -> dict[str, Any]:
+    return prompts_section(data, tmp_path_factory.mktemp("prompts"))
+
+
+@pytest.fixture(scope="module")
+def pretrained(ranks, data: dict, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrained")
+    config = tiny_run(data, folder, model=SMALL, parallelism={"world_size": 1})
+    ranks.run(1, train_steps, config, 2, True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_rank(ranks, prompts, pretrained, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("one_rank")
+    ranks.run(1, stage_rank, online_run(prompts, pretrained, folder, **SETTINGS))
+    return folder
+
+
+def answers(folder: Path) -> list[dict[str, Any]]:
+    """What `samples.jsonl` kept."""
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
+def curve(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """The records without what the clock and the machine say."""
+    timed = {"tokens_per_second", "model_tflops_per_device", "memory_gib", "seconds_per_step"}
+    return [{k: v for k, v in one.items() if k not in timed} for one in records(folder, kind)]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in IN_CI else [pytest.mark.slow]) for n in LAYOUTS]
+)
+def test_answers_and_curve_are_the_same_in_every_layout(
+    ranks, prompts, pretrained, one_rank, tmp_path, name
+):
+    layout = LAYOUTS[name]
+    config = online_run(prompts, pretrained, tmp_path, parallelism=layout, **SETTINGS)
+    ranks.run(layout["world_size"], stage_rank, config)
+    assert answers(tmp_path) == answers(one_rank)
+    for kind in ("train", "evaluation"):
+        found, expected = records(tmp_path, kind), records(one_rank, kind)
+        assert len(found) == len(expected) > 0
+        for record, other in zip(found, expected, strict=True):
+            assert record.get("tokens") == other.get("tokens")
+            assert record.keys() == other.keys()
+            for figure in record.keys() & {"loss", "entropy", "reward", "kl_reference", "accuracy"}:
+                assert record[figure] == pytest.approx(other[figure], rel=1e-4, abs=2e-5), figure
+
+
+@pytest.mark.parametrize("place", ["generation", "between", "update"])
+def test_trap_a_resume_repeats_what_was_lost_to_the_bit(
+    ranks, prompts, pretrained, one_rank, tmp_path, place
+):
+    """Killed in the second rollout or in its first update: prompts are neither lost nor asked
+    twice, and the rest of a rollout is not drawn again."""
+    config = online_run(prompts, pretrained, tmp_path, **SETTINGS)
+    (steps,) = ranks.run(1, killed_and_resumed, config, place)
+    assert steps == 2  # and goes on from there
+    assert curve(tmp_path) == curve(one_rank)
+    assert curve(tmp_path, "evaluation") == curve(one_rank, "evaluation")
+    assert answers(tmp_path) == answers(one_rank)
+
+
+def test_a_half_used_rollout_is_in_the_checkpoint(ranks, prompts, pretrained, one_rank, tmp_path):
+    """Stopped after the first of two updates on it, and resumed."""
+    stop = {"training": {"stop_after_steps": 1}}
+    ranks.run(1, stage_rank, online_run(prompts, pretrained, tmp_path, **SETTINGS, **stop))
+    ranks.run(1, stage_rank, online_run(prompts, pretrained, tmp_path, **SETTINGS))
+    assert curve(tmp_path) == curve(one_rank)
+
+
+def test_trap_generation_and_training_agree(one_rank):
+    """What was sampled is what is trained: the largest log ratio, in fp32."""
+    for record in records(one_rank):
+        assert record["mismatch_max"] < 1e-4
+
+
+def test_trap_old_log_probabilities_are_from_before_the_update(one_rank):
+    """The first update on a rollout has ratios of 1; the second has moved away from them."""
+    first, second, third, fourth = (record["ratio"] for record in records(one_rank))
+    assert first == pytest.approx(1.0, abs=1e-6) and third == pytest.approx(1.0, abs=1e-6)
+    assert abs(second - 1) > 1e-5 and abs(fourth - 1) > 1e-5
+
+
+def test_trap_the_experts_bias_stays(ranks, prompts, pretrained, tmp_path):
+    """Equal to the bit before and after steps of a sigmoid router with a bias."""
+    moe = {"score_function": "sigmoid", "expert_bias": True, "expert_bias_update_rate": 0.0}
+    model = {**SMALL, "moe": {**SMALL["moe"], **moe}}
+    config = online_run(prompts, pretrained, tmp_path, model=model, training={"steps": 1})
+    (pairs,) = ranks.run(1, kept_bias, config)
+    assert pairs
+    for before, after in pairs:
+        assert before == after and any(before)
