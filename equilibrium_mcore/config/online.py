@@ -30,7 +30,7 @@ class RolloutConfig(Section):
     temperature: PositiveFloat = setting(
         1.0, "divides the logits, of sampling and of training alike"
     )
-    rows: PositiveInt = setting(256, "answers that are generated at a time")
+    rows: PositiveInt = setting(64, "answers that a data rank continues at a time")
     minibatches: PositiveInt = setting(
         1,
         "parts of a rollout, of whole groups; each is an optimizer step over "

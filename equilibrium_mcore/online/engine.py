@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from equilibrium_mcore.generation.engine import OwnEngine
 from equilibrium_mcore.generation.interface import Engine
 from equilibrium_mcore.training.setup import Run
 
 
 def own_engine(run: Run) -> Engine:
-    """The engine over the run's chunks, in its layout."""
-    raise NotImplementedError("merged with branch decode")
+    """The engine over the run's chunks, in its layout: no weight moves."""
+    config = run.config
+    return OwnEngine(
+        run.chunks,
+        run.groups,
+        model=config.model,
+        layout=config.parallelism,
+        rows_at_once=config.rollout.rows,
+    )

@@ -9,6 +9,7 @@ from typing import Any
 
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.parallel.launch import RankInfo
+from equilibrium_mcore.stages.table import STAGE_RANKS
 from tests.data.chat.support import write_rows
 from tests.support.runs import MODEL, tiny_run
 
@@ -71,11 +72,8 @@ def online_run(prompts: dict, weights: Path, output: Path, **changes: Any) -> Ru
 
 
 def stage_rank(rank_info: RankInfo, config: RunConfig) -> None:
-    """What `python -m equilibrium_mcore.train` runs in a rank, by the slow engine."""
-    from equilibrium_mcore.stages.online import online_rank
-    from tests.support.slow_engine import SlowEngine
-
-    online_rank(rank_info, config=config, engine_of=SlowEngine)
+    """What `python -m equilibrium_mcore.train` runs in a rank."""
+    STAGE_RANKS[config.stage](rank_info, config=config)
 
 
 def records(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
@@ -89,60 +87,61 @@ class KilledError(Exception):
 
 
 def killed_and_resumed(rank_info: RankInfo, config: RunConfig, place: str) -> int:
-    """The run, ended in its second rollout at `place`, and started again; where it went on."""
-    from equilibrium_mcore.online import stream
+    """The run, ended at `place` after the step that made its first rollout, and started again.
+
+    Returns the step at which it went on.
+    """
+    from equilibrium_mcore.checkpoint.directory import latest_checkpoint, step_of
+    from equilibrium_mcore.generation.engine import OwnEngine
+    from equilibrium_mcore.online.stream import OnlineStream
     from equilibrium_mcore.optim.optimizer import HybridOptimizer
     from equilibrium_mcore.parallel import process_groups
-    from equilibrium_mcore.stages.online import online_rank
-    from tests.support.slow_engine import SlowEngine
 
-    owner, name, at = {
-        "generation": (SlowEngine, "_last_logits", 0),  # counted by rollouts
-        "between": (stream.OnlineStream, "_minibatch", 3),
-        "update": (HybridOptimizer, "step", 3),
+    owner, name = {
+        "generation": (OwnEngine, "_step"),  # of the second rollout, after some of its tokens
+        "between": (OnlineStream, "_minibatch"),  # of the third step, after its rollout was made
+        "update": (HybridOptimizer, "step"),  # of the third step
     }[place]
-    whole, calls = getattr(owner, name), []
+    whole, asked = getattr(owner, name), []
 
     def ends(self: Any, *arguments: Any, **named: Any) -> Any:
-        calls.append(1)
-        rollouts = _rollouts_of(self) if place == "generation" else 0
-        if rollouts == 2 or (at and len(calls) == at):
+        result = None if place == "update" else whole(self, *arguments, **named)
+        asked.append(rolling["second"])
+        if asked.count(True) == (3 if place == "generation" else 1):
             raise KilledError
-        return whole(self, *arguments, **named)
+        return whole(self, *arguments, **named) if place == "update" else result
+
+    rolling = {"second": False}
+    roll_out = OnlineStream._roll_out
+
+    def noted(self: OnlineStream) -> None:
+        rolling["second"] = self._run.progress.step > 0
+        roll_out(self)
 
     setattr(owner, name, ends)
+    OnlineStream._roll_out = noted
     try:
-        online_rank(RankInfo.alone(), config=config, engine_of=SlowEngine)
+        STAGE_RANKS[config.stage](RankInfo.alone(), config=config)
         raise AssertionError("it was not killed")
     except KilledError:
         process_groups.destroy()
     finally:
         setattr(owner, name, whole)
-    from equilibrium_mcore.checkpoint.directory import latest_checkpoint, step_of
-
+        OnlineStream._roll_out = roll_out
     step = step_of(latest_checkpoint(config.output_directory))
-    online_rank(RankInfo.alone(), config=config, engine_of=SlowEngine)
+    STAGE_RANKS[config.stage](RankInfo.alone(), config=config)
     return step
-
-
-def _rollouts_of(engine: Any) -> int:
-    """1 while the first rollout is made, 2 while the second is; evaluations come between."""
-    run = engine._run
-    if run.progress.step < 2:
-        return 1
-    # After the evaluation of step 2, which is before the second rollout.
-    return 2 if (run.config.output_directory / "checkpoints" / "step_00000002").exists() else 1
 
 
 def kept_bias(rank_info: RankInfo, config: RunConfig) -> list[tuple[list[float], list[float]]]:
     """Biases of the routers before and after the steps, which begin as no zeros."""
+    from equilibrium_mcore.online.engine import own_engine
     from equilibrium_mcore.online.setup import go_online
     from equilibrium_mcore.training.setup import setup, teardown
     from equilibrium_mcore.training.step import train_step
-    from tests.support.slow_engine import SlowEngine
 
     run = setup(config, rank_info)
-    go_online(run, SlowEngine(run))
+    go_online(run, own_engine(run))
     biases = [
         buffer
         for chunk in run.chunks
@@ -157,3 +156,20 @@ def kept_bias(rank_info: RankInfo, config: RunConfig) -> list[tuple[list[float],
     after = [bias.tolist() for bias in biases]
     teardown(run)
     return list(zip(before, after, strict=True))
+
+
+def by_both_engines(rank_info: RankInfo, config: RunConfig, count: int) -> list[Any]:
+    """Rollouts of some prompts by the own engine and by the slow one, each token asked anew."""
+    from equilibrium_mcore.generation.interface import Prompt, Request
+    from equilibrium_mcore.online.engine import own_engine
+    from equilibrium_mcore.online.rollouts import sampling_of
+    from equilibrium_mcore.training.setup import setup, teardown
+    from tests.support.slow_engine import SlowEngine
+
+    run = setup(config, rank_info)
+    samples = run.datasets.train
+    requests = [Request(Prompt.of(samples[n].ids), n) for n in range(count)]
+    sampling = sampling_of(config.rollout, samples.stop_ids, seed=1, rollout=0)
+    found = [engine.generate(requests, sampling) for engine in (own_engine(run), SlowEngine(run))]
+    teardown(run)
+    return [[(one.ids.tolist(), one.logprobs.tolist()) for one in rollouts] for rollouts in found]

@@ -10,6 +10,7 @@ import pytest
 
 from tests.stages.online_support import (
     SMALL,
+    by_both_engines,
     kept_bias,
     killed_and_resumed,
     online_run,
@@ -119,6 +120,15 @@ def test_trap_old_log_probabilities_are_from_before_the_update(one_rank):
     first, second, third, fourth = (record["ratio"] for record in records(one_rank))
     assert first == pytest.approx(1.0, abs=1e-6) and third == pytest.approx(1.0, abs=1e-6)
     assert abs(second - 1) > 1e-5 and abs(fourth - 1) > 1e-5
+
+
+def test_answers_are_those_of_the_training_forward(ranks, prompts, pretrained, tmp_path):
+    """Token for token, and their log-probabilities: by the packed forward of all that is there."""
+    config = online_run(prompts, pretrained, tmp_path)
+    ((own, slow),) = ranks.run(1, by_both_engines, config, 5)
+    assert [ids for ids, _ in own] == [ids for ids, _ in slow]
+    for (_, found), (_, expected) in zip(own, slow, strict=True):
+        assert found == pytest.approx(expected, abs=1e-4)
 
 
 def test_trap_the_experts_bias_stays(ranks, prompts, pretrained, tmp_path):

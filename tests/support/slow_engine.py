@@ -10,12 +10,15 @@ import numpy as np
 import torch
 
 from equilibrium_mcore.generation.interface import Request, Rollout, Sampling
+from equilibrium_mcore.generation.sampling import draw, row_seeds
 from equilibrium_mcore.training.schedule import evaluating, rank_batch, run_schedule
 from equilibrium_mcore.training.setup import Run
 
+MULTIPLE = 8  # of tokens, for tensor ranks that share a sequence
+
 
 class SlowEngine:
-    """Every rank asks the forward of all rows together; context ranks are not known to it."""
+    """Keeps no state of a row. Every rank asks all rows; context ranks are not known to it."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -25,18 +28,14 @@ class SlowEngine:
         self, requests: Sequence[Request], sampling: Sampling, *, version: int = 0
     ) -> list[Rollout]:
         """See Engine."""
-        assert not sampling.top_k and sampling.top_p == 1.0
         drawn: list[list[tuple[int, float]]] = [[] for _ in requests]
         going = list(range(len(requests)))
         with evaluating(self._run.chunks):
             for position in range(sampling.max_new_tokens):
-                rows = [
-                    np.concatenate([requests[n].prompt.ids, [i for i, _ in drawn[n]]])
-                    for n in going
-                ]
-                logits = self._last_logits(rows)
-                for number, row in zip(going, logits, strict=True):
-                    drawn[number].append(_choose(row, requests[number], position, sampling))
+                before = [[index for index, _ in drawn[number]] for number in going]
+                tokens = self._next([requests[n] for n in going], before, position, sampling)
+                for number, token in zip(going, tokens, strict=True):
+                    drawn[number].append(token)
                 going = [n for n in going if drawn[n][-1][0] not in sampling.stop_ids]
                 if not going:
                     break
@@ -51,11 +50,18 @@ class SlowEngine:
             for request, row in zip(requests, drawn, strict=True)
         ]
 
-    def _last_logits(self, rows: Sequence[np.ndarray]) -> np.ndarray:
-        """float32 [rows, vocabulary] behind the last token of each row."""
-        run, padding = self._run, 8
-        lengths = [-(-len(row) // padding) * padding for row in rows]
-        tokens, positions = np.zeros(sum(lengths), np.int64), np.zeros(sum(lengths), np.int64)
+    def _next(
+        self,
+        requests: Sequence[Request],
+        before: Sequence[Sequence[int]],
+        position: int,
+        sampling: Sampling,
+    ) -> list[tuple[int, float]]:
+        """A token of each row with its log p."""
+        run = self._run
+        rows = [np.concatenate([r.prompt.ids, b]) for r, b in zip(requests, before, strict=True)]
+        lengths = [-(-len(row) // MULTIPLE) * MULTIPLE for row in rows]
+        tokens, positions = np.zeros((2, sum(lengths)), np.int64)
         starts = np.cumsum([0, *lengths[:-1]])
         for row, start, length in zip(rows, starts, lengths, strict=True):
             tokens[start : start + len(row)] = row
@@ -65,25 +71,29 @@ class SlowEngine:
             "labels": torch.zeros(1, len(tokens), dtype=torch.int64),
             "position_ids": torch.from_numpy(positions)[None],
         }
-        places = torch.tensor([s + len(r) - 1 for r, s in zip(rows, starts, strict=True)])
-        # As many micro-batches as an interleaved pipeline takes at once.
-        count = run.config.parallelism.pipeline
+        choose = partial(
+            draw,
+            sampling=sampling,
+            seeds_R=torch.from_numpy(row_seeds(requests, sampling)),
+            positions_R=torch.full((len(rows),), position),
+            vocab_size=run.config.model.vocab_size,
+            tp_group=run.groups.tp,
+        )
+        ends = torch.tensor([s + len(r) - 1 for r, s in zip(rows, starts, strict=True)])
         found = run_schedule(
             run,
-            [batch] * count,
-            forward_step=partial(_step, run=run, places=places),
+            [batch] * run.config.parallelism.pipeline,  # as an interleaved pipeline takes them
+            forward_step=partial(_step, run=run, ends=ends, choose=choose),
             forward_only=True,
             collect=True,
         )
-        vocabulary = run.config.model.padded_vocab_size
-        logits = found[0] if found else torch.zeros(len(rows), vocabulary)
-        pp = run.groups.pp
-        if pp.size() > 1:
-            torch.distributed.broadcast(logits, group=pp, group_src=pp.size() - 1)
-        return logits[:, : run.config.model.vocab_size].numpy()
+        both = found[0] if found else torch.zeros(2, len(rows), dtype=torch.float64)
+        if (pp := run.groups.pp).size() > 1:
+            torch.distributed.broadcast(both, group=pp, group_src=pp.size() - 1)
+        return [(int(index), value) for index, value in both.T.tolist()]
 
 
-def _step(iterator: Iterator, chunk: Any, *, run: Run, places: torch.Tensor):
+def _step(iterator: Iterator, chunk: Any, *, run: Run, **later: Any) -> tuple[Any, partial]:
     batch, packed = rank_batch(next(iterator), run)
     output = chunk(
         input_ids=batch["tokens"],
@@ -91,26 +101,12 @@ def _step(iterator: Iterator, chunk: Any, *, run: Run, places: torch.Tensor):
         attention_mask=None,
         packed_seq_params=packed,
     )
-    return output, partial(_gathered, run=run, places=places)
+    return output, partial(_drawn, **later)
 
 
-def _gathered(logits: torch.Tensor, *, run: Run, places: torch.Tensor, non_loss_data: bool):
-    mine = logits[0, places].float().contiguous()
-    tp = run.groups.tp
-    parts = [torch.empty_like(mine) for _ in range(tp.size())]
-    torch.distributed.all_gather(parts, mine, group=tp)
-    return torch.cat(parts, dim=1)
-
-
-def _choose(
-    logits: np.ndarray, request: Request, position: int, sampling: Sampling
-) -> tuple[int, float]:
-    """A token and its log p; noise from numbers alone."""
-    scaled = logits.astype(np.float64) / (sampling.temperature or 1.0)
-    noise = 0.0
-    if sampling.temperature:
-        key = [sampling.seed, request.prompt.key, request.sample, position]
-        noise = np.random.default_rng(key).gumbel(size=len(logits))
-    index = int(np.argmax(scaled + noise))
-    top = scaled.max()
-    return index, float(scaled[index] - top - np.log(np.exp(scaled - top).sum()))
+def _drawn(
+    logits: torch.Tensor, *, ends: torch.Tensor, choose: partial, non_loss_data: bool
+) -> torch.Tensor:
+    """Ids and log p behind the last token of each row, float64 [2, rows]."""
+    drawn = choose(logits[0, ends])
+    return torch.stack([drawn.ids.double(), drawn.logprobs.double()])
