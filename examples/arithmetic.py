@@ -52,7 +52,9 @@ def texts(seed: int) -> Iterable[dict]:
     draw = random.Random(seed)
     for _ in range(2000):
         words = [draw.choice(WORDS) for _ in range(12)]
-        yield {"text": f"{' '.join(words)} {draw.randrange(100)}+{draw.randrange(100)}= user assistant"}
+        yield {
+            "text": f"{' '.join(words)} {draw.randrange(100)}+{draw.randrange(100)}= user assistant"
+        }
 
 
 def main() -> None:

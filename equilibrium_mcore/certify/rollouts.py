@@ -121,15 +121,11 @@ def traced_rollouts(
 ) -> list[dict[str, Any]]:
     """What each rank of the layout of `config` saw."""
     folder.mkdir(parents=True, exist_ok=True)
-    run_ranks(
-        partial(rollouts_rank, config=config, folder=folder, prepare=prepare), world_size
-    )
+    run_ranks(partial(rollouts_rank, config=config, folder=folder, prepare=prepare), world_size)
     return [torch.load(folder / f"rank_{rank}.pt") for rank in range(world_size)]
 
 
-def compare_rollouts(
-    found: Sequence[dict[str, Any]], reference: dict[str, Any]
-) -> list[Verdict]:
+def compare_rollouts(found: Sequence[dict[str, Any]], reference: dict[str, Any]) -> list[Verdict]:
     """The ranks of a layout against one rank."""
     first = found[0]
     norms = {

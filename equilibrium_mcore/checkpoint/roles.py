@@ -14,11 +14,9 @@ from equilibrium_mcore.checkpoint.optimizer_state import (
     load_optimizer_state,
     sharded_optimizer_state,
 )
-from equilibrium_mcore.checkpoint.safe_load import allowed_classes_only
+from equilibrium_mcore.checkpoint.safe_load import ROLES_PREFIX, allowed_classes_only
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.optim.optimizer import HybridOptimizer
-
-PREFIX = "roles."  # what the names of their tensors begin with
 
 
 class Role(NamedTuple):
@@ -54,7 +52,7 @@ def load_role(opened: OpenedCheckpoint, name: str, role: Role) -> None:
 def _sharded(name: str, role: Role) -> dict[str, Any]:
     state = {key: chunk.sharded_state_dict() for key, chunk in _named(role.chunks)}
     state["optimizer"] = sharded_optimizer_state(role.optimizer, dict(state))
-    add_prefix_for_sharding(state, f"{PREFIX}{name}.")
+    add_prefix_for_sharding(state, f"{ROLES_PREFIX}{name}.")
     return state
 
 

@@ -118,9 +118,7 @@ def begin_save(
         on_first_rank(lambda: _start(config, final, line))
         request = _planned(sharded, publish.partial_content(final, line))
         writer.take(_data_files(request))
-    return SaveInProgress(
-        config, final, progress, line, writer, tuple(roles), request.finalize_fns
-    )
+    return SaveInProgress(config, final, progress, line, writer, tuple(roles), request.finalize_fns)
 
 
 def finish_save(save: SaveInProgress) -> SavedCheckpoint:

@@ -127,9 +127,7 @@ class OwnEngine:
         return bool(here.item())
 
     def _prefill(self, wave: Wave, lanes: list[_Lane]) -> None:
-        passes = [
-            lane.pass_of_pack(number) for number in range(wave.packs) for lane in lanes
-        ]
+        passes = [lane.pass_of_pack(number) for number in range(wave.packs) for lane in lanes]
         with _without_logits(self.chunks):
             self._run(passes, wave.pack_tokens, lambda output, work: output.new_zeros(0))
 
@@ -242,9 +240,7 @@ def _forward(
     """megatron-core's forward step."""
     this = next(iterator)
     this.state.work = this.work
-    positions = (
-        this.work.positions_T if isinstance(this.work, Prefill) else this.work.positions_R
-    )
+    positions = this.work.positions_T if isinstance(this.work, Prefill) else this.work.positions_R
     output = chunk(
         input_ids=this.tokens,
         position_ids=positions.unsqueeze(0),
@@ -258,9 +254,7 @@ def _forward(
 class _Lane:
     """The rows of one group while they are continued."""
 
-    def __init__(
-        self, group: Group, wave: Wave, answers: _Answers, device: torch.device
-    ) -> None:
+    def __init__(self, group: Group, wave: Wave, answers: _Answers, device: torch.device) -> None:
         self.group, self.wave, self.answers, self.device = group, wave, answers, device
         # A row more, which stays empty, for prompts of one token and for rows that only pad.
         self.state = DecodeState(rows=len(group.prompts) + 1, capacity=wave.capacity)

@@ -81,9 +81,7 @@ def plan(
     waves = []
     for start in range(0, len(order), at_once):
         mine = order[start : start + at_once]
-        waves.append(
-            _wave(mine, requests, ranks, groups, tokens_at_once, multiple, max_new_tokens)
-        )
+        waves.append(_wave(mine, requests, ranks, groups, tokens_at_once, multiple, max_new_tokens))
     return waves
 
 
@@ -98,8 +96,11 @@ def _wave(
 ) -> Wave:
     shares = ranks * groups
     made = [
-        _group(numbers[_border(i, shares, numbers) : _border(i + 1, shares, numbers)], requests,
-               tokens_at_once)
+        _group(
+            numbers[_border(i, shares, numbers) : _border(i + 1, shares, numbers)],
+            requests,
+            tokens_at_once,
+        )
         for i in range(shares)
     ]
     tokens = [
@@ -121,9 +122,7 @@ def _border(share: int, shares: int, numbers: list[int]) -> int:
     return share * len(numbers) // shares
 
 
-def _group(
-    numbers: list[int], requests: Sequence[Request], tokens_at_once: int
-) -> Group:
+def _group(numbers: list[int], requests: Sequence[Request], tokens_at_once: int) -> Group:
     by_ids: dict[bytes, int] = {}
     for number in reversed(numbers):
         ids = requests[number].prompt.ids

@@ -39,9 +39,9 @@ class DecodingLatentAttention(Decodes):
         query_THQ, query_THE = self._queries(query)
         rope_T1E, query_THE = (self._turn(t, state) for t in (rope, query_THE))
         remembered = torch.cat([whole.squeeze(1), rope_T1E.squeeze(1)], dim=-1)
-        kept = state.memory(
-            self, {"latent": ((state.capacity, sum(widths)), remembered.dtype)}
-        )["latent"]
+        kept = state.memory(self, {"latent": ((state.capacity, sum(widths)), remembered.dtype)})[
+            "latent"
+        ]
         if isinstance(work, Prefill):
             rows_RLC = work.unpack(remembered)
             kept[work.rows, : rows_RLC.shape[1]] = rows_RLC

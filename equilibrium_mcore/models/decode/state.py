@@ -57,9 +57,7 @@ class Prefill:
         return x_RL.flatten(0, 1)[self.sources_T]
 
 
-def prefill(
-    lengths: Sequence[int], *, first: int, tokens: int, device: torch.device
-) -> Prefill:
+def prefill(lengths: Sequence[int], *, first: int, tokens: int, device: torch.device) -> Prefill:
     """The pack of `tokens` that begins with rows of these lengths; there may be none."""
     of_rows = torch.tensor(list(lengths), dtype=torch.long)
     longest = int(of_rows.max()) if len(of_rows) else 1
