@@ -160,6 +160,9 @@ class PolicyConfig(Section):
         "answers that reached their length without an end: score: earn their score; zero: earn 0; "
         "mask: are not learnt from; bootstrap: earn what the critic expects of the rest",
     )
+    teacher: UserPath | None = setting(
+        None, "advantage teacher: its output directory, a model of the same vocabulary"
+    )
     kl: KlConfig = setting(KlConfig(coefficient=0.04, estimator="k3", place="loss"))
     mismatch: MismatchConfig = setting(MismatchConfig())
     critic: CriticConfig | None = setting(None, "advantage gae: the critic; null: none")
@@ -193,6 +196,10 @@ def _problems(config: PolicyConfig) -> Iterator[str]:
         yield f"advantage={config.advantage!r} {said}" + (
             "" if config.critic is None else "set critic: null, or advantage: gae"
         )
+    if config.teacher is not None and config.advantage != "teacher":
+        yield f"teacher={str(config.teacher)!r} with advantage={config.advantage!r}: leave it out"
+    if config.advantage == "teacher" and config.kl.coefficient and config.kl.place == "reward":
+        yield "advantage='teacher' has no reward that kl could be a cost of: set kl.place: loss"
     if config.truncated == "bootstrap" and config.advantage != "gae":
         yield "truncated='bootstrap' needs a critic's values: set advantage: gae, or another way"
     if config.scale == "std" and config.advantage not in ("group", "leave_one_out"):

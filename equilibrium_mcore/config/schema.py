@@ -285,7 +285,18 @@ class LoggingConfig(Section):
 
 
 Stage = Literal[
-    "pretrain", "midtrain", "sft", "lora", "dpo", "ipo", "simpo", "orpo", "grpo", "spo"
+    "pretrain",
+    "midtrain",
+    "sft",
+    "lora",
+    "dpo",
+    "ipo",
+    "simpo",
+    "orpo",
+    "grpo",
+    "spo",
+    "ppo",
+    "opd",
 ]  # `stages.py` says what they are
 
 

@@ -91,6 +91,16 @@ STAGES: dict[str, StageSettings] = {
     "simpo": _on_pairs("simpo", "preferences by log p per token, without a reference"),
     "orpo": _on_pairs("orpo", "fine-tuning and an odds ratio of pairs, without a reference"),
     "grpo": _online("grpo", "policy gradient against the mean of a prompt's answers, online"),
+    "ppo": _online(
+        "ppo",
+        "policy gradient against a critic's values, online",
+        rollout={"samples_per_prompt": 1},
+    ),
+    "opd": _online(
+        "opd",
+        "distillation on the model's own answers: towards a teacher's log p, online",
+        rollout={"samples_per_prompt": 1},
+    ),
     "spo": _online(
         "spo",
         "policy gradient against what was earned before, online",

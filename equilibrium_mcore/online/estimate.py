@@ -108,7 +108,8 @@ class RewardEstimator:
             self.coefficient.update(figures["kl_reference"], answers=len(answers))
         if self.tracker is not None:
             self._track(earned, counts, answers, figures)
-        return self._weighted(answers, found), figures
+        spread = [np.full(a.length, v) for a, v in zip(answers, found.tolist(), strict=True)]
+        return self._weighted(answers, spread), figures
 
     def ready(self, objective: Any) -> None:
         """See Estimator."""
@@ -165,7 +166,7 @@ class RewardEstimator:
         cut = torch.tensor([rollout.finish == "length" for rollout, _ in pairs])
         rewards = outcomes(rewards, cut, way=self._settings.truncated).scores
         if self._reference is not None and self._settings.kl.place == "reward":
-            sums = torch.tensor([float(_k1(answer).sum()) for answer in answers])
+            sums = torch.tensor([float(k1_of(answer).sum()) for answer in answers])
             rewards = penalised(rewards, sums, coefficient=self.coefficient.value)
         places = torch.tensor([answer.group for answer in answers])
         return Earned(rewards, places, [rollout.request.prompt.key for rollout, _ in pairs])
@@ -200,24 +201,25 @@ class RewardEstimator:
     def _drift(self) -> float:
         return 0.0
 
-    def _weighted(self, answers: Sequence[Answer], found: torch.Tensor) -> list[Answer]:
-        """With the advantage and the correction of each token."""
+    def _weighted(self, answers: Sequence[Answer], found: Sequence[np.ndarray]) -> list[Answer]:
+        """With the advantage and the correction of each token, [m] of each answer."""
         mismatch = self._settings.mismatch
         correct = WAYS[mismatch.correction]
         done = []
-        for answer, advantage in zip(answers, found.tolist(), strict=True):
+        for answer, advantage in zip(answers, found, strict=True):
             old, sampled = (torch.from_numpy(answer.values[n].copy()) for n in (OLD, SAMPLED))
             weights = correct(old, sampled, mismatch.low, mismatch.high).numpy()
-            spread = np.full(answer.length, advantage, np.float32)
-            done.append(answer.with_values(**{ADVANTAGES: spread, CORRECTIONS: weights}))
+            of_tokens = {ADVANTAGES: advantage.astype(np.float32), CORRECTIONS: weights}
+            done.append(answer.with_values(**of_tokens))
         return done
 
 
-def _k1(answer: Answer) -> np.ndarray:
+def k1_of(answer: Answer) -> np.ndarray:
+    """Of each produced token, float64 [m]: log p of the policy less that of the reference."""
     log_p, reference = (torch.from_numpy(answer.values[n].copy()) for n in (OLD, REFERENCE))
     return ESTIMATORS["k1"](log_p, reference, log_p).double().numpy()
 
 
 def _mean_k1(answers: Sequence[Answer]) -> float:
     """Nats per produced token."""
-    return float(np.concatenate([_k1(answer) for answer in answers]).mean())
+    return float(np.concatenate([k1_of(answer) for answer in answers]).mean())

@@ -72,6 +72,21 @@ class Judge:
         ]
 
 
+class Unjudged:
+    """In place of a Judge where rewards are not asked for: every answer is worth 0."""
+
+    notes: tuple[str, ...] = ()
+
+    def __call__(
+        self, prompts: Sequence[EncodedPrompt], rollouts: Sequence[Rollout]
+    ) -> list[Verdict]:
+        """See Judge."""
+        return [Verdict(0.0, "ok", {}, "") for _ in rollouts]
+
+    def close(self) -> None:
+        """See Judge."""
+
+
 def text_of(tokenizer: Tokenizer, ids: np.ndarray) -> str:
     """What was answered, for rewards and readers; the token that ends an answer leaves no text.
 

@@ -20,4 +20,6 @@ STAGE_RANKS: dict[str, Callable[..., None]] = {
     "orpo": preference_rank,
     "grpo": online_rank,
     "spo": online_rank,
+    "ppo": online_rank,
+    "opd": online_rank,
 }

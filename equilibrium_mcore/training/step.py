@@ -51,7 +51,7 @@ def train_step(run: Run, *, stop_requested: bool = False) -> StepOutcome:
     outputs = gradients_of(run, batches)
     run.positions += sum(b["labels"].numel() for b in batches) * run.data_parallel_size
     rates = run.optimizer.learning_rates()
-    figures, counts, extra = _sum_over_ranks(
+    figures, counts, extra = sum_over_ranks(
         run, outputs, extra=[_aux_loss_here(run), float(stop_requested)]
     )
     aux, stops = extra
@@ -84,7 +84,9 @@ def _advance(run: Run, *, tokens: int) -> None:
 
 
 def _update(run: Run, loss: float) -> tuple[StepResult, Anomaly | None]:
-    """The optimizer's step, unless the run's watch refuses it. Collective."""
+    """The optimizer's step, unless the run holds or its watch refuses it. Collective."""
+    if run.holds(run):
+        return StepResult(run.optimizer.gradient_norm(), skipped=True), None
     if run.watch is None:
         return run.optimizer.step(), None
     found: list[str] = []
@@ -147,7 +149,7 @@ def validation_figures(run: Run) -> dict[str, float]:
         outputs = run_schedule(
             run, batches, forward_step=_objective_step(run, batches), forward_only=True
         )
-    figures, _, _ = _sum_over_ranks(run, outputs)
+    figures, _, _ = sum_over_ranks(run, outputs)
     return figures
 
 
@@ -196,7 +198,7 @@ def _scale(run: Run, batches: list[Batch]) -> float:
     return positions / divisor if divisor else 0.0
 
 
-def _sum_over_ranks(
+def sum_over_ranks(
     run: Run, outputs: list[Tensor], extra: Sequence[float] = ()
 ) -> tuple[dict[str, float], dict[str, float], list[float]]:
     """Figures, their counts and sums of `extra` over all ranks; each token is on one TP rank."""
