@@ -8,7 +8,7 @@ difference to the engine's is measured, corrected, and refused where it is large
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +19,7 @@ from equilibrium_mcore.data.stream import Batch
 from equilibrium_mcore.objectives.advantages import Scores, advantages
 from equilibrium_mcore.objectives.kl import ESTIMATORS, Adaptive, Coefficient, Fixed, penalised
 from equilibrium_mcore.objectives.mismatch import CORRECTIONS as WAYS
-from equilibrium_mcore.objectives.trackers import TRACKERS, Tracker
+from equilibrium_mcore.objectives.trackers import TRACKERS, PromptTracker, Tracker
 from equilibrium_mcore.objectives.truncation import outcomes
 from equilibrium_mcore.online.answers import Answer
 from equilibrium_mcore.online.experience import (
@@ -88,6 +88,7 @@ class RewardEstimator:
             if kl.controller == "adaptive"
             else Fixed(kl.coefficient)
         )
+        self._before: list[Answer] = []  # the last rollout, for a tracker that asks for a drift
         self.tracker: Tracker | None = None
         if settings.advantage == "tracker":
             values = settings.tracker.model_dump()
@@ -107,7 +108,7 @@ class RewardEstimator:
         if self._reference is not None:
             self.coefficient.update(figures["kl_reference"], answers=len(answers))
         if self.tracker is not None:
-            self._track(earned, counts, answers, figures)
+            self._track(run, earned, counts, answers, figures)
         spread = [np.full(a.length, v) for a, v in zip(answers, found.tolist(), strict=True)]
         return self._weighted(answers, spread), figures
 
@@ -119,13 +120,18 @@ class RewardEstimator:
     def state(self) -> dict[str, Any]:
         """See Estimator."""
         tracker = None if self.tracker is None else self.tracker.state()
-        return {"coefficient": self.coefficient.state(), "tracker": tracker}
+        return {
+            "coefficient": self.coefficient.state(),
+            "tracker": tracker,
+            "before": [answer.as_plain() for answer in self._before],
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         """See Estimator."""
         self.coefficient.load(state["coefficient"])
         if self.tracker is not None and state["tracker"] is not None:
             self.tracker.load(state["tracker"])
+            self._before = [Answer.from_plain(plain) for plain in state["before"]]
 
     # ------------------------------------------------------------------------------ the inside
 
@@ -187,6 +193,7 @@ class RewardEstimator:
 
     def _track(
         self,
+        run: Run,
         earned: Earned,
         counts: torch.Tensor,
         answers: Sequence[Answer],
@@ -195,11 +202,21 @@ class RewardEstimator:
         keys = [key for key, here in zip(earned.keys, counts.tolist(), strict=True) if here]
         old = np.concatenate([answer.values[OLD] for answer in answers])
         mean = float(np.mean(old, dtype=np.float64))
-        self.tracker.update(keys, earned.rewards[counts], log_p=mean, drift=self._drift())
+        drift = 0.0
+        if isinstance(self.tracker, PromptTracker):
+            drift = figures["tracker_drift"] = self._drift(run)
+            self._before = [replace(a, values={OLD: a.values[OLD]}) for a in answers]
+        self.tracker.update(keys, earned.rewards[counts], log_p=mean, drift=drift)
         figures["tracker_baseline"] = float(self.tracker.baselines(keys).mean())
 
-    def _drift(self) -> float:
-        return 0.0
+    def _drift(self, run: Run) -> float:
+        """KL per token, in nats, by which the policy moved since the last rollout: k3 on that."""
+        if not self._before:
+            return 0.0
+        found = scored(run, packed_for(run, self._before), lambda b: self._policy(run, b))
+        then = np.concatenate([answer.values[OLD] for answer in self._before], dtype=np.float64)
+        moved = np.concatenate(found, dtype=np.float64) - then
+        return float((np.expm1(moved) - moved).mean())
 
     def _weighted(self, answers: Sequence[Answer], found: Sequence[np.ndarray]) -> list[Answer]:
         """With the advantage and the correction of each token, [m] of each answer."""
