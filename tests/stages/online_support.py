@@ -36,11 +36,11 @@ def prompt_rows(count: int, seed: int) -> list[dict]:
     ]
 
 
-def prompts_section(data: dict, folder: Path) -> dict[str, Any]:
+def prompts_section(data: dict, folder: Path, *, seed: int = 1) -> dict[str, Any]:
     """The `data` section of a run on prompts."""
     files = {
         part: [str(write_rows(folder / f"{part}.jsonl", prompt_rows(count, seed)))]
-        for part, count, seed in (("train", 11, 1), ("validation", 3, 2))
+        for part, count, seed in (("train", 11, seed), ("validation", 3, 2))
     }
     return {
         "type": "prompts",

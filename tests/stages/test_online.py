@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.training.ready import check_policy
+from equilibrium_mcore.training.run_data import with_steps
 from tests.stages.online_support import (
     SMALL,
     by_both_engines,
@@ -186,6 +189,30 @@ def test_trap_a_broken_verifier_stops_the_run(ranks, prompts, pretrained, tmp_pa
 def test_trap_an_engine_that_differs_is_refused(ranks, prompts, pretrained, tmp_path):
     with pytest.raises(RankError, match=r"differ by 0\.25.*refuse_above_mean=0\.05"):
         ranks.run(1, shifted_rank, online_run(prompts, pretrained, tmp_path))
+
+
+def test_a_resume_with_other_prompts_is_refused(ranks, data, pretrained, one_rank, tmp_path):
+    other = prompts_section(data, tmp_path, seed=9)
+    folder = tmp_path / "run"
+    shutil.copytree(one_rank, folder, symlinks=True)
+    config = online_run(other, pretrained, folder, **{**SETTINGS, "training": {"steps": 5}})
+    with pytest.raises(RankError, match="its prompts are others.*put back the files"):
+        ranks.run(1, stage_rank, config)
+
+
+def test_epochs_are_counted_in_answers(prompts, pretrained, tmp_path):
+    """11 prompts, 4 answers each, 8 answers a step."""
+    training = {"steps": None, "epochs": 2.0}
+    said: list[str] = []
+    config = online_run(prompts, pretrained, tmp_path, training=training)
+    assert with_steps(config, say=said.append).training.steps == 11
+    assert "11 prompts x 4 answers" in said[0]
+
+
+def test_a_policy_needs_a_stage_that_asks(data, tmp_path):
+    config = tiny_run(data, tmp_path, objective={"type": "policy"})
+    with pytest.raises(ConfigError, match=r"stage='pretrain'.*set stage to grpo"):
+        check_policy(config)
 
 
 @pytest.mark.slow
