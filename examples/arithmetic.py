@@ -2,6 +2,9 @@
 
     python examples/arithmetic.py --output-directory runs/math_rl/data
 
+The conversations are those of a poor teacher, whose answers are one too large more often than not.
+The truths of the prompts are right: rewards can mend what was learned from the teacher.
+
 Writes `sft.train.jsonl`, `sft.validation.jsonl` ({"messages": ...}) and `prompts.train.jsonl`,
 `prompts.validation.jsonl` ({"prompt", "truth"}), and `text.jsonl` for a tokenizer. No sum that is
 held out is in a file for training, nor is the one with its two numbers swapped.
@@ -39,9 +42,9 @@ def write_lines(path: Path, rows: Iterable[dict]) -> None:
     write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def conversation(a: int, b: int) -> dict:
-    """A question and its answer."""
-    turns = (("user", question(a, b)), ("assistant", str(a + b)))
+def conversation(a: int, b: int, answer: int) -> dict:
+    """A question and an answer to it."""
+    turns = (("user", question(a, b)), ("assistant", str(answer)))
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
@@ -64,13 +67,17 @@ def main() -> None:
     add("--output-directory", type=user_path, required=True, help="the folder of the files")
     add("--largest", type=int, default=49, help="largest number of a sum (49)")
     add("--held-out", type=int, default=100, help="sums that are held out (100)")
+    add("--wrong", type=float, default=0.6, help="share of answers that are 1 too large (0.6)")
     add("--seed", type=int, default=0, help="of the draw (0)")
     options = parser.parse_args()
     folder = options.output_directory
     folder.mkdir(parents=True, exist_ok=True)
     training, held_out = sums(options.largest, options.seed, options.held_out)
     for part, pairs in (("train", training), ("validation", held_out)):
-        write_lines(folder / f"sft.{part}.jsonl", (conversation(a, b) for a, b in pairs))
+        draw = random.Random(f"{options.seed}/{part}")
+        off = [int(draw.random() < options.wrong) for _ in pairs]
+        chats = (conversation(a, b, a + b + o) for (a, b), o in zip(pairs, off, strict=True))
+        write_lines(folder / f"sft.{part}.jsonl", chats)
         prompts = ({"prompt": question(a, b), "truth": a + b} for a, b in pairs)
         write_lines(folder / f"prompts.{part}.jsonl", prompts)
     write_lines(folder / "text.jsonl", texts(options.seed))

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Reinforcement learning from nothing, on this machine's CPU and without a network: sums of two
-# numbers, a tokenizer, a small hybrid that is fine-tuned on 2 ranks until it knows a part of them,
-# and GRPO with a verifiable reward, which teaches it more. Minutes on 2 cores.
+# numbers, a tokenizer, a small hybrid that is fine-tuned on 2 ranks on the answers of a poor teacher,
+# and GRPO with a verifiable reward, which mends them. Minutes on 2 cores.
 #
 #   bash examples/math_rl.sh                    results in runs/math_rl
 #   bash examples/math_rl.sh --output DIR       results elsewhere
@@ -55,7 +55,7 @@ if [ -n "$fast" ]; then
   )
 fi
 
-begin 3/6 "Fine-tuning on 2 ranks: the form of an answer, and a part of the sums"
+begin 3/6 "Fine-tuning on 2 ranks: sums, by a teacher who is often one too high"
 if "$python" examples/quickstart_summary.py finished "$output/sft"; then
   echo "  done already: $output/sft"
 else

@@ -145,6 +145,7 @@ CASES = {
     "ipo": Case("tp=2,dp=2", ("objective={type: ipo}", "adapters=null"), run="dpo"),
     "simpo": Case("pp=2,vpp=2", ("objective={type: simpo}", "adapters=null"), run="dpo"),
     "orpo": Case("cp=2,dp=2", ("objective={type: orpo}", "adapters=null"), run="dpo"),
+    "grpo_run": Case("tp=2,ep=2", (), run="tiny/grpo"),
     "grpo": Case("tp=2,cp=2,ep=2", _policy("grpo")),
     "gspo": Case("cp=2,dp=2", _policy("gspo", clip_low=0.02, clip_high=0.02)),
     "dr_grpo": Case("pp=2,vpp=2", _policy("dr_grpo", constant_length=50)),
