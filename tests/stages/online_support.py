@@ -15,7 +15,7 @@ from tests.support.runs import MODEL, tiny_run
 
 SMALL = {
     **MODEL,
-    "layer_pattern": "ME|+E",
+    "layer_pattern": "M|E|+|E",
     "moe": {
         **MODEL["moe"],
         "load_balancing": "none",
