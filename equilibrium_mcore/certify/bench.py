@@ -19,12 +19,14 @@ from equilibrium_mcore.certify.compare import (
     update_tolerance,
 )
 from equilibrium_mcore.certify.packing import compare_packing
+from equilibrium_mcore.certify.rollouts import WITHOUT_ANSWERS, compare_rollouts, traced_rollouts
 from equilibrium_mcore.certify.ties import Tie, find_tie
 from equilibrium_mcore.certify.trace import Trace, read_trace, trace_rank
 from equilibrium_mcore.certify.twin import STEPS, Layout, in_layout, make_twin
 from equilibrium_mcore.certify.verdict import Verdict
 from equilibrium_mcore.certify.witness import compare_with_witness
 from equilibrium_mcore.checkpoint.directory import LATEST
+from equilibrium_mcore.config.policy import PolicyConfig
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.files.whole import write_whole
 from equilibrium_mcore.parallel.rank_job import RankInfo, TimeLimit
@@ -38,6 +40,7 @@ class Reference(NamedTuple):
 
     sharp: Trace  # in float64
     float32: Trace  # a step
+    rollouts: dict | None = None  # of a policy: what one rank drew and learned
 
 
 class Comparison(NamedTuple):
@@ -96,7 +99,25 @@ class Bench:
         restart = self.twin.model_copy(update={"output_directory": self.folder / "updates"})
         trace.update = self._trace("updates", restart, ONE_RANK, steps=0, given=True).update
         rounded = self._keeping_all(self._starting(ONE_RANK, "float32"))
-        return Reference(trace, self._trace("float32", rounded, ONE_RANK, steps=1, sharp=False))
+        float32 = self._trace("float32", rounded, ONE_RANK, steps=1, sharp=False)
+        rollouts = self._rollouts("rollouts", ONE_RANK)[0] if self._answers else None
+        return Reference(trace, float32, rollouts)
+
+    @property
+    def _answers(self) -> bool:
+        """Whether the run learns from its own answers, by rewards."""
+        objective = self.twin.objective
+        return isinstance(objective, PolicyConfig) and objective.advantage not in WITHOUT_ANSWERS
+
+    def _rollouts(self, name: str, layout: Layout, *, fault: bool = False) -> list[dict]:
+        """Answers of the twin in a layout, and steps on them, from the reference's weights."""
+        return traced_rollouts(
+            self._starting(layout, name),
+            partial(self.ranks.run, name),
+            self.folder / f"{name}_trace",
+            world_size=layout.world_size,
+            prepare=self.ranks.preparation(layout=fault),
+        )
 
     @staticmethod
     def _keeping_all(config: RunConfig) -> RunConfig:
@@ -138,6 +159,9 @@ class Bench:
             self.folder / f"{name}_packed",
             prepare=self.ranks.preparation(layout=True),
         )
+        if self._answers:
+            here = self._rollouts(f"{name}_rollouts", layout, fault=True)
+            found += compare_rollouts(here, reference.rollouts)
         return Comparison(found, tie)
 
     def witness(self) -> list[Verdict]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from equilibrium_mcore.certify.rollouts import compare_generated
+from equilibrium_mcore.certify.generated import compare_generated
 from equilibrium_mcore.certify.ties import Tie, compare_choices
 from equilibrium_mcore.certify.trace import Trace
 from equilibrium_mcore.certify.verdict import Verdict, worst_verdict

@@ -1,76 +1,167 @@
-"""Tokens that the engine draws in a layout: those of one rank, as the training forward sees them.
+"""A short run on its own answers, in a layout against one rank: token for token.
 
-Drawn from the weights that every layout loads, before any step. A token depends on the layout only
-through rounding, of which float64 leaves next to none.
+Prompts are random ids and an answer is worth the share of its even ids, so nothing but the seed
+decides what is asked and earned. The engine, the experience and the steps are those of training, in
+float32: what is drawn has to be the same all the same.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from equilibrium_mcore.certify.verdict import Verdict, worst_verdict
-from equilibrium_mcore.generation.engine import OwnEngine
-from equilibrium_mcore.generation.interface import Prompt, Request, Rollout, Sampling
-from equilibrium_mcore.training.scoring import log_probabilities
-from equilibrium_mcore.training.setup import Run
+from equilibrium_mcore.config.online import RolloutConfig
+from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.data.blend import Datasets
+from equilibrium_mcore.data.chat.prompts import EncodedPrompt, PromptSamples
+from equilibrium_mcore.files.errors import naming
+from equilibrium_mcore.generation.interface import Rollout
+from equilibrium_mcore.online.engine import own_engine
+from equilibrium_mcore.online.judge import Verdict as Judgement
+from equilibrium_mcore.online.rollouts import Gathered
+from equilibrium_mcore.online.setup import build_estimator
+from equilibrium_mcore.online.stream import OnlineStream
+from equilibrium_mcore.parallel.launch import RankInfo
+from equilibrium_mcore.training.setup import Run, setup, teardown
+from equilibrium_mcore.training.step import train_step
 
-PROMPTS, NEW_TOKENS, TEMPERATURE = (1, 3, 5, 8), 6, 0.8
-# Log-probabilities of answers are float32, of 24 bits.
-FLOAT32 = 1e-6
+ROLLOUTS, PASSES = 2, 2
+PROMPTS, SAMPLES, NEW_TOKENS = 4, 4, 8
+WITHOUT_ANSWERS = ("gae", "teacher")
+"""Advantages of another model, which a twin has not: not certified here."""
+MISMATCH, ROUNDED, UNMOVED = 1e-4, 1e-3, 1e-7  # nats; relative; nats per token
 
 
-def generated(run: Run) -> dict[str, Any]:
-    """Made-up prompts answered: ids and log-probabilities of each, by the engine and by training's
-    forward, as plain values. Collective; nothing of the run changes.
-    """
-    config = run.config
-    random = np.random.default_rng(config.training.seed)
-    size = config.model.vocab_size
-    requests = [Request(Prompt.of(random.integers(0, size, length))) for length in PROMPTS]
-    sampling = Sampling(config.training.seed, NEW_TOKENS, stop_ids=(), temperature=TEMPERATURE)
-    rollouts = OwnEngine.of(run, rows_at_once=2).generate(requests, sampling)
-    values = log_probabilities(run, [_batch(run, rollouts)], temperature=TEMPERATURE)[0].cpu()
-    forward = [
-        row[length - 1 : length - 1 + NEW_TOKENS].tolist()
-        for row, length in zip(values, PROMPTS, strict=True)
-    ]
-    return {
-        "ids": [rollout.ids.tolist() for rollout in rollouts],
-        "logprobs": [rollout.logprobs.tolist() for rollout in rollouts],
-        "forward": forward,
+class MadeUpPrompts(PromptSamples):
+    """Prompts of random ids, of several lengths."""
+
+    pad_id = 0
+
+    def __init__(self, *, vocab_size: int, seed: int) -> None:
+        draw = np.random.default_rng(seed)
+        self.prompts = [
+            EncodedPrompt(draw.integers(0, vocab_size, size=3 + n).astype(np.int32), n, "", "")
+            for n in range(ROLLOUTS * PROMPTS)
+        ]
+        self.seed, self.stop_ids = seed, (vocab_size - 1,)
+
+
+class MadeUpJudge:
+    """Answers are worth the share of their even ids."""
+
+    def __call__(
+        self, prompts: Sequence[EncodedPrompt], rollouts: Sequence[Rollout]
+    ) -> list[Judgement]:
+        """See Judge."""
+        values = [float((rollout.ids % 2 == 0).mean()) for rollout in rollouts]
+        return [Judgement(value, "ok", {"even": value}, "") for value in values]
+
+
+def rollouts_rank(
+    rank_info: RankInfo,
+    *,
+    config: RunConfig,
+    folder: Path,
+    prepare: Callable[[], None] | None,
+) -> None:
+    """Make rollouts and train on them as this rank; what happened goes to `folder`. Collective."""
+    if prepare is not None:
+        prepare()
+    rollout = RolloutConfig(samples_per_prompt=SAMPLES, max_new_tokens=NEW_TOKENS, passes=PASSES)
+    batch = {"global_batch_size": PROMPTS * SAMPLES, "micro_batch_size": 1}
+    training = config.training.model_copy(update=batch)
+    config = config.model_copy(update={"rollout": rollout, "training": training})
+    samples = MadeUpPrompts(vocab_size=config.model.vocab_size, seed=training.seed)
+    run = setup(config, rank_info, datasets=Datasets(train=samples, validation=None, test=None))
+    drawn: list[np.ndarray] = []
+
+    def seen(gathered: Gathered, step: int) -> None:
+        drawn.extend(rollout.ids for group in gathered.asked for rollout in group.rollouts)
+
+    stream = OnlineStream(
+        run, engine=own_engine(run), judge=MadeUpJudge(), estimator=build_estimator(run), seen=seen
+    )
+    run.stream, run.stage_figures = stream, stream.figures
+    before = _biases(run)
+    outcomes = [train_step(run) for _ in range(ROLLOUTS * PASSES)]
+    moved = [float((a - b).abs().max()) for a, b in zip(_biases(run), before, strict=True)]
+    found = {
+        "tokens": [ids.tolist() for ids in drawn],
+        "figures": [dict(outcome.figures) for outcome in outcomes],
+        "norms": [outcome.gradient_norm for outcome in outcomes],
+        "bias": max(moved, default=0.0),
     }
+    teardown(run)
+    with naming(folder / f"rank_{rank_info.rank}.pt"):
+        torch.save(found, folder / f"rank_{rank_info.rank}.pt")
 
 
-def _batch(run: Run, rollouts: list[Rollout]) -> dict[str, torch.Tensor]:
-    """A sequence for each, of the run's length, with token 0 behind its end."""
-    length = run.config.training.sequence_length
-    tokens = torch.zeros(len(rollouts), length + 1, dtype=torch.long)
-    for row, rollout in enumerate(rollouts):
-        ids = np.concatenate([rollout.request.prompt.ids, rollout.ids]).astype(np.int64)
-        tokens[row, : len(ids)] = torch.from_numpy(ids)
-    positions = torch.arange(length).expand(len(rollouts), -1)
-    return {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "position_ids": positions}
-
-
-def compare_generated(layout: dict[str, Any], reference: dict[str, Any]) -> list[Verdict]:
-    """The layout's answers against one rank's, and against the layout's training forward."""
-    tokens, forward = {}, {}
-    for number, (found, expected) in enumerate(zip(layout["ids"], reference["ids"], strict=True)):
-        apart = sum(one != other for one, other in zip(found, expected, strict=True))
-        tokens[f"answer {number}"] = apart / len(expected)
-    for number, (found, expected) in enumerate(
-        zip(layout["logprobs"], layout["forward"], strict=True)
-    ):
-        forward[f"answer {number}"] = max(map(_relative, found, expected))
+def _biases(run: Run) -> list[torch.Tensor]:
     return [
-        worst_verdict("generated tokens", tokens, 0.0),
-        worst_verdict("generated tokens' log-probabilities in training", forward, FLOAT32),
+        buffer.clone()
+        for chunk in run.chunks
+        for name, buffer in chunk.named_buffers()
+        if name.endswith("expert_bias")
     ]
 
 
-def _relative(found: float, expected: float) -> float:
-    return abs(found - expected) / max(abs(expected), 1.0) if math.isfinite(found) else math.inf
+def traced_rollouts(
+    config: RunConfig,
+    run_ranks: Callable[[Callable[[RankInfo], None], int], None],
+    folder: Path,
+    *,
+    world_size: int,
+    prepare: Callable[[], None] | None,
+) -> list[dict[str, Any]]:
+    """What each rank of the layout of `config` saw."""
+    folder.mkdir(parents=True, exist_ok=True)
+    run_ranks(partial(rollouts_rank, config=config, folder=folder, prepare=prepare), world_size)
+    return [torch.load(folder / f"rank_{rank}.pt") for rank in range(world_size)]
+
+
+def compare_rollouts(found: Sequence[dict[str, Any]], reference: dict[str, Any]) -> list[Verdict]:
+    """The ranks of a layout against one rank."""
+    first = found[0]
+    norms = {
+        f"step {step}": abs(norm - other) / other
+        for step, (norm, other) in enumerate(
+            zip(first["norms"], reference["norms"], strict=True), start=1
+        )
+    }
+    apart = {f"step {n}": f["mismatch_max"] for n, f in enumerate(first["figures"], start=1)}
+    moved = {
+        f"step {1 + n}": abs(first["figures"][n]["kl_old"])
+        for n in range(0, ROLLOUTS * PASSES, PASSES)
+    }
+    still = {
+        f"step {2 + n}": float(not first["figures"][1 + n]["kl_old"] > 0)
+        for n in range(0, ROLLOUTS * PASSES, PASSES)
+    }
+    biases = {f"rank {rank}": one["bias"] for rank, one in enumerate(found)}
+    tokens = {
+        f"rank {rank}": _unequal(one["tokens"], reference["tokens"])
+        for rank, one in enumerate(found)
+    }
+    return [
+        worst_verdict("rollouts: share of tokens that differ", tokens, 0.0),
+        worst_verdict("rollouts: engine against training (nats)", apart, MISMATCH),
+        worst_verdict("rollouts: first update is at the policy that drew", moved, UNMOVED),
+        worst_verdict("rollouts: second update is off it", still, 0.0),
+        worst_verdict("rollouts: experts' bias stays", biases, 0.0),
+        worst_verdict("rollouts: gradient norm of each update", norms, ROUNDED),
+    ]
+
+
+def _unequal(found: list[list[int]], expected: list[list[int]]) -> float:
+    """The share of tokens that differ, or that one has and the other has not."""
+    total = sum(max(len(a), len(b)) for a, b in zip(found, expected, strict=True))
+    same = sum(
+        x == y for a, b in zip(found, expected, strict=True) for x, y in zip(a, b, strict=False)
+    )
+    return 1 - same / total

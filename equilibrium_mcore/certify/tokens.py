@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,8 +11,10 @@ from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.blend import Datasets
 from equilibrium_mcore.data.samples import Samples
 from equilibrium_mcore.data.stream import Batch
+from equilibrium_mcore.objectives.reduction import document_numbers
 from equilibrium_mcore.training.distillation import TEACHER, OfTokens, Slice
 from equilibrium_mcore.training.pairs import REFERENCE
+from equilibrium_mcore.training.policy_objective import ADVANTAGES, CORRECTIONS, OLD
 from equilibrium_mcore.training.scores import MARGIN
 from equilibrium_mcore.training.setup import Run
 from equilibrium_mcore.training.single_answers import DESIRABLE, KL
@@ -125,6 +129,23 @@ def made_up_teacher(run: Run, batches: list[Batch]) -> None:
         batch[TEACHER] = MadeUpTeacher()
 
 
+def made_up_experience(run: Run, batches: list[Batch]) -> None:
+    """Advantages and log p of a policy that drew the tokens, made up, too: a `Run.prepare`.
+
+    The old log p lie round those of an untrained policy, so that some ratios are in the bounds.
+    """
+    made_up_reference(run, batches)
+    about = -math.log(run.config.model.vocab_size)
+    for batch in batches:
+        labels, positions = batch["labels"], batch["position_ids"]
+        numbers = document_numbers(positions)
+        batch[OLD] = about + ((labels * 5 + positions * 3) % 17 - 8).double() / 40
+        batch[REFERENCE] = about + ((labels * 7 + positions) % 23 - 11).double() / 20
+        of_answers = ((numbers - numbers[:, :1]) * 7 + labels[:, :1]) % 5 - 2
+        batch[ADVANTAGES] = of_answers.double() + (positions % 3).double() / 8
+        batch[CORRECTIONS] = 1 + ((labels + positions) % 7 - 3).double() / 16
+
+
 def made_up_datasets(config: RunConfig) -> Datasets:
     """Training data for the whole of a run, and for one step more."""
     training = config.training
@@ -136,7 +157,7 @@ def made_up_datasets(config: RunConfig) -> Datasets:
         document_multiple=(
             config.data.document_multiple if config.data.packing == "documents" else None
         ),
-        answers=config.data.type == "conversations",
+        answers=config.data.type == "conversations" or config.objective.type == "policy",
         pairs=config.data.type == "preferences",
     )
     return Datasets(train=tokens, validation=None, test=None)

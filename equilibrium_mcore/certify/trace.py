@@ -17,10 +17,11 @@ from torch import Tensor
 
 from equilibrium_mcore.certify.balance import balancing_gradients
 from equilibrium_mcore.certify.float64 import NarrowOperations, in_float64
-from equilibrium_mcore.certify.rollouts import generated
+from equilibrium_mcore.certify.generated import generated
 from equilibrium_mcore.certify.routing import Notes, Routing, RoutingWatch, whole_routing
 from equilibrium_mcore.certify.tokens import (
     made_up_datasets,
+    made_up_experience,
     made_up_reference,
     made_up_teacher,
 )
@@ -29,6 +30,7 @@ from equilibrium_mcore.certify.whole import pieces_of
 from equilibrium_mcore.checkpoint.pieces import FullTensor, TensorShard, assemble, whole_shard
 from equilibrium_mcore.checkpoint.save import save_checkpoint
 from equilibrium_mcore.config.objectives import REFERENCED, DistillationConfig
+from equilibrium_mcore.config.policy import PolicyConfig
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.files.errors import naming
 from equilibrium_mcore.parallel.launch import RankInfo
@@ -118,6 +120,8 @@ def _trace(
         run.prepare = made_up_reference  # a model's would route tokens, too
     elif isinstance(config.objective, DistillationConfig):
         run.prepare = made_up_teacher
+    elif isinstance(config.objective, PolicyConfig):
+        run.prepare = made_up_experience
     trace = RankTrace()
     if save_first:
         _save(run)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from equilibrium_mcore.certify.shrink import shrink_model
 from equilibrium_mcore.certify.shrink_optimizer import shrink_optimizer
@@ -106,7 +107,12 @@ def _world_size(values: dict[str, int], data: int) -> int:
     return math.lcm(dense * data, experts)
 
 
-STAGE_OF_DATA = {"indexed": "pretrain", "conversations": "sft", "preferences": "orpo"}
+STAGE_OF_DATA = {
+    "indexed": "pretrain",
+    "conversations": "sft",
+    "preferences": "orpo",
+    "prompts": "pretrain",  # on made-up answers: `_as_documents`
+}
 
 
 def check_layout(config: RunConfig, layout: Layout) -> None:
@@ -144,8 +150,10 @@ def make_twin(config: RunConfig, layouts: list[Layout], *, folder: Path) -> RunC
         "world_size": 1,
         **_communication(config.parallelism),
     }
+    if config.data.type == "prompts":
+        values |= _as_documents(values)
     values["data"].update(num_workers=0, document_multiple=2 * largest["context"])
-    if config.data.type == "indexed":
+    if values["data"]["type"] == "indexed":
         values["data"].update(train_samples=None)
     micro_batch = min(2, config.training.micro_batch_size)
     sequences = math.lcm(SEQUENCES, *(micro_batch * _at_once(layout) for layout in layouts))
@@ -172,6 +180,21 @@ def make_twin(config: RunConfig, layouts: list[Layout], *, folder: Path) -> RunC
     values["checkpoint"] = {"resume": "never"}
     values["logging"] = {"tensorboard": False}
     return run_from_mapping(values)
+
+
+def _as_documents(values: dict[str, Any]) -> dict[str, Any]:
+    """A run on prompts as one on packed documents: answers, and what they earned, are made up.
+
+    What it does with answers of its own is certified beside it: `rollouts.py`.
+    """
+    data = {
+        "type": "indexed",
+        "name": values["data"]["name"],
+        "tokenizer": values["data"]["tokenizer"],
+        "sources": [{"name": "made_up", "prefix": "made_up", "weight": 1.0}],
+        "packing": "documents",
+    }
+    return {"data": data, "rewards": None, "rollout": {}, "evaluation": {}}
 
 
 def _communication(p: ParallelismConfig) -> dict[str, object]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from equilibrium_mcore.config.chat import ConversationsConfig
+from equilibrium_mcore.config.chat import ChatsConfig
 from equilibrium_mcore.config.data import DataConfig
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.heads import has_output
@@ -138,9 +138,9 @@ def _bound(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _data_order(data: DataConfig | ConversationsConfig) -> dict[str, Any]:
+def _data_order(data: DataConfig | ChatsConfig) -> dict[str, Any]:
     """Conversations are identified by their hash, when the datasets are built."""
-    if isinstance(data, ConversationsConfig):
+    if isinstance(data, ChatsConfig):
         return {}
     return {"data.order": data.order, "data.split": data.split}
 

@@ -31,6 +31,7 @@ from torch.futures import Future
 from equilibrium_mcore.checkpoint.manifest import Damage, DamagedCheckpointError
 from equilibrium_mcore.files.errors import reason
 
+ROLES_PREFIX = "roles."  # what names of models that train beside a run's own begin with
 METADATA_FILE = ".metadata"
 SMALL_BYTES = 4 << 20  # of `.metadata`, up to which reading it slowly is no loss
 # What torch 2.4 to 2.11 write into `.metadata`: dataclasses, enums, and a table's look-up.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from equilibrium_mcore.checkpoint.data_files import DataFile
 from equilibrium_mcore.checkpoint.finite import check_finite
 from equilibrium_mcore.checkpoint.lineage import Lineage
 from equilibrium_mcore.checkpoint.manifest import Files, describe_file, write_manifest
+from equilibrium_mcore.checkpoint.roles import Role, sharded_roles
 from equilibrium_mcore.checkpoint.sharded import sharded_state
 from equilibrium_mcore.checkpoint.shared_buffer import ALIGNMENT
 from equilibrium_mcore.checkpoint.together import on_every_rank, on_first_rank
@@ -60,6 +61,7 @@ class SaveInProgress:
     progress: dict[str, Any]
     line: Lineage
     writer: Writer
+    roles: tuple[str, ...]
     finalize: Sequence[Callable[[], None]]  # megatron-core's: the metadata of all ranks' files
 
 
@@ -95,22 +97,28 @@ def begin_save(
     progress: dict[str, Any],
     line: Lineage | None = None,
     writer: Writer,
+    roles: Mapping[str, Role] | None = None,
 ) -> SaveInProgress:
     """Hand this rank's part of the run's state to `writer`. Collective.
 
     The run may change its weights once this returns. Nothing that is called a checkpoint is there
-    yet. Only checkpoints on `line` are ever removed; None is that of a new run. Raises
-    FloatingPointError, and writes nothing, where the state is not finite.
+    yet. Only checkpoints on `line` are ever removed; None is that of a new run. `roles` are models
+    that train beside the run's own. Raises FloatingPointError, and writes nothing, where the state
+    is not finite.
     """
+    roles = roles or {}
     final = directory.checkpoint_path(config.output_directory, progress["step"])
     line = on_first_rank(lambda: line or Lineage.new())
     with optimizer.evaluation_weights():
         sharded = sharded_state(chunks, optimizer, progress)
-        check_finite(chunks, optimizer, step=progress["step"], kept=lambda: _kept(config))
+        if roles:
+            sharded["roles"] = sharded_roles(roles)
+        for part in (Role(chunks, optimizer), *roles.values()):
+            check_finite(*part, step=progress["step"], kept=lambda: _kept(config))
         on_first_rank(lambda: _start(config, final, line))
         request = _planned(sharded, publish.partial_content(final, line))
         writer.take(_data_files(request))
-    return SaveInProgress(config, final, progress, line, writer, request.finalize_fns)
+    return SaveInProgress(config, final, progress, line, writer, tuple(roles), request.finalize_fns)
 
 
 def finish_save(save: SaveInProgress) -> SavedCheckpoint:
@@ -231,6 +239,7 @@ def _facts(save: SaveInProgress) -> dict[str, Any]:
     return {
         **save.progress,
         "run": save.line.facts(),
+        **({"roles": list(save.roles)} if save.roles else {}),
         "layout": save.config.parallelism.model_dump(mode="json"),
         "world_size": torch.distributed.get_world_size(),
         "versions": {

@@ -1,4 +1,4 @@
-"""Conversations to train on: files, chat template, what happens to long ones, packing.
+"""Conversations, pairs and prompts: files, chat template, what happens to long ones, packing.
 
 Plain values, as in `schema.py`. What they become is in `data/chat/`.
 """
@@ -67,10 +67,10 @@ class ConversationSourceConfig(Section):
     )
 
 
-class ConversationsConfig(Section):
-    """Conversations for supervised fine-tuning."""
+class ChatsConfig(Section):
+    """What all data that a chat template renders has."""
 
-    type: Literal["conversations"] = setting("conversations", "which kind of data")
+    type: str = setting(doc="which kind of data")
     name: str = setting(doc="what the data is called")
     tokenizer: TokenizerConfig = setting(doc="the tokenizer of the model")
     sources: list[ConversationSourceConfig] = setting(doc="the sets", min_length=1)
@@ -85,6 +85,20 @@ class ConversationsConfig(Section):
     max_tokens: PositiveInt | None = setting(
         None, "longest example; null: as long as a sequence (training.sequence_length)"
     )
+    too_long: str = setting("refuse", "what is done about longer ones")
+    document_multiple: PositiveInt = setting(
+        1,
+        "each document is padded to a multiple of so many tokens, which do not count in the loss; "
+        "context parallelism needs a multiple of 2 * parallelism.context",
+    )
+
+    packing: ClassVar[str] = "documents"  # each example is one; see DataConfig.packing
+
+
+class ConversationsConfig(ChatsConfig):
+    """Conversations for supervised fine-tuning."""
+
+    type: Literal["conversations"] = setting("conversations", "which kind of data")
     too_long: Literal["refuse", "cut", "drop"] = setting(
         "refuse",
         "longer examples: refuse the data; cut after the last answer that fits; drop them. What "
@@ -93,11 +107,6 @@ class ConversationsConfig(Section):
     window: PositiveInt = setting(
         1024, "examples that are packed together; more waste fewer tokens, and are less shuffled"
     )
-    document_multiple: PositiveInt = setting(
-        1,
-        "each example is padded to a multiple of so many tokens, which do not count in the loss; "
-        "context parallelism needs a multiple of 2 * parallelism.context",
-    )
     cache_directory: UserPath | None = setting(
         None,
         "where encoded examples are kept for all ranks and the next start; null: conversations/ in "
@@ -105,8 +114,6 @@ class ConversationsConfig(Section):
     )
     num_workers: Processes = setting(0, "loader processes per rank")
     prefetch_factor: SmallInt = setting(2, "micro-batches that each loader process has ready")
-
-    packing: ClassVar[str] = "documents"  # each example is one; see DataConfig.packing
 
 
 class PreferencesConfig(ConversationsConfig):
@@ -123,6 +130,29 @@ class PreferencesConfig(ConversationsConfig):
         "pairs of more tokens, both answers with their prompt together: refuse the data, or drop "
         "them, counted",
     )
+
+
+class PromptsConfig(ChatsConfig):
+    """Prompts that a policy answers, each with what an answer is judged by."""
+
+    type: Literal["prompts"] = setting("prompts", "which kind of data")
+    truth: str = setting(
+        "truth",
+        "the key of a row that holds the true answer, or the tests; `prompt` or `messages` holds "
+        "the prompt",
+        min_length=1,
+    )
+    max_tokens: PositiveInt | None = setting(
+        None,
+        "longest prompt; null: what leaves room for rollout.max_new_tokens in a sequence "
+        "(training.sequence_length)",
+    )
+    too_long: Literal["refuse", "drop"] = setting(
+        "refuse", "longer prompts: refuse the data, or drop them, counted"
+    )
+
+    num_workers: ClassVar[int] = 0  # prompts are in memory
+    prefetch_factor: ClassVar[int] = 2
 
 
 def parse_conversations(values: object, *, source: object = None) -> ConversationsConfig:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
-from equilibrium_mcore.config.chat import ConversationsConfig, PreferencesConfig
+from equilibrium_mcore.config.chat import ConversationsConfig, PreferencesConfig, PromptsConfig
 from equilibrium_mcore.config.data import DataConfig
 
 
@@ -16,6 +16,9 @@ def _with_type(values: object) -> object:
 
 
 DataChoice = Annotated[
-    Annotated[DataConfig | ConversationsConfig | PreferencesConfig, Field(discriminator="type")],
+    Annotated[
+        DataConfig | ConversationsConfig | PreferencesConfig | PromptsConfig,
+        Field(discriminator="type"),
+    ],
     BeforeValidator(_with_type),
 ]

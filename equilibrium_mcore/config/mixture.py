@@ -34,6 +34,7 @@ PHASE_KINDS: dict[str, Kind] = {
     "posttrain_dpo": "preference",
     "posttrain_reward_model": "preference",
     "posttrain_rlaif": "prompt",
+    "posttrain_grpo": "prompt",
 }
 """What a row becomes in the phases that have a name here; any other phase says its `kind`."""
 
@@ -75,6 +76,14 @@ class ColumnsConfig(Section):
     rejected: str | None = setting(None, "preference: the worse answer, transcript or turns")
     responses: list[str] = setting([], "preference: the fields of two answers, instead of chosen")
     preferred: str | None = setting(None, "preference: which of responses is better, 0 or 1")
+    truth: str | None = setting(
+        None, "prompt: what an answer is judged by: a true answer, or tests; any value"
+    )
+    truth_place: Literal["whole", "boxed", "tag", "hash", "phrase", "last_number"] = setting(
+        "whole",
+        "where in a text of `truth` the true answer stands: all of it, or as a reward finds an "
+        "answer (docs/reference/rewards.md); a row without one is left out and counted",
+    )
 
 
 class SamplingConfig(Section):

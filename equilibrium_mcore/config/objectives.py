@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from equilibrium_mcore.config.policy import PolicyConfig
 from equilibrium_mcore.config.section import (
     Fraction,
     NonNegativeFloat,
@@ -143,6 +144,7 @@ ObjectiveConfig = Annotated[
     | OrpoConfig
     | KtoConfig
     | RewardModelConfig
-    | DistillationConfig,
+    | DistillationConfig
+    | PolicyConfig,
     Field(discriminator="type"),
 ]

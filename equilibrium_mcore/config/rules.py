@@ -10,6 +10,7 @@ from equilibrium_mcore.config.distillation_rules import DISTILLATION_RULES
 from equilibrium_mcore.config.fused_rules import FUSED_RULES
 from equilibrium_mcore.config.layout_rules import LAYOUT_RULES
 from equilibrium_mcore.config.model_rules import MODEL_RULES
+from equilibrium_mcore.config.online_rules import ONLINE_RULES
 from equilibrium_mcore.config.rule_kit import Host, Rule, Subject
 from equilibrium_mcore.config.schema import ModelConfig, RunConfig
 from equilibrium_mcore.config.sizes import SIZE_RULES
@@ -25,6 +26,7 @@ RULES: list[Rule] = [
     *STAGE_RULES,
     *DISTILLATION_RULES,
     *ADAPTER_RULES,
+    *ONLINE_RULES,
 ]
 
 __all__ = ["RULES", "Host", "check", "check_model", "check_sections"]

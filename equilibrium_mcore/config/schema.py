@@ -14,6 +14,7 @@ from equilibrium_mcore.config.anomalies import AnomaliesConfig
 from equilibrium_mcore.config.data_kinds import DataChoice
 from equilibrium_mcore.config.fused import FusedConfig, GraphModule
 from equilibrium_mcore.config.objectives import NextTokenConfig, ObjectiveConfig
+from equilibrium_mcore.config.online import EvaluationConfig, RewardsChoice, RolloutConfig
 from equilibrium_mcore.config.optimizers import OptimizerConfig
 from equilibrium_mcore.config.pattern import LABELS, LAYER_KINDS
 from equilibrium_mcore.config.section import (
@@ -295,6 +296,10 @@ Stage = Literal[
     "orpo",
     "kto",
     "reward_model",
+    "grpo",
+    "spo",
+    "ppo",
+    "opd",
 ]  # `stages.py` says what they are
 
 
@@ -317,5 +322,10 @@ class RunConfig(Section):
     adapters: LoraConfig | None = setting(
         None, "small matrices beside the frozen weights, which alone train"
     )
+    rollout: RolloutConfig = RolloutConfig()
+    rewards: RewardsChoice | None = setting(
+        None, "what answers are worth: a list of rewards, or a mapping with `rewards`"
+    )
+    evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()

@@ -48,6 +48,21 @@ def _on_pairs(
     )
 
 
+def _online(preset: str, meaning: str, **defaults: Any) -> StageSettings:
+    return StageSettings(
+        meaning,
+        data="prompts",
+        data_folder="posttrain/grpo",
+        defaults={
+            "objective": {"type": "policy", "preset": preset},
+            "data": {"type": "prompts"},
+            **defaults,
+        },
+        needs_weights=True,
+        template=None if preset == "grpo" else "grpo",
+    )
+
+
 STAGES: dict[str, StageSettings] = {
     "pretrain": StageSettings(
         "from random weights, on text",
@@ -97,6 +112,22 @@ STAGES: dict[str, StageSettings] = {
         "a score for answers, by a scalar head, from pairs",
         model={"head": "scalar"},
     ),
+    "grpo": _online("grpo", "policy gradient against the mean of a prompt's answers, online"),
+    "ppo": _online(
+        "ppo",
+        "policy gradient against a critic's values, online",
+        rollout={"samples_per_prompt": 1},
+    ),
+    "opd": _online(
+        "opd",
+        "distillation on the model's own answers: towards a teacher's log p, online",
+        rollout={"samples_per_prompt": 1},
+    ),
+    "spo": _online(
+        "spo",
+        "policy gradient against what was earned before, online",
+        rollout={"samples_per_prompt": 1},
+    ),
 }
 
 MEANINGS = "; ".join(f"{name}: {stage.meaning}" for name, stage in STAGES.items())
@@ -114,8 +145,18 @@ def with_stage_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     if settings is None:
         return dict(values)
     there = {key: value for key, value in values.items() if value is not None}
-    laid = {k: v for k, v in settings.defaults.items() if k in there or k not in _REQUIRED}
+    laid = {
+        key: section
+        for key, section in settings.defaults.items()
+        if (key in there or key not in _REQUIRED) and not _of_another_type(section, there.get(key))
+    }
     return {**values, **merge(laid, there)}
+
+
+def _of_another_type(section: Any, given: Any) -> bool:
+    """Whether what is given is of another kind, for which a section's defaults mean nothing."""
+    named = given.get("type") if isinstance(given, Mapping) else None
+    return named is not None and "type" in section and named != section["type"]
 
 
 @rule("stage", "data")
@@ -132,6 +173,8 @@ def a_stage_has_its_data(subject: Subject) -> Iterator[str]:
 @rule("objective", "data")
 def an_objective_has_its_data(subject: Subject) -> Iterator[str]:
     config = subject.config
+    if config.data.type == "prompts":  # `online_rules.py` speaks
+        return
     found = _form(config.data)
     wanted = "texts"
     if isinstance(config.objective, PREFERENCES):

@@ -15,7 +15,7 @@ from equilibrium_mcore.checkpoint.directory import (
     read_state,
 )
 from equilibrium_mcore.checkpoint.opened import open_weights
-from equilibrium_mcore.config.chat import ConversationsConfig, TemplateChoice
+from equilibrium_mcore.config.chat import ChatsConfig, TemplateChoice
 from equilibrium_mcore.config.data import TokenizerConfig
 from equilibrium_mcore.config.heads import has_output
 from equilibrium_mcore.config.load import load_run
@@ -221,7 +221,7 @@ def _renderer(
     config: RunConfig, tokenizer: Tokenizer, choice: TemplateChoice | Literal["of_the_run", "none"]
 ) -> Renderer | None:
     if choice == "of_the_run":
-        choice = config.data.template if isinstance(config.data, ConversationsConfig) else "none"
+        choice = config.data.template if isinstance(config.data, ChatsConfig) else "none"
     return None if choice == "none" else build_renderer(choice, tokenizer)
 
 

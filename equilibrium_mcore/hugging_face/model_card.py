@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from equilibrium_mcore.checkpoint.directory import step_of
-from equilibrium_mcore.config.chat import ConversationsConfig, JinjaTemplateConfig
+from equilibrium_mcore.config.chat import ChatsConfig, JinjaTemplateConfig
 from equilibrium_mcore.config.heads import has_scalar_head
 from equilibrium_mcore.config.optimizers import OPTIMIZERS, REST, OptimizerConfig
 from equilibrium_mcore.config.pattern import LABELS, LAYER_KINDS, ByKind, count_kinds, layers_of
@@ -177,16 +177,17 @@ def model_card(
 def _purpose(config: RunConfig) -> str:
     if has_scalar_head(config.model):
         return JUDGES
-    return ANSWERS if isinstance(config.data, ConversationsConfig) else CONTINUES
+    return ANSWERS if isinstance(config.data, ChatsConfig) else CONTINUES
 
 
 def _sources(config: RunConfig) -> tuple[str, list[str]]:
     """What stands above the list of the data, and its lines."""
     data = config.data
-    if isinstance(data, ConversationsConfig):
+    if isinstance(data, ChatsConfig):
         own = isinstance(data.template, JinjaTemplateConfig)
         template = "a chat template of its own" if own else f"chat template `{data.template}`"
-        return f"Conversations, each once per epoch, {template}", [s.name for s in data.sources]
+        what = "Prompts" if data.type == "prompts" else "Conversations"
+        return f"{what}, each once per epoch, {template}", [s.name for s in data.sources]
     total = sum(source.weight for source in data.sources)
     shares = [f"{source.name}: {source.weight / total:.1%}" for source in data.sources]
     return "Data, by share of the tokens drawn", shares

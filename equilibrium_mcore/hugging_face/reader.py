@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from equilibrium_mcore.checkpoint.safe_load import SafePlanner, SafeReader
+from equilibrium_mcore.checkpoint.safe_load import ROLES_PREFIX, SafePlanner, SafeReader
 
 MODEL_PREFIX = ""  # what stands before the model's own names
-OPTIMIZER_PREFIX = "optimizer."  # names of everything that is not the model's start with this
+OPTIMIZER_PREFIX = "optimizer."  # of everything that optimizers keep
+OTHERS = (OPTIMIZER_PREFIX, ROLES_PREFIX)
 MAIN_WEIGHTS_PREFIX = "optimizer.main."  # float32 copies of weights that train in bfloat16
 
 
@@ -44,7 +45,7 @@ class CheckpointReader:
         self._entries = {
             name.removeprefix(MODEL_PREFIX): (name, entry)
             for name, entry in tensors.items()
-            if name.startswith(MODEL_PREFIX) and not name.startswith(OPTIMIZER_PREFIX)
+            if name.startswith(MODEL_PREFIX) and not name.startswith(OTHERS)
         }
         if main_weights:
             for name in self._entries:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from equilibrium_mcore.checkpoint.opened import OpenedCheckpoint, open_weights
-from equilibrium_mcore.config.chat import ConversationsConfig
+from equilibrium_mcore.config.chat import ChatsConfig
 from equilibrium_mcore.config.schema import ParallelismConfig, RunConfig
 from equilibrium_mcore.data.chat.render import build_renderer
 from equilibrium_mcore.data.chat.segments import Turn, joined
@@ -30,7 +30,7 @@ class RunGenerator:
         """
         opened = open_weights(path)
         config = opened.config
-        if chat and not isinstance(config.data, ConversationsConfig):
+        if chat and not isinstance(config.data, ChatsConfig):
             raise no_template(f"{path}, a run on text,", f"--checkpoint {path} --output NEW")
         self.sampling, self.seed, self.said = sampling, seed, 0
         self.tokenizer = load_tokenizer(config.data.tokenizer)

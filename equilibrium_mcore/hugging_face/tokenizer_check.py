@@ -6,7 +6,7 @@ import logging
 import tempfile
 from pathlib import Path
 
-from equilibrium_mcore.config.chat import ConversationsConfig
+from equilibrium_mcore.config.chat import ChatsConfig
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.chat.render import build_renderer
@@ -25,7 +25,7 @@ def tokenizer_notes(config: RunConfig) -> list[str]:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         tokenizer = load_tokenizer(data.tokenizer)
-        chats = isinstance(data, ConversationsConfig)
+        chats = isinstance(data, ChatsConfig)
         renderer = build_renderer(data.template, tokenizer) if chats else None
         with tempfile.TemporaryDirectory() as folder:
             return write_tokenizer(tokenizer, Path(folder), renderer=renderer)

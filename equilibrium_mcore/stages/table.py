@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from equilibrium_mcore.stages.distill import distill_rank
 from equilibrium_mcore.stages.offline import train_rank
+from equilibrium_mcore.stages.online import online_rank
 from equilibrium_mcore.stages.preferences import preference_rank
 
 # (place, config=) of every rank, from setup to the end.
@@ -21,4 +22,8 @@ STAGE_RANKS: dict[str, Callable[..., None]] = {
     "orpo": preference_rank,
     "kto": preference_rank,
     "reward_model": train_rank,
+    "grpo": online_rank,
+    "spo": online_rank,
+    "ppo": online_rank,
+    "opd": online_rank,
 }

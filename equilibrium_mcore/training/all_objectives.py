@@ -12,9 +12,11 @@ from equilibrium_mcore.config.objectives import (
     RewardModelConfig,
     SftConfig,
 )
+from equilibrium_mcore.config.policy import PolicyConfig
 from equilibrium_mcore.training.distillation import Distillation
 from equilibrium_mcore.training.objective import Objective, WeightedTokens
 from equilibrium_mcore.training.pairs import PAIR_OBJECTIVES
+from equilibrium_mcore.training.policy_objective import Policy
 from equilibrium_mcore.training.scores import Scores
 from equilibrium_mcore.training.single_answers import Kto
 
@@ -25,6 +27,7 @@ OBJECTIVES: dict[type, Callable[[Any], Objective]] = {
     **PAIR_OBJECTIVES,
     KtoConfig: Kto,
     RewardModelConfig: Scores,
+    PolicyConfig: Policy,
 }
 
 

@@ -61,7 +61,7 @@ class LogCallback(Callback):
     def __init__(self, config: RunConfig) -> None:
         self.every = config.logging.interval_steps
         self.writer: MetricsWriter | None = None
-        self._since = (0.0, 0, 0)  # seconds, step, samples at the last line
+        self._since = (0.0, 0, 0)  # seconds, step, positions at the last line
         self._paused = 0.0
 
     def on_start(self, run: Run) -> None:
@@ -88,7 +88,7 @@ class LogCallback(Callback):
                 run_config=config.model_dump(mode="json"),
                 console=say,
             )
-        self._since = (time.perf_counter(), run.progress.step, run.progress.samples)
+        self._since = (time.perf_counter(), run.progress.step, run.positions)
 
     def on_anomaly(self, run: Run, anomaly: Anomaly) -> None:
         self.event("anomaly", run, **_facts(run, anomaly))
@@ -112,12 +112,12 @@ class LogCallback(Callback):
     def on_step(self, run: Run, outcome: StepOutcome) -> None:
         now, progress = time.perf_counter(), run.progress
         seconds = now - self._since[0] - self._paused
-        steps, samples = progress.step - self._since[1], progress.samples - self._since[2]
-        self._since, self._paused = (now, progress.step, progress.samples), 0.0
+        steps, positions = progress.step - self._since[1], run.positions - self._since[2]
+        self._since, self._paused = (now, progress.step, run.positions), 0.0
         if self.writer is None:
             return
         training, peak = run.config.training, run.config.logging.peak_tflops_per_device
-        rate = samples * training.sequence_length / seconds
+        rate = positions / seconds
         flops = training_flops_per_token(run.config.model, training.sequence_length)
         per_device = rate * flops / torch.distributed.get_world_size() / 1e12
         self.writer.write(

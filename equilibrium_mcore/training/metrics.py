@@ -1,8 +1,8 @@
 """What a run measures, and where it is written: console, `metrics.jsonl`, TensorBoard, W&B.
 
 `metrics.jsonl` in the run's directory is the record that everything else reads: one JSON object
-per line, distinguished by `kind`: `train`, `validation` or `event`. A number that is not finite, or
-not known, is null there. Only one rank makes a `MetricsWriter`.
+per line, distinguished by `kind`: `train`, `validation`, `evaluation` or `event`. A number that is
+not finite, or not known, is null there. Only one rank makes a `MetricsWriter`.
 """
 
 from __future__ import annotations
@@ -96,6 +96,16 @@ class ValidationRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluationRecord:
+    """Held-out prompts that the policy answered."""
+
+    kind: ClassVar[str] = "evaluation"
+    step: int
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """As of a training record; `accuracy` is that of greedy answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EventRecord:
     """Something that happened to the run after `step` steps."""
 
@@ -111,7 +121,7 @@ class EventRecord:
             )
 
 
-Record = TrainRecord | ValidationRecord | EventRecord
+Record = TrainRecord | ValidationRecord | EvaluationRecord | EventRecord
 
 
 def perplexity_of(loss: float) -> float | None:
@@ -176,6 +186,9 @@ def format_record(record: Record, *, total_steps: int) -> str:
     if isinstance(record, EventRecord):
         details = ", ".join(f"{key} {value}" for key, value in record.details.items())
         return f"{start} | {record.event}" + (f": {details}" if details else "")
+    if isinstance(record, EvaluationRecord):
+        parts = [f"{name} {value:.3f}" for name, value in record.figures.items()]
+        return " | ".join([f"{start} | evaluation", *parts])
     if isinstance(record, ValidationRecord):
         parts = [f"validation loss {record.loss:.3f}"]
         if record.perplexity is not None:

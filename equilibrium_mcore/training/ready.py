@@ -16,10 +16,13 @@ from pathlib import Path
 from equilibrium_mcore.checkpoint.choose import find_alone, find_weights
 from equilibrium_mcore.checkpoint.compatibility import check_resumable, check_same_model
 from equilibrium_mcore.checkpoint.opened import OpenedCheckpoint, inspect
+from equilibrium_mcore.config.chat import ConversationsConfig
 from equilibrium_mcore.config.data import DataConfig
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.objectives import REFERENCED, DistillationConfig
+from equilibrium_mcore.config.policy import PolicyConfig
 from equilibrium_mcore.config.schema import ModelConfig, RunConfig
+from equilibrium_mcore.config.stages import STAGES
 from equilibrium_mcore.data.indexed_files import dataset_paths
 from equilibrium_mcore.optim.frozen import check_optimizer_state
 from equilibrium_mcore.parallel import accelerator
@@ -57,6 +60,7 @@ def check_ready(config: RunConfig, *, elsewhere: bool = False, say: Say = print)
     if config.checkpoint.initial_weights not in absent:
         progress = _collect(problems, lambda: _find_start(config))
     _collect(problems, lambda: check_adapters(config))
+    _collect(problems, lambda: check_policy(config))
     roles = {"policy": config.model, **_reference(config)}
     roles |= _collect(problems, lambda: _check_teacher(config, absent, say)) or {}
     if len(roles) > 1:
@@ -87,6 +91,16 @@ def check_adapters(config: RunConfig) -> None:
         raise ConfigError(
             "adapters without checkpoint.initial_weights: the frozen weights beside them would be "
             "random; name a run's output directory or one of its checkpoints"
+        )
+
+
+def check_policy(config: RunConfig) -> None:
+    """Raise ConfigError for a policy whose stage asks for no answers to learn from."""
+    if isinstance(config.objective, PolicyConfig) and STAGES[config.stage].data != "prompts":
+        fit = [name for name, stage in STAGES.items() if stage.data == "prompts"]
+        raise ConfigError(
+            f"objective.type='policy' with stage={config.stage!r}: a policy learns from its own "
+            f"answers to prompts; set stage to {' or '.join(fit)}"
         )
 
 
@@ -183,7 +197,8 @@ def _check_data(config: RunConfig, progress: Progress | None) -> None:
 @contextmanager
 def _not_kept(config: RunConfig) -> Iterator[RunConfig]:
     """The run, whose encoded conversations are forgotten unless there is a folder for them."""
-    if isinstance(config.data, DataConfig) or cached_conversations(config).cache_directory.is_dir():
+    cached = isinstance(config.data, ConversationsConfig)
+    if not cached or cached_conversations(config).cache_directory.is_dir():
         yield config
         return
     with tempfile.TemporaryDirectory(prefix="conversations_") as folder:

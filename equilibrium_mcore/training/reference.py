@@ -1,4 +1,4 @@
-"""What the weights that a run started from think of its batches: the reference of preferences."""
+"""What the weights that a run started from think of its batches: the reference."""
 
 from __future__ import annotations
 
@@ -42,10 +42,22 @@ class Reference:
         """log p of every label, [B, S] of each batch. Collective."""
         # As the loss has it, in which rows that only pad the vocabulary have a share: both sides of
         # a ratio must be of one distribution.
+        return self.log_probabilities(run, batches, padded_vocabulary=True)
+
+    def log_probabilities(
+        self,
+        run: Run,
+        batches: list[Batch],
+        *,
+        temperature: float = 1.0,
+        padded_vocabulary: bool = False,
+    ) -> list[Tensor]:
+        """As `training.scoring.log_probabilities`, of the reference. Collective."""
+        settings = {"temperature": temperature, "padded_vocabulary": padded_vocabulary}
         if self._frozen is not None:
-            return log_probabilities(run, batches, chunks=self._frozen, padded_vocabulary=True)
+            return log_probabilities(run, batches, chunks=self._frozen, **settings)
         with adapters_off(run.chunks):
-            return log_probabilities(run, batches, padded_vocabulary=True)
+            return log_probabilities(run, batches, **settings)
 
 
 @contextmanager

@@ -6,10 +6,10 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from equilibrium_mcore.config import rules
-from equilibrium_mcore.config.chat import ConversationsConfig, PreferencesConfig
+from equilibrium_mcore.config.chat import ConversationsConfig, PreferencesConfig, PromptsConfig
 from equilibrium_mcore.config.data import DataConfig
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.layout import train_samples
@@ -17,6 +17,7 @@ from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.blend import Datasets, build_datasets, epoch_tokens
 from equilibrium_mcore.data.chat.answers import AnswerDataset
 from equilibrium_mcore.data.chat.build import build_conversations, epoch_sequences
+from equilibrium_mcore.data.chat.prompts import PromptSamples, build_prompts
 from equilibrium_mcore.data.ledger.dataset import LedgerDataset
 from equilibrium_mcore.data.left_out import LeftOut, RemainingSamples
 from equilibrium_mcore.data.samples import Samples
@@ -254,6 +255,38 @@ def cached_conversations(config: RunConfig) -> ConversationsConfig:
     return config.data.model_copy(update={"cache_directory": folder})
 
 
+# ---------------------------------------------------------------------------------------- prompts
+
+
+def _prompts(config: RunConfig, progress: Progress | None, say: Say) -> Datasets:
+    """Prompts have no validation by loss: `EvaluationConfig` asks for the held-out ones."""
+    evaluates = config.evaluation.interval_steps > 0
+    held_out = _prompts_of(config, "validation", say) if evaluates else None
+    return Datasets(train=_prompts_of(config, "train", say), validation=held_out, test=None)
+
+
+def _prompts_of(config: RunConfig, part: Literal["train", "validation"], say: Say) -> PromptSamples:
+    samples, report = build_prompts(
+        config.data,
+        part=part,
+        longest=config.training.sequence_length - config.rollout.max_new_tokens,
+        vocab_size=config.model.vocab_size,
+        seed=config.training.seed,
+    )
+    say(f"{part}: {report}")
+    return samples
+
+
+def _prompt_epochs(config: RunConfig, epochs: float) -> tuple[int, str]:
+    """Sequences of a run on prompts are answers, each as often as it is trained on."""
+    prompts, rollout = len(_prompts_of(config, "train", lambda text: None)), config.rollout
+    answers = math.ceil(epochs * prompts) * rollout.samples_per_prompt * rollout.passes
+    return answers, (
+        f"{epochs:g} x {prompts:,} prompts x {rollout.samples_per_prompt:,} answers x "
+        f"{rollout.passes} passes"
+    )
+
+
 # ------------------------------------------------------------------------------------------- both
 
 
@@ -273,4 +306,5 @@ DATA_KINDS: dict[type, DataKind] = {
     DataConfig: DataKind(_indexed, _indexed_epochs, has_baseline=True),
     ConversationsConfig: DataKind(_conversations, _conversation_epochs, has_baseline=False),
     PreferencesConfig: DataKind(_conversations, _conversation_epochs, has_baseline=False),
+    PromptsConfig: DataKind(_prompts, _prompt_epochs, has_baseline=False),
 }

@@ -46,7 +46,8 @@ class CheckpointCallback(Callback):
 
     def on_start(self, run: Run) -> None:
         self._saved_step = run.progress.step if run.resumed_from is not None else None
-        self._ready_writer(run.config).reserve(bytes_of_state(run.optimizer))
+        optimizers = [run.optimizer, *(role.optimizer for role in run.roles.values())]
+        self._ready_writer(run.config).reserve(sum(map(bytes_of_state, optimizers)))
         if run.watch is not None and run.watch.settings.policy == "rollback":
             self._save(run)  # something to go back to, from the first step on
 
@@ -92,6 +93,7 @@ class CheckpointCallback(Callback):
             progress=run.progress_to_save(),
             line=run.choice.line,
             writer=self._ready_writer(run.config),
+            roles=run.roles,
         )
         self._saved_step = run.progress.step
         self.log.pause(time.perf_counter() - start)

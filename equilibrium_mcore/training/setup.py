@@ -18,6 +18,7 @@ from megatron.core.transformer import TransformerConfig
 from equilibrium_mcore.adapters.lora import attach_adapters
 from equilibrium_mcore.adapters.targets import coverage
 from equilibrium_mcore.checkpoint.choose import StartingPoint, choose
+from equilibrium_mcore.checkpoint.roles import Role
 from equilibrium_mcore.checkpoint.sharded import load_checkpoint, load_weights
 from equilibrium_mcore.config import rules
 from equilibrium_mcore.config.errors import ConfigError
@@ -82,6 +83,11 @@ class Run:
     left_out: LeftOut = field(default_factory=LeftOut)  # samples that are passed over
     # Adds to whole micro-batches, of training and validation, before they are weighed. Collective.
     prepare: Callable[[Run, list[Batch]], None] = lambda run, batches: None
+    stage_figures: Callable[[], dict[str, float]] = dict  # logged beside the objective's
+    positions: int = 0  # of all sequences that this process trained on, over all ranks
+    roles: dict[str, Role] = field(default_factory=dict)  # models that train beside, by name
+    # Whether the step to come leaves the weights as they are, e.g. until a critic is of use.
+    holds: Callable[[Run], bool] = lambda run: False
     watch: Watch | None = None  # judges every step, where `training.anomalies` is set
 
     def progress_to_save(self) -> dict[str, Any]:

@@ -47,9 +47,11 @@ def train_step(run: Run, *, stop_requested: bool = False) -> StepOutcome:
     """
     progress()
     biases = _expert_biases(run)
-    outputs = gradients_of(run, run.stream.next_batches(run.micro_batches))
+    batches = run.stream.next_batches(run.micro_batches)
+    outputs = gradients_of(run, batches)
+    run.positions += sum(b["labels"].numel() for b in batches) * run.data_parallel_size
     rates = run.optimizer.learning_rates()
-    figures, counts, extra = _sum_over_ranks(
+    figures, counts, extra = sum_over_ranks(
         run, outputs, extra=[_aux_loss_here(run), float(stop_requested)]
     )
     aux, stops = extra
@@ -62,7 +64,7 @@ def train_step(run: Run, *, stop_requested: bool = False) -> StepOutcome:
     moe_layers = count_kinds(run.config.model.layer_pattern).get("moe", 0)
     aux_scale = moe_layers * run.micro_batches * run.data_parallel_size
     return StepOutcome(
-        figures=figures,
+        figures={**figures, **run.stage_figures()},
         tokens=round(counts[run.objective.tokens_of]),
         aux_loss=aux / aux_scale if moe_layers and balances(run) else None,
         gradient_norm=result.gradient_norm,
@@ -82,7 +84,9 @@ def _advance(run: Run, *, tokens: int) -> None:
 
 
 def _update(run: Run, loss: float) -> tuple[StepResult, Anomaly | None]:
-    """The optimizer's step, unless the run's watch refuses it. Collective."""
+    """The optimizer's step, unless the run holds or its watch refuses it. Collective."""
+    if run.holds(run):
+        return StepResult(run.optimizer.gradient_norm(), skipped=True), None
     if run.watch is None:
         return run.optimizer.step(), None
     found: list[str] = []
@@ -145,7 +149,7 @@ def validation_figures(run: Run) -> dict[str, float]:
         outputs = run_schedule(
             run, batches, forward_step=_objective_step(run, batches), forward_only=True
         )
-    figures, _, _ = _sum_over_ranks(run, outputs)
+    figures, _, _ = sum_over_ranks(run, outputs)
     return figures
 
 
@@ -196,7 +200,7 @@ def _scale(run: Run, batches: list[Batch]) -> float:
     return positions / divisor if divisor else 0.0
 
 
-def _sum_over_ranks(
+def sum_over_ranks(
     run: Run, outputs: list[Tensor], extra: Sequence[float] = ()
 ) -> tuple[dict[str, float], dict[str, float], list[float]]:
     """Figures, their counts and sums of `extra` over all ranks; each token is on one TP rank."""

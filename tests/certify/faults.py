@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from tests.certify import generation_faults as generation
 from tests.certify import objective_faults as objectives
+from tests.certify import online_faults as online
 from tests.certify import small_faults as small
 
 
@@ -203,6 +204,12 @@ SCORES = (
     "tokenizer: {type: SentencePieceTokenizer, model: made_up.model}}",
 )
 DISTILLED = ("stage=distill", "objective={type: distillation, teacher: runs/teacher}")
+POLICY = (
+    *PACKED,
+    "objective={type: policy, preset: dr_grpo, constant_length: 50}",
+    "model.moe.load_balancing=none",
+    "model.moe.expert_bias_update_rate=0",
+)
 EXPECTED: dict[Callable[[], None], Case] = {
     healthy: Case("tp=2,cp=2,ep=2", "", "", PACKED),
     context_split_over_the_wrong_group: Case("tp=2,cp=2", "loss of every step", "step 1"),
@@ -255,6 +262,11 @@ EXPECTED: dict[Callable[[], None], Case] = {
     objectives.slices_of_the_vocabulary_taken_for_the_whole: Case(
         "tp=2", "loss of every step", "step 1", DISTILLED
     ),
+    online.expert_bias_moves: Case("tp=2", "experts' bias", "rank 0", POLICY, everywhere=True),
+    online.old_log_probabilities_after_the_update: Case(
+        "tp=2", "second update", "step 2", POLICY, everywhere=True
+    ),
+    online.one_rank_has_another_seed: Case("tp=2", "tokens that differ", "rank 0", POLICY),
 }
 HEALTHY = (healthy, objectives.pairs)
 

@@ -37,6 +37,20 @@ BALANCED = "model.moe.aux_loss_coefficient=0.01"
 FREE = ("optimizer.schedule.kind=constant", "optimizer.schedule_free={beta: 0.9}")
 # One micro-batch per step on the run's own two data ranks.
 ONE_BATCH = ("training.micro_batch_size=8", "model.moe.load_balancing=global_aux_loss", BALANCED)
+
+
+def _policy(preset: str, **changes: object) -> tuple[str, ...]:
+    """Made-up answers and experience; bounds that some ratios cross."""
+    values = {"type": "policy", "preset": preset, **changes}
+    settings = ", ".join(f"{key}: {_yaml(value)}" for key, value in values.items())
+    return (
+        f"objective={{{settings}}}",
+        "data.packing=documents",
+        "model.moe.load_balancing=none",  # nothing but the reward pulls a policy's router
+        "model.moe.expert_bias_update_rate=0",
+    )
+
+
 CASES = {
     # ------------------------------------------------------------------------- the router
     "aux_loss": Case("tp=2,dp=2", ("model.moe.load_balancing=aux_loss", BALANCED)),
@@ -146,6 +160,12 @@ CASES = {
     "distillation_reverse": Case(
         "pp=2,vpp=2", ("objective.direction=reverse", "objective.temperature=4"), run="distill"
     ),
+    "grpo_run": Case("tp=2,ep=2", (), run="tiny/grpo"),
+    "grpo": Case("tp=2,cp=2,ep=2", _policy("grpo")),
+    "gspo": Case("cp=2,dp=2", _policy("gspo", clip_low=0.02, clip_high=0.02)),
+    "dr_grpo": Case("pp=2,vpp=2", _policy("dr_grpo", constant_length=50)),
+    "cispo": Case("tp=2,dp=2", _policy("cispo", clip_low=0.1, clip_high=0.1)),
+    "spo_minimind": Case("pp=2,cp=2", _policy("spo_minimind")),
     "adapters_of_experts": Case("ep=2,dp=2", ("adapters={rank: 2, experts: true}",)),
     # ------------------------------------------------- faster kernels, and overlapped sums
     "fused_swiglu": Case("tp=2,ep=2", ("training.fused.activation=true", BALANCED)),

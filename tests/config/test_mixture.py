@@ -261,7 +261,7 @@ def test_shipped_mixture_is_legal(name):
 def test_every_phase_of_the_roadmap_is_shipped():
     phases = {load_mixture(name).metadata.phase for name in SHIPPED}
     assert phases == PHASE_KINDS.keys()
-    assert len(SHIPPED) == 19
+    assert len(SHIPPED) == 21
 
 
 def test_equilibriums_shares():

@@ -1,5 +1,6 @@
 """The plot of runs: what lies on the axes, that a PNG comes out, and what errors say."""
 
+import json
 import math
 import subprocess
 import sys
@@ -178,3 +179,41 @@ def test_errors_name_the_file_and_what_writes_it(tmp_path):
 def test_each_figure_of_the_objective_has_a_panel(draw, tmp_path):
     axes = draw(write_run(tmp_path / "a", figures={"margin": 0.5}), write_run(tmp_path / "b"))
     assert [axis.get_ylabel() for axis in axes].count("margin") == 1
+
+
+def test_figures_that_belong_together_share_a_panel():
+    """And what stands alone, or is not known, has one of its own."""
+    from equilibrium_mcore.training.plot_panels import Panel, panels_of
+
+    found = panels_of(["accuracy", "reward", "reward_math", "mine", "kl_old", "pass_at_4"])
+    assert found == [
+        Panel("held-out answers", ("accuracy", "pass_at_4")),
+        Panel("reward", ("reward", "reward_math")),
+        Panel("mine", ("mine",)),
+        Panel("kl_old", ("kl_old",)),
+    ]
+
+
+def test_evaluations_are_drawn(draw, tmp_path):
+    """Beside the training records of the same run."""
+    records = [
+        {"kind": "evaluation", "step": 0, "accuracy": 0.25, "pass_at_2": 0.5},
+        {
+            "kind": "train",
+            "step": 1,
+            "tokens": 8,
+            "loss": 0.0,
+            "learning_rate": 1e-3,
+            "learning_rate_adamw": 1e-3,
+            "gradient_norm": 1.0,
+            "tokens_per_second": 1.0,
+            "reward": 0.5,
+            "reward_math": 0.5,
+        },
+        {"kind": "evaluation", "step": 1, "accuracy": 0.75, "pass_at_2": 1.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    labels = {axis.get_ylabel(): axis for axis in draw(tmp_path)}
+    accuracy = labels["held-out answers"].get_lines()[0]
+    assert accuracy.get_ydata().tolist() == [0.25, 0.75]
+    assert "reward" in labels

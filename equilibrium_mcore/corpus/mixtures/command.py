@@ -14,8 +14,8 @@ from equilibrium_mcore.corpus.mixtures.plan import make_plan, open_sources
 from equilibrium_mcore.corpus.mixtures.prepare import Options, prepare
 
 POSTTRAIN_NOTE = (
-    "These are JSONL files in one form, on which no stage trains: reinforcement learning is not "
-    "part of this project yet."
+    "These are JSONL files in one form, on which no stage trains: prompts without a truth "
+    "(columns.truth) have nothing that an answer could be judged by."
 )
 
 

@@ -3,7 +3,7 @@
     text           the text itself
     conversation   {"messages": [{"role", "content"}, ...]}
     preference     {"prompt": [turns], "chosen": [turns], "rejected": [turns]}
-    prompt         {"prompt": [turns]}
+    prompt         {"prompt": [turns], "truth": any value, where the mixture names it}
 
 Roles are system, user, assistant and tool. Filters see the joined text of the turns.
 """
@@ -18,11 +18,13 @@ from typing import Any, NamedTuple
 
 from equilibrium_mcore.config.mixture import DatasetConfig, Kind
 from equilibrium_mcore.data.chat.segments import ROLE_NAMES
+from equilibrium_mcore.verification.answers import find_answer
 
 LABELS = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
 _TRANSCRIPT = re.compile(r"(?:^|\n\n)(Human|Assistant):", re.ASCII)
 
 Turns = list[dict[str, str]]
+TRUTH = "truth"  # of a record: no text that filters see
 
 
 class RowError(ValueError):
@@ -45,9 +47,8 @@ def to_document(kind: Kind, dataset: DatasetConfig, row: Mapping[str, Any]) -> D
     if kind == "text":
         return Document(_text(dataset, row))
     record = _RECORDS[kind](dataset, row)
-    return Document(
-        "\n\n".join(turn["content"] for part in record.values() for turn in part), record
-    )
+    turns = (turn for key, part in record.items() if key != TRUTH for turn in part)
+    return Document("\n\n".join(turn["content"] for turn in turns), record)
 
 
 def field_of(row: Mapping[str, Any], path: str) -> Any:
@@ -222,15 +223,34 @@ def _answer(text: str) -> Turns:
     return [{"role": "assistant", "content": text}]
 
 
-def _prompt_only(dataset: DatasetConfig, row: Mapping[str, Any]) -> dict[str, Turns]:
+def _prompt_only(dataset: DatasetConfig, row: Mapping[str, Any]) -> dict[str, Any]:
+    truth = {} if dataset.columns.truth is None else {TRUTH: _truth(dataset, row)}
+    return {"prompt": _asked(dataset, row), **truth}
+
+
+def _truth(dataset: DatasetConfig, row: Mapping[str, Any]) -> Any:
+    """What an answer is judged by, as a reward takes it."""
+    columns = dataset.columns
+    value = field_of(row, str(columns.truth))
+    if columns.truth_place == "whole":
+        return value
+    if not isinstance(value, str):
+        raise RowError(f"field {columns.truth!r} holds {value!r:.60}, and is no text")
+    found = find_answer(value, places=[columns.truth_place])
+    if found is None:
+        raise SkippedRowError(f"no true answer in the place {columns.truth_place}")
+    return found.text
+
+
+def _asked(dataset: DatasetConfig, row: Mapping[str, Any]) -> Turns:
     if dataset.columns.prompt:
-        return {"prompt": _prompt(dataset, row)}
+        return _prompt(dataset, row)
     turns = _turns(dataset, row)
     while turns and turns[-1]["role"] == "assistant":
         turns.pop()
     if not turns:
         raise SkippedRowError("no turn of a user")
-    return {"prompt": turns}
+    return turns
 
 
 _RECORDS = {"conversation": _conversation, "preference": _preference, "prompt": _prompt_only}

@@ -5,6 +5,7 @@
     OUTPUT/blend.yaml                       what a run names as `data:`; one per curriculum stage
     OUTPUT/conversations.yaml               the same for the phase posttrain_sft
     OUTPUT/preferences.yaml                 the same for the phase posttrain_dpo
+    OUTPUT/prompts.yaml                     the same for the phase posttrain_grpo
     OUTPUT/data/NAME_text_document.*        an indexed dataset; its last documents are held out
     OUTPUT/data/NAME.{train,validation}.jsonl   posttrain phases instead
     OUTPUT/.work/                           shards; a killed run resumes from them

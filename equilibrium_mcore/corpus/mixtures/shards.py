@@ -27,6 +27,7 @@ from equilibrium_mcore.corpus.encode import EncoderPlan, open_encoder
 from equilibrium_mcore.corpus.filters.base import FilterChain, FilterOutcome
 from equilibrium_mcore.corpus.filters.build import build_filters
 from equilibrium_mcore.corpus.mixtures.documents import (
+    TRUTH,
     Document,
     RowError,
     SkippedRowError,
@@ -274,6 +275,9 @@ class _Draft:
             return Document(text, document.record)
         record = {}
         for key, turns in document.record.items():
+            if key == TRUTH:
+                record[key] = turns
+                continue
             record[key] = []
             for turn in turns:
                 content = turn["content"]

@@ -9,6 +9,7 @@ from typing import IO, Any
 import numpy as np
 
 from equilibrium_mcore.config.data import DataConfig, SourceConfig
+from equilibrium_mcore.config.mixture import MixtureConfig
 from equilibrium_mcore.config.yaml_io import to_yaml
 from equilibrium_mcore.corpus.encode import EncoderPlan
 from equilibrium_mcore.corpus.indexed_writer import IndexedWriter
@@ -29,6 +30,7 @@ from equilibrium_mcore.files.whole import partial_path, rename_durably, sync_str
 DATA_FILES = {
     "conversation": ("conversations.yaml", "conversations"),
     "preference": ("preferences.yaml", "preferences"),
+    "prompt": ("prompts.yaml", "prompts"),
 }
 
 
@@ -174,7 +176,7 @@ def conversation_texts(plan: MixturePlan, facts: list[SourceFacts], output: Path
     none in it: the run names it. Other phases have no such file.
     """
     mixture = plan.mixture
-    if mixture.kind not in DATA_FILES:
+    if mixture.kind not in DATA_FILES or not _has_truths(mixture):
         return {}
     file, kind = DATA_FILES[mixture.kind]
     values: dict[str, Any] = {"type": kind, "name": mixture.name}
@@ -184,6 +186,11 @@ def conversation_texts(plan: MixturePlan, facts: list[SourceFacts], output: Path
     values["template"] = "chatml"
     head = f"# Written by tools/prepare_dataset.py from the mixture {mixture.name}.\n"
     return {file: head + to_yaml(values)}
+
+
+def _has_truths(mixture: MixtureConfig) -> bool:
+    """Whether every prompt says what an answer is judged by; of other kinds it is not asked."""
+    return mixture.kind != "prompt" or all(dataset.columns.truth for dataset in mixture.datasets)
 
 
 def _conversation_source(source: SourceFacts, output: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from equilibrium_mcore.corpus.mixtures.documents import (
 )
 from equilibrium_mcore.data.chat.conversations import read_rows
 from equilibrium_mcore.data.chat.preferences import parse_preference
+from equilibrium_mcore.data.chat.prompts import read_prompts
 
 USER, ASSISTANT = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
 WORSE = {"role": "assistant", "content": "No."}
@@ -221,3 +222,40 @@ def test_prompts_have_no_file_that_a_run_names(tmp_path, write_rows, mixture, ru
     manifest = run(config)
     assert manifest.blends == [] and not list((tmp_path / "out").glob("*.yaml.*"))
     assert "no stage trains" in summary(manifest, tmp_path / "out")
+
+
+def test_prompts_with_truths_are_data_that_a_run_names(tmp_path, write_rows, mixture, run):
+    """GSM8K-like answers, of which one has no truth in its place; and tests of code."""
+    sums = [{"q": f"{n} plus 1?", "a": f"{n} + 1 is\n#### {n + 1}"} for n in range(19)]
+    sums.append({"q": "What?", "a": "Nothing."})
+    code = [{"t": f"Write f{n}.", "tests": [f"assert f{n}(1) == {n}"]} for n in range(20)]
+    config = mixture(
+        (
+            "sums",
+            write_rows(tmp_path / "sums.jsonl", sums),
+            0.5,
+            {"columns": {"prompt": "q", "truth": "a", "truth_place": "hash"}},
+        ),
+        (
+            "code",
+            write_rows(tmp_path / "code.jsonl", code),
+            0.5,
+            {"columns": {"prompt": "t", "truth": "tests"}, "filters": [{"type": "pii_removal"}]},
+        ),
+        total_tokens=None,
+        metadata={"phase": "posttrain_grpo"},
+    )
+    manifest = run(config)
+    assert manifest.blends == ["prompts.yaml"]
+    named = read_mapping(tmp_path / "out/prompts.yaml")
+    assert named["type"] == "prompts"
+    files = {s["name"]: [*s["train"], *s["validation"]] for s in named["sources"]}
+    found = {
+        name: [prompt for path in paths for prompt in read_prompts(Path(path), truth="truth")]
+        for name, paths in files.items()
+    }
+    assert len(found["sums"]) == 19 and len(found["code"]) == 20
+    for prompt in found["sums"]:
+        assert int(prompt.truth) == int(prompt.turns[0].content.split()[0]) + 1
+    for prompt in found["code"]:
+        assert prompt.truth[0].startswith("assert f")

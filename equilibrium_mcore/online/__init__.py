@@ -1,0 +1,1 @@
+"""Learning from a policy's own answers: prompts, rollouts, rewards, experience, updates."""
