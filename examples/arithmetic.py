@@ -18,8 +18,6 @@ from pathlib import Path
 from equilibrium_mcore.files.paths import user_path
 from equilibrium_mcore.files.whole import write_whole
 
-WORDS = "zero one two three four five six seven eight nine ten eleven twelve thirteen".split()
-
 
 def sums(largest: int, seed: int, held_out: int) -> tuple[list[tuple[int, int]], ...]:
     """Pairs of numbers from 0 to `largest`, shuffled: for training, and held out."""
@@ -48,13 +46,13 @@ def conversation(a: int, b: int) -> dict:
 
 
 def texts(seed: int) -> Iterable[dict]:
-    """Some text that a tokenizer of 512 pieces can be made of."""
+    """Text that a tokenizer of 512 pieces can be made of: sums among words that mean nothing."""
     draw = random.Random(seed)
-    for _ in range(2000):
-        words = [draw.choice(WORDS) for _ in range(12)]
-        yield {
-            "text": f"{' '.join(words)} {draw.randrange(100)}+{draw.randrange(100)}= user assistant"
-        }
+    words = ["".join(draw.choices("abcdefghijklmnop", k=draw.randint(3, 7))) for _ in range(300)]
+    for _ in range(1000):
+        said = " ".join(draw.choices(words, k=12))
+        asked = question(draw.randrange(99), draw.randrange(99))
+        yield {"text": f"user assistant {said} {asked}"}
 
 
 def main() -> None:

@@ -139,6 +139,10 @@ def compare_rollouts(found: Sequence[dict[str, Any]], reference: dict[str, Any])
         f"step {1 + n}": abs(first["figures"][n]["kl_old"])
         for n in range(0, ROLLOUTS * PASSES, PASSES)
     }
+    still = {
+        f"step {2 + n}": float(not first["figures"][1 + n]["kl_old"] > 0)
+        for n in range(0, ROLLOUTS * PASSES, PASSES)
+    }
     biases = {f"rank {rank}": one["bias"] for rank, one in enumerate(found)}
     tokens = {
         f"rank {rank}": _unequal(one["tokens"], reference["tokens"])
@@ -148,6 +152,7 @@ def compare_rollouts(found: Sequence[dict[str, Any]], reference: dict[str, Any])
         worst_verdict("rollouts: share of tokens that differ", tokens, 0.0),
         worst_verdict("rollouts: engine against training (nats)", apart, MISMATCH),
         worst_verdict("rollouts: first update is at the policy that drew", moved, UNMOVED),
+        worst_verdict("rollouts: second update is off it", still, 0.0),
         worst_verdict("rollouts: experts' bias stays", biases, 0.0),
         worst_verdict("rollouts: gradient norm of each update", norms, ROUNDED),
     ]

@@ -47,10 +47,10 @@ def answers_are_worth_something(subject: Subject) -> Iterator[str]:
         )
 
 
-@rule("stage", "rollout", "evaluation")
+@rule("stage", "objective", "rollout", "evaluation")
 def rollouts_are_for_policies(subject: Subject) -> Iterator[str]:
     config = subject.config
-    if is_online(subject):
+    if is_online(subject) or isinstance(config.objective, PolicyConfig):
         return
     for name, default in (("rollout", RolloutConfig()), ("evaluation", EvaluationConfig())):
         if getattr(config, name) != default:

@@ -123,8 +123,18 @@ def with_stage_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     if settings is None:
         return dict(values)
     there = {key: value for key, value in values.items() if value is not None}
-    laid = {k: v for k, v in settings.defaults.items() if k in there or k not in _REQUIRED}
+    laid = {
+        key: section
+        for key, section in settings.defaults.items()
+        if (key in there or key not in _REQUIRED) and not _of_another_type(section, there.get(key))
+    }
     return {**values, **merge(laid, there)}
+
+
+def _of_another_type(section: Any, given: Any) -> bool:
+    """Whether what is given is of another kind, for which a section's defaults mean nothing."""
+    named = given.get("type") if isinstance(given, Mapping) else None
+    return named is not None and "type" in section and named != section["type"]
 
 
 @rule("stage", "data")

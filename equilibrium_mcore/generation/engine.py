@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
 
 from equilibrium_mcore.config.layout import virtual_stages
-from equilibrium_mcore.config.schema import ModelConfig, ParallelismConfig
+from equilibrium_mcore.config.schema import ModelConfig, ParallelismConfig, RunConfig
 from equilibrium_mcore.generation.interface import Request, Rollout, Sampling
 from equilibrium_mcore.generation.rows import Group, Pack, Wave, plan
 from equilibrium_mcore.generation.sampling import Drawn, draw, row_seeds
@@ -33,6 +33,14 @@ from equilibrium_mcore.parallel.object_group import object_group
 
 ROWS_AT_ONCE = 64
 TOKENS_AT_ONCE = 4096
+
+
+class LaidOut(Protocol):
+    """A model on its ranks, as `training.setup.Run` has it."""
+
+    chunks: list[torch.nn.Module]
+    groups: ProcessGroupCollection
+    config: RunConfig
 
 
 class OwnEngine:
@@ -62,6 +70,12 @@ class OwnEngine:
         self.model, self.layout = model, layout
         self.rows_at_once, self.tokens_at_once = rows_at_once, tokens_at_once
         self.device = accelerator.device()
+
+    @classmethod
+    def of(cls, run: LaidOut, **sizes: int) -> OwnEngine:
+        """The engine of a run's chunks; `sizes` are `rows_at_once` and `tokens_at_once`."""
+        model, layout = run.config.model, run.config.parallelism
+        return cls(run.chunks, run.groups, model=model, layout=layout, **sizes)
 
     @torch.no_grad()
     def generate(
@@ -169,7 +183,7 @@ class OwnEngine:
         tensors = [both]
         if restricted:
             if drawn:
-                tensors.append(torch.stack([d.support_RW for d in drawn]).to(torch.uint8))
+                tensors.append(torch.stack([d.support for d in drawn]).to(torch.uint8))
             else:
                 width = self.model.padded_vocab_size
                 tensors.append(torch.empty(*shape, width, dtype=torch.uint8, device=self.device))
@@ -197,7 +211,7 @@ class OwnEngine:
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=len(passes),
-            seq_length=length,
+            seq_length=length * layout.context,  # of which the schedule takes a rank's share
             micro_batch_size=1,
             forward_only=True,
             collect_non_loss_data=True,
@@ -240,7 +254,7 @@ def _forward(
     """megatron-core's forward step."""
     this = next(iterator)
     this.state.work = this.work
-    positions = this.work.positions_T if isinstance(this.work, Prefill) else this.work.positions_R
+    positions = this.work.positions if isinstance(this.work, Prefill) else this.work.positions
     output = chunk(
         input_ids=this.tokens,
         position_ids=positions.unsqueeze(0),
@@ -256,8 +270,9 @@ class _Lane:
 
     def __init__(self, group: Group, wave: Wave, answers: _Answers, device: torch.device) -> None:
         self.group, self.wave, self.answers, self.device = group, wave, answers, device
-        # A row more, which stays empty, for prompts of one token and for rows that only pad.
-        self.state = DecodeState(rows=len(group.prompts) + 1, capacity=wave.capacity)
+        # Two rows more: one stays empty, for prompts of one token and for rows that only pad; into
+        # the other goes the token of a pack without prompts.
+        self.state = DecodeState(rows=len(group.prompts) + 2, capacity=wave.capacity)
         requests = [answers.requests[number] for number in group.requests]
         padding = wave.rows - len(requests)
         self.lengths = np.array([len(r.prompt.ids) for r in requests] + [1] * padding)
@@ -272,10 +287,11 @@ class _Lane:
         return int((~self.finished).sum())
 
     def pass_of_pack(self, number: int) -> _Pass:
-        """A pack of the group; one without prompts where it has no more."""
-        packs = self.group.packs
-        pack = packs[number] if number < len(packs) else Pack(0, ())
+        """A pack of the group; one of a token that nobody asked for where it has no more."""
+        packs, aside = self.group.packs, len(self.group.prompts) + 1
+        pack = packs[number] if number < len(packs) else Pack(aside, ())
         prompts = [self.answers.requests[n].prompt.ids[:-1] for n in pack.prompts]
+        prompts = prompts or [np.zeros(1, dtype=np.int32)]
         work = prefill(
             [len(ids) for ids in prompts],
             first=pack.first,
@@ -283,7 +299,7 @@ class _Lane:
             device=self.device,
         )
         tokens = np.zeros((1, self.wave.pack_tokens), dtype=np.int64)
-        real = np.concatenate([*prompts, []])
+        real = np.concatenate(prompts)
         tokens[0, : len(real)] = real
         return _Pass(self.state, work, torch.from_numpy(tokens).to(self.device))
 

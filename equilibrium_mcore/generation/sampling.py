@@ -31,12 +31,12 @@ class Drawn:
         ids: [R], int64.
         logprobs: [R], of the token in the distribution that it was drawn from; at temperature 0, of
             the plain logits.
-        support_RW: with top-k or top-p, True for the ids that could be drawn; else None.
+        support: [R, W], with top-k or top-p, True for the ids that could be drawn; else None.
     """
 
     ids: Tensor
     logprobs: Tensor
-    support_RW: Tensor | None = None
+    support: Tensor | None = None
 
 
 def row_seeds(requests: Sequence[Request], sampling: Sampling) -> np.ndarray:
@@ -121,7 +121,7 @@ def gumbel(seeds_R: Tensor, positions_R: Tensor, *, first: int, width: int) -> T
     return u.clamp_(2.0**-33, 1 - 2.0**-24).neg_().log1p_().neg_().log_().neg_()
 
 
-# Stafford's mixer of 64 bits as in SplitMix64, and of 32 bits `lowbias32` of Wellons (hash-prospector).
+# Of 64 bits Stafford's mixer, as in SplitMix64; of 32 bits Wellons's `lowbias32`.
 _ODD = -7046029254386353131  # 0x9E3779B97F4A7C15
 _MASK = 0xFFFFFFFF
 

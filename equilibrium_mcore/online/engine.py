@@ -9,11 +9,4 @@ from equilibrium_mcore.training.setup import Run
 
 def own_engine(run: Run) -> Engine:
     """The engine over the run's chunks, in its layout: no weight moves."""
-    config = run.config
-    return OwnEngine(
-        run.chunks,
-        run.groups,
-        model=config.model,
-        layout=config.parallelism,
-        rows_at_once=config.rollout.rows,
-    )
+    return OwnEngine.of(run, rows_at_once=run.config.rollout.rows)

@@ -19,7 +19,7 @@ from equilibrium_mcore.data.stream import Batch
 from equilibrium_mcore.objectives.advantages import Scores, advantages
 from equilibrium_mcore.objectives.kl import ESTIMATORS, Adaptive, Coefficient, Fixed, penalised
 from equilibrium_mcore.objectives.mismatch import CORRECTIONS as WAYS
-from equilibrium_mcore.objectives.trackers import TRACKERS, PromptTracker, Tracker
+from equilibrium_mcore.objectives.trackers import TRACKERS, Tracker
 from equilibrium_mcore.objectives.truncation import outcomes
 from equilibrium_mcore.online.answers import Answer
 from equilibrium_mcore.online.experience import (
@@ -40,6 +40,8 @@ Reference = Callable[[Run, list[Batch]], list[torch.Tensor]]
 
 class MismatchError(RuntimeError):
     """The engine's log-probabilities are not those of the policy that is trained."""
+
+    is_told = True  # it says by itself what to do
 
 
 class Estimator(Protocol):
@@ -88,8 +90,8 @@ class RewardEstimator:
             if kl.controller == "adaptive"
             else Fixed(kl.coefficient)
         )
-        self._before: list[Answer] = []  # the last rollout, for a tracker that asks for a drift
         self.tracker: Tracker | None = None
+        self._before: list[Answer] = []  # of the rollout before, by which a drift is measured
         if settings.advantage == "tracker":
             values = settings.tracker.model_dump()
             self.tracker = TRACKERS[values.pop("form")](**values)
@@ -107,7 +109,7 @@ class RewardEstimator:
             found[counts] = self._advantages(earned, counts)
         if self._reference is not None:
             self.coefficient.update(figures["kl_reference"], answers=len(answers))
-        if self.tracker is not None:
+        if self.tracker is not None and bool(counts.any()):
             self._track(run, earned, counts, answers, figures)
         spread = [np.full(a.length, v) for a, v in zip(answers, found.tolist(), strict=True)]
         return self._weighted(answers, spread), figures
@@ -120,18 +122,15 @@ class RewardEstimator:
     def state(self) -> dict[str, Any]:
         """See Estimator."""
         tracker = None if self.tracker is None else self.tracker.state()
-        return {
-            "coefficient": self.coefficient.state(),
-            "tracker": tracker,
-            "before": [answer.as_plain() for answer in self._before],
-        }
+        before = [answer.as_plain() for answer in self._before]
+        return {"coefficient": self.coefficient.state(), "tracker": tracker, "before": before}
 
     def load(self, state: dict[str, Any]) -> None:
         """See Estimator."""
         self.coefficient.load(state["coefficient"])
         if self.tracker is not None and state["tracker"] is not None:
             self.tracker.load(state["tracker"])
-            self._before = [Answer.from_plain(plain) for plain in state["before"]]
+        self._before = [Answer.from_plain(plain) for plain in state["before"]]
 
     # ------------------------------------------------------------------------------ the inside
 
@@ -202,21 +201,19 @@ class RewardEstimator:
         keys = [key for key, here in zip(earned.keys, counts.tolist(), strict=True) if here]
         old = np.concatenate([answer.values[OLD] for answer in answers])
         mean = float(np.mean(old, dtype=np.float64))
-        drift = 0.0
-        if isinstance(self.tracker, PromptTracker):
-            drift = figures["tracker_drift"] = self._drift(run)
+        self.tracker.update(keys, earned.rewards[counts], log_p=mean, drift=self._drift(run))
+        if self._settings.tracker.form == "prompt":
             self._before = [replace(a, values={OLD: a.values[OLD]}) for a in answers]
-        self.tracker.update(keys, earned.rewards[counts], log_p=mean, drift=drift)
         figures["tracker_baseline"] = float(self.tracker.baselines(keys).mean())
 
     def _drift(self, run: Run) -> float:
-        """KL per token, in nats, by which the policy moved since the last rollout: k3 on that."""
+        """KL per token, in nats, that the policy moved since it drew the answers of before."""
         if not self._before:
             return 0.0
-        found = scored(run, packed_for(run, self._before), lambda b: self._policy(run, b))
-        then = np.concatenate([answer.values[OLD] for answer in self._before], dtype=np.float64)
-        moved = np.concatenate(found, dtype=np.float64) - then
-        return float((np.expm1(moved) - moved).mean())
+        now = scored(run, packed_for(run, self._before), lambda b: self._policy(run, b))
+        old = np.concatenate([answer.values[OLD] for answer in self._before])
+        moved = np.concatenate(now).astype(np.float64) - old
+        return float(np.mean(np.expm1(moved) - moved))
 
     def _weighted(self, answers: Sequence[Answer], found: Sequence[np.ndarray]) -> list[Answer]:
         """With the advantage and the correction of each token, [m] of each answer."""

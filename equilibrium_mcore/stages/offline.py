@@ -11,7 +11,7 @@ from equilibrium_mcore.parallel.launch import RankInfo
 from equilibrium_mcore.processes.hangs import stacks_when_stuck
 from equilibrium_mcore.training.all_callbacks import MoreCallbacks, build_callbacks
 from equilibrium_mcore.training.loop import train
-from equilibrium_mcore.training.ready import check_adapters
+from equilibrium_mcore.training.ready import check_adapters, check_policy
 from equilibrium_mcore.training.run_folder import owned_run_folder
 from equilibrium_mcore.training.setup import Run, setup, teardown
 
@@ -34,6 +34,7 @@ def train_rank(
     was, and in which collective.
     """
     check_adapters(config)
+    check_policy(config)
     stacks = Path(config.output_directory) / "stacks" / f"rank_{rank_info.rank:05d}.txt"
     patience = STACKS_SHARE * 60 * config.parallelism.timeout_minutes
     with (

@@ -17,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from equilibrium_mcore.files.paths import real_path
 from equilibrium_mcore.plots.figure import COLOURS, GREY, INK, colour_of, write_png
 from equilibrium_mcore.training.metrics import METRICS_FILE, TrainRecord, human, read_metrics
+from equilibrium_mcore.training.plot_panels import draw_together, panels_of
 
 MARKED_EVENTS = ("signal", "stop", "resume")
 FEW_RECORDS = 30
@@ -30,6 +31,7 @@ class RunCurves:
     name: str
     train: list[dict[str, Any]]
     validation: list[dict[str, Any]]
+    evaluation: list[dict[str, Any]]
     events: list[dict[str, Any]]
 
     def column(self, key: str, kind: str = "train") -> tuple[np.ndarray, np.ndarray]:
@@ -49,7 +51,7 @@ def load_curves(run: Path) -> RunCurves:
     records = read_metrics(path)
     by_kind = {
         kind: [record for record in records if record["kind"] == kind]
-        for kind in ("train", "validation", "event")
+        for kind in ("train", "validation", "evaluation", "event")
     }
     if not by_kind["train"]:
         raise ValueError(
@@ -60,6 +62,7 @@ def load_curves(run: Path) -> RunCurves:
         name=real_path(path).parent.name,
         train=by_kind["train"],
         validation=by_kind["validation"],
+        evaluation=by_kind["evaluation"],
         events=by_kind["event"],
     )
 
@@ -117,22 +120,28 @@ def plot_runs(runs: Sequence[Path], output: Path | None = None) -> Path:
 
 
 def draw(curves: Sequence[RunCurves]) -> Figure:
-    """The figure: a large panel for the loss, one for each further figure of the objective, and
-    three small ones."""
-    figures = _named_figures(curves)
-    panels = 4 + len(figures)
+    """The figure: a large panel for the loss, one for each further figure of the objective or some
+    of them together, and three small ones."""
+    held_out = panels_of(_names(curves, "evaluation", known=("step", "kind")))
+    panels = panels_of(_named_figures(curves))
+    rows = 4 + len(held_out) + len(panels)
     figure, axes = plt.subplots(
-        panels,
+        rows,
         1,
-        figsize=(9.5, 10.5 + 1.8 * len(figures)),
+        figsize=(9.5, 10.5 + 1.8 * (rows - 4)),
         sharex=True,
         layout="constrained",
-        height_ratios=[2.7] + [1] * (panels - 1),
+        height_ratios=[2.7] + [1] * (rows - 1),
     )
     loss, *others, rates, norm, speed = axes
     _draw_loss(loss, curves)
-    for axis, name in zip(others, figures, strict=True):
-        _draw_figure(axis, curves, name)
+    for axis, panel in zip(others[: len(held_out)], held_out, strict=True):
+        draw_together(axis, curves, panel, kind="evaluation")
+    for axis, panel in zip(others[len(held_out) :], panels, strict=True):
+        if len(panel.figures) > 1:
+            draw_together(axis, curves, panel, kind="train")
+        else:
+            _draw_figure(axis, curves, panel.figures[0])
     _draw_learning_rates(rates, curves)
     _draw_gradient_norm(norm, curves)
     _draw_throughput(speed, curves)
@@ -185,8 +194,13 @@ def _draw_loss(axis: Axes, curves: Sequence[RunCurves]) -> None:
 
 def _named_figures(curves: Sequence[RunCurves]) -> list[str]:
     """Names of what an objective logged beside the loss, in the order of the records."""
-    known = {"kind", *(field.name for field in dataclasses.fields(TrainRecord))}
-    names = (name for run in curves for record in run.train for name in record)
+    known = ("kind", *(field.name for field in dataclasses.fields(TrainRecord)))
+    return _names(curves, "train", known=known)
+
+
+def _names(curves: Sequence[RunCurves], kind: str, *, known: Sequence[str]) -> list[str]:
+    """Names in the records of a kind, but for those that are known."""
+    names = (name for run in curves for record in getattr(run, kind) for name in record)
     return [name for name in dict.fromkeys(names) if name not in known]
 
 

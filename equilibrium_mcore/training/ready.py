@@ -19,7 +19,9 @@ from equilibrium_mcore.checkpoint.opened import OpenedCheckpoint, inspect
 from equilibrium_mcore.config.chat import ConversationsConfig
 from equilibrium_mcore.config.data import DataConfig
 from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.policy import PolicyConfig
 from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.config.stages import STAGES
 from equilibrium_mcore.data.indexed_files import dataset_paths
 from equilibrium_mcore.optim.frozen import check_optimizer_state
 from equilibrium_mcore.parallel import accelerator
@@ -55,6 +57,7 @@ def check_ready(config: RunConfig, *, elsewhere: bool = False, say: Say = print)
     if config.checkpoint.initial_weights not in absent:
         progress = _collect(problems, lambda: _find_start(config))
     _collect(problems, lambda: check_adapters(config))
+    _collect(problems, lambda: check_policy(config))
     if config.training.frozen or config.optimizer.overrides or config.adapters is not None:
         _collect(problems, lambda: _check_patterns(config))
     if not {*_data_files(config)} & {*absent}:
@@ -81,6 +84,16 @@ def check_adapters(config: RunConfig) -> None:
         raise ConfigError(
             "adapters without checkpoint.initial_weights: the frozen weights beside them would be "
             "random; name a run's output directory or one of its checkpoints"
+        )
+
+
+def check_policy(config: RunConfig) -> None:
+    """Raise ConfigError for a policy whose stage asks for no answers to learn from."""
+    if isinstance(config.objective, PolicyConfig) and STAGES[config.stage].data != "prompts":
+        fit = [name for name, stage in STAGES.items() if stage.data == "prompts"]
+        raise ConfigError(
+            f"objective.type='policy' with stage={config.stage!r}: a policy learns from its own "
+            f"answers to prompts; set stage to {' or '.join(fit)}"
         )
 
 

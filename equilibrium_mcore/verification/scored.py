@@ -18,6 +18,8 @@ MAX_SHOWN = 500  # characters of a reason
 class RewardError(ValueError):
     """A reward that cannot be used, or that is not what it has to be; said to the user."""
 
+    is_told = True
+
 
 @dataclass(frozen=True)
 class Example:

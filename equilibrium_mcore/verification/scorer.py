@@ -32,6 +32,8 @@ SHOWN_ERRORS = 3
 class TooManyErrorsError(RuntimeError):
     """Verifiers failed for too many texts. `scored` is what the last batch got all the same."""
 
+    is_told = True  # it says by itself what to do
+
     def __init__(self, message: str, scored: Sequence[Scored] = ()) -> None:
         super().__init__(message)
         self.scored = list(scored)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.certify import objective_faults as objectives
+from tests.certify import online_faults as online
 from tests.certify import small_faults as small
 
 
@@ -179,6 +180,12 @@ PACKED = ("data.packing=documents", "training.micro_batch_size=1")
 # The run's own objective is replaced in every rank, the reference's too.
 PAIRS = (*PACKED, "objective.type=sft", "model.moe.aux_loss_coefficient=0.01")
 SFT = ("objective.type=sft",)
+POLICY = (
+    *PACKED,
+    "objective={type: policy, preset: dr_grpo, constant_length: 50}",
+    "model.moe.load_balancing=none",
+    "model.moe.expert_bias_update_rate=0",
+)
 EXPECTED: dict[Callable[[], None], Case] = {
     healthy: Case("tp=2,cp=2,ep=2", "", "", PACKED),
     context_split_over_the_wrong_group: Case("tp=2,cp=2", "loss of every step", "step 1"),
@@ -221,6 +228,11 @@ EXPECTED: dict[Callable[[], None], Case] = {
     objectives.pairs_given_as_the_divisor: Case(
         "dp=2", "balancing losses", "embedding", PAIRS, everywhere=True
     ),
+    online.expert_bias_moves: Case("tp=2", "experts' bias", "rank 0", POLICY, everywhere=True),
+    online.old_log_probabilities_after_the_update: Case(
+        "tp=2", "second update", "step 2", POLICY, everywhere=True
+    ),
+    online.one_rank_has_another_seed: Case("tp=2", "tokens that differ", "rank 0", POLICY),
 }
 HEALTHY = (healthy, objectives.pairs)
 

@@ -28,6 +28,21 @@ CAPPED = [{"name": "code", "prefix": "data/code", "weight": 1, "max_epochs": 2}]
 PP2 = {"parallelism.pipeline": 2}
 SP = {"parallelism.sequence": True}
 
+ONLINE = {
+    "stage": "grpo",
+    "data": {
+        "type": "prompts",
+        "name": "prompts",
+        "tokenizer": {"type": "SentencePieceTokenizer", "model": "tokenizer.model"},
+        "sources": [{"name": "sums", "train": ["prompts.jsonl"]}],
+    },
+    "objective": {"type": "policy"},
+    "rollout": {"max_new_tokens": 16},
+    "rewards": [{"type": "math_answer"}],
+    "checkpoint.initial_weights": "runs/sft",
+    "model.moe.load_balancing": "none",
+    "model.moe.expert_bias_update_rate": 0.0,
+}
 CHATS = {
     "type": "conversations",
     "name": "chats",
@@ -768,6 +783,102 @@ CASES = [
         {"adapters": {}, "parallelism.overlap_shared_experts": True},
         ["overlap_shared_experts=True with adapters"],
         {"adapters": {}},
+    ),
+    (
+        "an_online_stage_has_a_policy",
+        {**ONLINE, "objective": {"type": "sft"}},
+        ["objective.type='sft'", "stage='grpo'", "objective.type: policy"],
+        ONLINE,
+    ),
+    (
+        "answers_are_worth_something",
+        {**ONLINE, "rewards": None},
+        ["rewards: missing", "math_answer"],
+        ONLINE,
+    ),
+    (
+        "answers_are_worth_something",
+        {"rewards": [{"type": "length", "max_length": 9}]},
+        ["rewards with stage='pretrain'", "leave them out"],
+        {},
+    ),
+    (
+        "rollouts_are_for_policies",
+        {"rollout": {"max_new_tokens": 9}},
+        ["rollout with stage='pretrain'", "grpo"],
+        {},
+    ),
+    (
+        "rollouts_are_for_policies",
+        {"evaluation": {"interval_steps": 9}},
+        ["evaluation with stage='pretrain'"],
+        {},
+    ),
+    (
+        "groups_are_whole",
+        {**ONLINE, "rollout": {"samples_per_prompt": 3, "max_new_tokens": 16}},
+        ["global_batch_size=8", "samples_per_prompt=3", "use 6 or 9"],
+        ONLINE,
+    ),
+    (
+        "advantages_have_their_groups",
+        {**ONLINE, "rollout": {"samples_per_prompt": 1, "max_new_tokens": 16}},
+        ["samples_per_prompt=1", "advantage='group'", "at least 2"],
+        {**ONLINE, "stage": "spo", "rollout": {"max_new_tokens": 16}},
+    ),
+    (
+        "advantages_have_their_groups",
+        {**ONLINE, "stage": "spo", "rollout": {"max_new_tokens": 16, "resample": 1}},
+        ["rollout.resample", "samples_per_prompt=1"],
+        {**ONLINE, "rollout": {"samples_per_prompt": 2, "max_new_tokens": 16, "resample": 1}},
+    ),
+    (
+        "an_answer_fits",
+        {**ONLINE, "rollout": {"max_new_tokens": 64}},
+        ["max_new_tokens=64", "sequence_length=64", "at most 63"],
+        ONLINE,
+    ),
+    (
+        "the_router_follows_the_reward",
+        {**ONLINE, "model.moe.load_balancing": "aux_loss", "model.moe.aux_loss_coefficient": 0.1},
+        ["load_balancing='aux_loss'", "load_balancing: none"],
+        ONLINE,
+    ),
+    (
+        "the_router_follows_the_reward",
+        {**ONLINE, "model.moe.z_loss_coefficient": 0.1},
+        ["z_loss_coefficient=0.1", "set it to 0"],
+        ONLINE,
+    ),
+    (
+        "the_router_follows_the_reward",
+        {**ONLINE, "model.moe.expert_bias_update_rate": 0.1},
+        ["expert_bias_update_rate=0.1", "set it to 0"],
+        ONLINE,
+    ),
+    (
+        "nothing_counts_positions_in_the_data",
+        {**ONLINE, "training.validation_interval_steps": 5},
+        ["validation_interval_steps=5", "evaluation.interval_steps"],
+        ONLINE,
+    ),
+    (
+        "nothing_counts_positions_in_the_data",
+        {**ONLINE, "training.left_out": [[0, 1]]},
+        ["training.left_out", "leave it empty"],
+        ONLINE,
+    ),
+    (
+        "nothing_counts_positions_in_the_data",
+        {**ONLINE, "training.anomalies": {"policy": "rollback"}},
+        ["policy='rollback'", "use skip or stop"],
+        {**ONLINE, "training.anomalies": {"policy": "skip"}},
+    ),
+    (
+        "an_evaluation_has_prompts",
+        {**ONLINE, "evaluation": {"interval_steps": 5}},
+        ["interval_steps=5", "held-out prompts"],
+        ONLINE,
     ),
 ]
 

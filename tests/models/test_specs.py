@@ -6,13 +6,13 @@ import pytest
 import torch
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
-from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from equilibrium_mcore.models import provider
 from equilibrium_mcore.models.attention import TorchCoreAttention
+from equilibrium_mcore.models.decode.attention import DecodingSelfAttention
 from equilibrium_mcore.models.mamba import TorchMambaMixer
 from equilibrium_mcore.models.norms import RMSNorm
 from equilibrium_mcore.models.specs import TORCH, MultiLatentSelfAttention
@@ -23,7 +23,7 @@ LENGTH, CHANGED = 13, 6
 ROUNDING_OF_EXPERTS = 1e-12
 PLACES = {  # letter: (where its work is done, of which class)
     "M": ("mixer", TorchMambaMixer),
-    "*": ("self_attention", SelfAttention),
+    "*": ("self_attention", DecodingSelfAttention),
     "+": ("self_attention", MultiLatentSelfAttention),
     "-": ("mlp", MLP),
     "E": ("mlp", MoELayer),

@@ -16,7 +16,13 @@ from tests.support.runs import MODEL, tiny_run
 SMALL = {
     **MODEL,
     "layer_pattern": "ME|+E",
-    "moe": {**MODEL["moe"], "load_balancing": "none"},
+    "moe": {
+        **MODEL["moe"],
+        "load_balancing": "none",
+        "score_function": "sigmoid",
+        "expert_bias": True,
+        "expert_bias_update_rate": 0.0,
+    },
 }
 LONGEST = 8  # characters of an answer from which it costs more
 
@@ -173,3 +179,21 @@ def by_both_engines(rank_info: RankInfo, config: RunConfig, count: int) -> list[
     found = [engine.generate(requests, sampling) for engine in (own_engine(run), SlowEngine(run))]
     teardown(run)
     return [[(one.ids.tolist(), one.logprobs.tolist()) for one in rollouts] for rollouts in found]
+
+
+def shifted_rank(rank_info: RankInfo, config: RunConfig) -> None:
+    """The stage by an engine whose log-probabilities are not those of what it drew."""
+    from dataclasses import replace
+
+    from equilibrium_mcore.online.engine import own_engine
+    from equilibrium_mcore.stages.online import online_rank
+
+    class Shifted:
+        def __init__(self, run: Any) -> None:
+            self.engine = own_engine(run)
+
+        def generate(self, requests: Any, sampling: Any, *, version: int = 0) -> list[Any]:
+            found = self.engine.generate(requests, sampling, version=version)
+            return [replace(one, logprobs=one.logprobs - 0.25) for one in found]
+
+    online_rank(rank_info, config=config, engine_of=Shifted)

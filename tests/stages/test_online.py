@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from equilibrium_mcore.config.errors import ConfigError
 from tests.stages.online_support import (
     SMALL,
     by_both_engines,
@@ -16,8 +17,10 @@ from tests.stages.online_support import (
     online_run,
     prompts_section,
     records,
+    shifted_rank,
     stage_rank,
 )
+from tests.support.pool import RankError
 from tests.support.runs import tiny_run, train_steps
 
 LAYOUTS = {
@@ -116,10 +119,10 @@ def test_trap_generation_and_training_agree(one_rank):
 
 
 def test_trap_old_log_probabilities_are_from_before_the_update(one_rank):
-    """The first update on a rollout has ratios of 1; the second has moved away from them."""
-    first, second, third, fourth = (record["ratio"] for record in records(one_rank))
-    assert first == pytest.approx(1.0, abs=1e-6) and third == pytest.approx(1.0, abs=1e-6)
-    assert abs(second - 1) > 1e-5 and abs(fourth - 1) > 1e-5
+    """The first update on a rollout is at the policy that drew it; the second has moved away."""
+    first, second, third, fourth = (record["kl_old"] for record in records(one_rank))
+    assert first < 1e-9 and third < 1e-9
+    assert second > 1e-8 and fourth > 1e-8
 
 
 def test_answers_are_those_of_the_training_forward(ranks, prompts, pretrained, tmp_path):
@@ -132,11 +135,69 @@ def test_answers_are_those_of_the_training_forward(ranks, prompts, pretrained, t
 
 
 def test_trap_the_experts_bias_stays(ranks, prompts, pretrained, tmp_path):
-    """Equal to the bit before and after steps of a sigmoid router with a bias."""
-    moe = {"score_function": "sigmoid", "expert_bias": True, "expert_bias_update_rate": 0.0}
-    model = {**SMALL, "moe": {**SMALL["moe"], **moe}}
-    config = online_run(prompts, pretrained, tmp_path, model=model, training={"steps": 1})
+    """Equal to the bit before and after steps."""
+    config = online_run(prompts, pretrained, tmp_path)
     (pairs,) = ranks.run(1, kept_bias, config)
     assert pairs
     for before, after in pairs:
         assert before == after and any(before)
+
+
+# A tracker's expectations, and a temperature that is no 1.
+SPO: dict[str, Any] = {
+    "stage": "spo",
+    "objective": {"preset": "spo", "tracker": {"low": -1.0, "high": 0.0}},
+    "rollout": {"samples_per_prompt": 1, "temperature": 0.6},
+}
+
+
+def test_trap_temperature_on_both_sides_and_a_tracker_that_resumes(
+    ranks, prompts, pretrained, tmp_path
+):
+    """At 0.6, what was drawn is what is scored; what a tracker knows is in the checkpoint."""
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    ranks.run(1, stage_rank, online_run(prompts, pretrained, straight, **SPO))
+    stop = {"training": {"stop_after_steps": 2}}
+    ranks.run(1, stage_rank, online_run(prompts, pretrained, stopped, **SPO, **stop))
+    ranks.run(1, stage_rank, online_run(prompts, pretrained, stopped, **SPO))
+    assert curve(stopped) == curve(straight)
+    for record in records(straight):
+        assert record["mismatch_max"] < 1e-4 and record["kl_old"] < 1e-9
+    expected = [record["tracker_baseline"] for record in records(straight)]
+    assert len(set(expected)) == len(expected)  # it learns
+
+
+def test_trap_a_cut_support_cannot_be_asked_for(prompts, pretrained, tmp_path):
+    """Probabilities of a part of the vocabulary on one side alone: so there is no such setting."""
+    with pytest.raises(ConfigError, match=r"rollout\.top_p: unknown key"):
+        online_run(prompts, pretrained, tmp_path, rollout={"top_p": 0.9})
+
+
+def test_trap_a_broken_verifier_stops_the_run(ranks, prompts, pretrained, tmp_path):
+    """And does not teach that right answers are wrong."""
+    broken = [{"type": "plugin", "path": "tests.support.broken_reward:breaks"}]
+    rewards = {"rewards": broken, "reward_workers": 1}
+    config = online_run(prompts, pretrained, tmp_path, rewards=rewards)
+    with pytest.raises(RankError, match="the verifier is broken") as stopped:
+        ranks.run(1, stage_rank, config)
+    assert "max_error_share" in str(stopped.value) and "Traceback" not in str(stopped.value)
+
+
+def test_trap_an_engine_that_differs_is_refused(ranks, prompts, pretrained, tmp_path):
+    with pytest.raises(RankError, match=r"differ by 0\.25.*refuse_above_mean=0\.05"):
+        ranks.run(1, shifted_rank, online_run(prompts, pretrained, tmp_path))
+
+
+@pytest.mark.slow
+def test_a_half_used_rollout_goes_on_in_another_layout(
+    ranks, prompts, pretrained, one_rank, tmp_path
+):
+    """Within rounding, and with the same answers."""
+    stop = {"training": {"stop_after_steps": 1}}
+    ranks.run(1, stage_rank, online_run(prompts, pretrained, tmp_path, **SETTINGS, **stop))
+    layout = LAYOUTS["mixed"]
+    config = online_run(prompts, pretrained, tmp_path, parallelism=layout, **SETTINGS)
+    ranks.run(layout["world_size"], stage_rank, config)
+    assert answers(tmp_path) == answers(one_rank)
+    for record, other in zip(records(tmp_path), records(one_rank), strict=True):
+        assert record["loss"] == pytest.approx(other["loss"], rel=1e-3, abs=2e-5)

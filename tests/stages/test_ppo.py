@@ -143,7 +143,6 @@ def test_a_tracker_of_prompts_resumes_to_the_bit(ranks, prompts, pretrained, tmp
             ranks.run(1, stage_rank, config)
     found = curve(tmp_path / "straight")
     assert curve(tmp_path / "resumed") == found
-    assert found[0]["tracker_drift"] == 0 and found[1]["tracker_drift"] > 1e-7
     assert found[1]["tracker_baseline"] != found[0]["tracker_baseline"]
 
 

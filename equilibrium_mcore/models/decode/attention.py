@@ -44,12 +44,12 @@ class DecodingSelfAttention(Decodes, SelfAttention):
         else:
             row = torch.arange(len(query), device=query.device)
             for name, tensor in (("key", key), ("value", value)):
-                kept[name][row, :, work.positions_R] = tensor
+                kept[name][row, :, work.positions] = tensor
             context = F.scaled_dot_product_attention(
                 query.unsqueeze(2),
                 kept["key"][:, :, : work.longest],
                 kept["value"][:, :, : work.longest],
-                attn_mask=work.seen_RL()[:, None, None],
+                attn_mask=work.seen()[:, None, None],
                 enable_gqa=heads != query.shape[1],
             ).squeeze(2)
         return self.linear_proj(context.flatten(1).unsqueeze(1))
@@ -68,4 +68,4 @@ def attend_prompts(query: Tensor, key: Tensor, value: Tensor, work: Prefill, *, 
 
 
 def _positions(work: object) -> Tensor:
-    return work.positions_T if isinstance(work, Prefill) else work.positions_R
+    return work.positions if isinstance(work, Prefill) else work.positions

@@ -47,7 +47,7 @@ class DecodingLatentAttention(Decodes):
             kept[work.rows, : rows_RLC.shape[1]] = rows_RLC
             context = self._prompts(query_THQ, query_THE, latent, rope_T1E, work)
         else:
-            kept[torch.arange(len(remembered), device=kept.device), work.positions_R] = remembered
+            kept[torch.arange(len(remembered), device=kept.device), work.positions] = remembered
             context = self._step(query_THQ, query_THE, kept, state)
         return self.linear_proj(context.flatten(1).unsqueeze(1))
 
@@ -63,7 +63,7 @@ class DecodingLatentAttention(Decodes):
     def _turn(self, x: Tensor, state: DecodeState) -> Tensor:
         """RoPE at the tokens' positions. x: (T, heads, E)."""
         work = state.work
-        positions = work.positions_T if isinstance(work, Prefill) else work.positions_R
+        positions = work.positions if isinstance(work, Prefill) else work.positions
         fixed = state.fixed.setdefault(self.layer_number, {})
         if "angles" not in fixed:  # (capacity, 1, E)
             fixed["angles"] = self.rotary_pos_emb(state.capacity, packed_seq=True).squeeze(1)
@@ -103,16 +103,16 @@ class DecodingLatentAttention(Decodes):
         query = torch.cat([query_RHC, query_THE], dim=-1) * self.softmax_scale
         kept = kept[:, : work.longest]
         scores_RHL = query @ kept.transpose(1, 2)
-        scores_RHL = scores_RHL.masked_fill(~work.seen_RL().unsqueeze(1), -torch.inf)
+        scores_RHL = scores_RHL.masked_fill(~work.seen().unsqueeze(1), -torch.inf)
         wide = torch.promote_types(scores_RHL.dtype, torch.float32)
         shares_RHL = scores_RHL.softmax(-1, dtype=wide).to(kept.dtype)
         summed_RHC = shares_RHL @ kept[..., : self.config.kv_lora_rank]
         return (summed_RHC.transpose(0, 1) @ fixed["value_HCV"]).transpose(0, 1)
 
     def _absorbed(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The up-projection's parts, (H, Q, C) and (H, C, V), with any adapter beside it. Collective.
+        """The up-projection's parts, (H, Q, C) and (H, C, V). Collective.
 
-        What the layer makes of the unit vectors: whatever stands beside its weight has acted too.
+        What the layer makes of the unit vectors, so an adapter beside its weight has acted, too.
         """
         latent, config = self.config.kv_lora_rank, self.config
         units = torch.eye(latent, dtype=dtype, device=next(self.parameters()).device)

@@ -67,7 +67,7 @@ class DecodingMamba(Decodes):
         x, B, C = self._split(causal_conv(xBC_RLC, self.conv1d_weight.squeeze(1), self.conv1d_bias))
         y, final_RHPN = ssd_scan_with_state(
             x,
-            work.unpack(dt_TH) * work.valid_RL.unsqueeze(-1),
+            work.unpack(dt_TH) * work.valid.unsqueeze(-1),
             self._decay(dt_TH.dtype),
             B,
             C,

@@ -28,18 +28,18 @@ class Prefill:
 
     Attributes:
         lengths: [R], of each row, at least 1.
-        places_RL: where in the pack the tokens of a row stand; 0 behind its end.
-        valid_RL: False there.
-        sources_T: the way back, an index of the flattened (R, L); 0 for what pads the pack.
-        positions_T: of each token in its row; 0 for what pads the pack.
+        places: [R, L], where in the pack the tokens of a row stand; 0 behind its end.
+        valid: [R, L], False there.
+        sources: [T], the way back, an index of the flattened (R, L); 0 for what pads the pack.
+        positions: [T], of each token in its row; 0 for what pads the pack.
     """
 
     first: int
     lengths: Tensor
-    places_RL: Tensor
-    valid_RL: Tensor
-    sources_T: Tensor
-    positions_T: Tensor
+    places: Tensor
+    valid: Tensor
+    sources: Tensor
+    positions: Tensor
 
     @property
     def rows(self) -> slice:
@@ -47,20 +47,18 @@ class Prefill:
         return slice(self.first, self.first + len(self.lengths))
 
     def unpack(self, x_T: Tensor) -> Tensor:
-        """(T, ...) -> (R, L, ...); what stands behind the end of a row is some token of the pack."""
-        return x_T[self.places_RL]
+        """(T, ...) -> (R, L, ...); behind the end of a row stands some token of the pack."""
+        return x_T[self.places]
 
     def pack(self, x_RL: Tensor) -> Tensor:
         """(R, L, ...) -> (T, ...); what pads the pack becomes some finite token of it."""
-        if not len(self.lengths):
-            return x_RL.new_zeros(len(self.sources_T), *x_RL.shape[2:])
-        return x_RL.flatten(0, 1)[self.sources_T]
+        return x_RL.flatten(0, 1)[self.sources]
 
 
 def prefill(lengths: Sequence[int], *, first: int, tokens: int, device: torch.device) -> Prefill:
-    """The pack of `tokens` that begins with rows of these lengths; there may be none."""
+    """The pack of `tokens` that begins with rows of these lengths, at least one."""
     of_rows = torch.tensor(list(lengths), dtype=torch.long)
-    longest = int(of_rows.max()) if len(of_rows) else 1
+    longest = int(of_rows.max())
     column = torch.arange(longest)
     valid = column < of_rows.unsqueeze(1)
     starts = of_rows.cumsum(0) - of_rows
@@ -75,15 +73,15 @@ def prefill(lengths: Sequence[int], *, first: int, tokens: int, device: torch.de
 
 @dataclass(frozen=True)
 class Step:
-    """One token of every row. positions_R: its place in the row; `longest`: past the last of all."""
+    """One token of every row: `positions` [R], its place in the row; `longest`, past the last."""
 
-    positions_R: Tensor
+    positions: Tensor
     longest: int
 
-    def seen_RL(self) -> Tensor:
+    def seen(self) -> Tensor:
         """(R, longest), True where the row has a token, the present one among them."""
-        column = torch.arange(self.longest, device=self.positions_R.device)
-        return column <= self.positions_R.unsqueeze(1)
+        column = torch.arange(self.longest, device=self.positions.device)
+        return column <= self.positions.unsqueeze(1)
 
 
 @dataclass
