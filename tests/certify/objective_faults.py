@@ -89,6 +89,13 @@ def pairs_given_as_the_divisor() -> None:
     step.objective_of = broken
 
 
+def ratios_of_a_part_of_an_answer() -> None:
+    """A context rank takes the mean log ratio of its part of an answer for the whole's."""
+    from equilibrium_mcore.training import policy_objective
+
+    policy_objective.summed_over_context = lambda values, cp_group: values
+
+
 def mask_shifted_by_one() -> None:
     """The loss counts the token after each answer's, and not its first: wrong in every layout."""
     from equilibrium_mcore.training import step
