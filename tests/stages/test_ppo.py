@@ -130,27 +130,6 @@ def test_an_export_of_the_policy_does_not_see_the_critic(one_rank):
 
 
 @pytest.mark.slow
-def test_a_tracker_of_prompts_resumes_to_the_bit(ranks, prompts, pretrained, tmp_path):
-    """SPO over more than an epoch of prompts: what they earned, and how far the policy moved."""
-    settings = {
-        "stage": "spo",
-        "rollout": {"samples_per_prompt": 1},
-        "objective": {"preset": "spo", "tracker": {"low": -1.0}},
-        "training": {"steps": 3},
-    }
-    for name, stops in (("straight", [None]), ("resumed", [2, None])):
-        for stop in stops:
-            training = {"steps": 3, "stop_after_steps": stop}
-            config = online_run(
-                prompts, pretrained, tmp_path / name, **{**settings, "training": training}
-            )
-            ranks.run(1, stage_rank, config)
-    found = curve(tmp_path / "straight")
-    assert curve(tmp_path / "resumed") == found
-    assert found[1]["tracker_baseline"] != found[0]["tracker_baseline"]
-
-
-@pytest.mark.slow
 def test_a_teacher_takes_the_place_of_rewards(
     ranks, data, prompts, pretrained, tmp_path_factory, tmp_path
 ):
