@@ -129,7 +129,7 @@ def compare_rollouts(found: Sequence[dict[str, Any]], reference: dict[str, Any])
     """The ranks of a layout against one rank."""
     first = found[0]
     norms = {
-        f"step {step}": abs(norm - other) / other
+        f"step {step}": _apart(norm, other)
         for step, (norm, other) in enumerate(
             zip(first["norms"], reference["norms"], strict=True), start=1
         )
@@ -156,6 +156,11 @@ def compare_rollouts(found: Sequence[dict[str, Any]], reference: dict[str, Any])
         worst_verdict("rollouts: experts' bias stays", biases, 0.0),
         worst_verdict("rollouts: gradient norm of each update", norms, ROUNDED),
     ]
+
+
+def _apart(found: float, expected: float) -> float:
+    """Relative; a gradient is 0 where every ratio is out of its bounds."""
+    return abs(found - expected) / expected if expected else float(found != 0)
 
 
 def _unequal(found: list[list[int]], expected: list[list[int]]) -> float:

@@ -47,6 +47,18 @@ def answers_are_worth_something(subject: Subject) -> Iterator[str]:
         )
 
 
+@rule("stage", "objective")
+def a_teacher_is_named(subject: Subject) -> Iterator[str]:
+    objective = subject.config.objective
+    if not is_online(subject) or not isinstance(objective, PolicyConfig):
+        return
+    if objective.advantage == "teacher" and objective.teacher is None:
+        yield (
+            "objective.advantage='teacher' without objective.teacher: set it to the output "
+            "directory of the model that is to be followed"
+        )
+
+
 @rule("stage", "objective", "rollout", "evaluation")
 def rollouts_are_for_policies(subject: Subject) -> Iterator[str]:
     config = subject.config

@@ -90,8 +90,8 @@ class RewardEstimator:
             if kl.controller == "adaptive"
             else Fixed(kl.coefficient)
         )
-        self._before: list[Answer] = []  # the last rollout, for a tracker that asks for a drift
         self.tracker: Tracker | None = None
+        self._before: list[Answer] = []  # of the rollout before, by which a drift is measured
         if settings.advantage == "tracker":
             values = settings.tracker.model_dump()
             self.tracker = TRACKERS[values.pop("form")](**values)

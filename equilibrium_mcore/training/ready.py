@@ -15,6 +15,7 @@ from pathlib import Path
 
 from equilibrium_mcore.checkpoint.choose import find_alone, find_weights
 from equilibrium_mcore.checkpoint.compatibility import check_resumable, check_same_model
+from equilibrium_mcore.checkpoint.directory import latest_checkpoint
 from equilibrium_mcore.checkpoint.opened import OpenedCheckpoint, inspect
 from equilibrium_mcore.config.chat import ConversationsConfig
 from equilibrium_mcore.config.data import DataConfig
@@ -57,6 +58,9 @@ def check_ready(config: RunConfig, *, elsewhere: bool = False, say: Say = print)
         _collect(problems, lambda: _check_host(config))
         _collect(problems, lambda: look_at_run_folder(config))
     progress: Progress | None = None
+    for key, path in models_beside(config).items():
+        if path not in absent:
+            _collect(problems, lambda key=key, path=path: _check_beside(config, key, path))
     if config.checkpoint.initial_weights not in absent:
         progress = _collect(problems, lambda: _find_start(config))
     _collect(problems, lambda: check_adapters(config))
@@ -175,6 +179,33 @@ def _memory(config: RunConfig, roles: dict[str, ModelConfig]) -> str:
     return memory_of_roles(config, roles)
 
 
+def models_beside(config: RunConfig) -> dict[str, Path]:
+    """Weights of other models that a policy's run loads, by the setting that names them."""
+    objective = config.objective
+    if not isinstance(objective, PolicyConfig):
+        return {}
+    found = {"objective.teacher": objective.teacher}
+    if objective.critic is not None:
+        found["objective.critic.initial_weights"] = objective.critic.initial_weights
+    return {key: path for key, path in found.items() if path is not None}
+
+
+def _check_beside(config: RunConfig, key: str, path: Path) -> None:
+    """Raise ConfigError where there is no checkpoint, or it reads other tokens."""
+    latest = latest_checkpoint(path)
+    if latest is None:
+        raise ConfigError(
+            f"{key}={path}: there is no checkpoint. Name a run's output directory, or one of its "
+            "checkpoints/step_... folders"
+        )
+    size = inspect(latest, needs_state=False).config.model.vocab_size
+    if size != config.model.vocab_size:
+        raise ConfigError(
+            f"{key}={path}: its model.vocab_size={size}, and the run's is "
+            f"{config.model.vocab_size}: both must read the same tokens"
+        )
+
+
 def _check_patterns(config: RunConfig) -> None:
     """Names of parameters: the model is built without memory."""
     accelerator.quiet_libraries()
@@ -218,7 +249,7 @@ def _data_files(config: RunConfig) -> Iterator[Path]:
 def _absent(config: RunConfig) -> list[Path]:
     """What the run reads and this host does not have."""
     objective = config.objective
-    more = [config.checkpoint.initial_weights]
-    more += [getattr(objective, key, None) for key in ("teacher", "targets")]
-    files = [*_data_files(config), *(path for path in more if path is not None)]
+    more = [config.checkpoint.initial_weights, getattr(objective, "targets", None)]
+    more += [getattr(objective, "teacher", None), *models_beside(config).values()]
+    files = [*_data_files(config), *dict.fromkeys(path for path in more if path is not None)]
     return [path for path in files if not path.exists()]

@@ -26,6 +26,7 @@ class Values:
     figures = ("loss",)
     tokens_of = "loss"
     has_perplexity = False
+    reads = "losses"  # as a model of one head gives them
     needs_logits = False
     carried = ()
     inputs = (VALUES, RETURNS)

@@ -210,6 +210,11 @@ POLICY = (
     "model.moe.load_balancing=none",
     "model.moe.expert_bias_update_rate=0",
 )
+GSPO = (
+    *PACKED,
+    "objective={type: policy, preset: gspo, clip_low: 0.02, clip_high: 0.02}",
+    *POLICY[-2:],
+)
 EXPECTED: dict[Callable[[], None], Case] = {
     healthy: Case("tp=2,cp=2,ep=2", "", "", PACKED),
     context_split_over_the_wrong_group: Case("tp=2,cp=2", "loss of every step", "step 1"),
@@ -262,6 +267,7 @@ EXPECTED: dict[Callable[[], None], Case] = {
     objectives.slices_of_the_vocabulary_taken_for_the_whole: Case(
         "tp=2", "loss of every step", "step 1", DISTILLED
     ),
+    objectives.ratios_of_a_part_of_an_answer: Case("cp=2", "loss of every step", "step 1", GSPO),
     online.expert_bias_moves: Case("tp=2", "experts' bias", "rank 0", POLICY, everywhere=True),
     online.old_log_probabilities_after_the_update: Case(
         "tp=2", "second update", "step 2", POLICY, everywhere=True

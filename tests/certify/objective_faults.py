@@ -98,6 +98,13 @@ def slices_of_the_vocabulary_taken_for_the_whole() -> None:
     distillation.across_ranks = lambda tp_group: WHOLE
 
 
+def ratios_of_a_part_of_an_answer() -> None:
+    """A context rank takes the mean log ratio of its part of an answer for the whole's."""
+    from equilibrium_mcore.training import policy_objective
+
+    policy_objective.summed_over_context = lambda values, cp_group: values
+
+
 def mask_shifted_by_one() -> None:
     """The loss counts the token after each answer's, and not its first: wrong in every layout."""
     from equilibrium_mcore.training import step

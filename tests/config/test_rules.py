@@ -903,6 +903,17 @@ CASES = [
         {},
     ),
     (
+        "a_teacher_is_named",
+        {**ONLINE, "stage": "opd", "rewards": None, "objective.preset": "opd"},
+        ["advantage='teacher'", "objective.teacher"],
+        {
+            **ONLINE,
+            "stage": "opd",
+            "rewards": None,
+            "objective": {"type": "policy", "preset": "opd", "teacher": "runs/teacher"},
+        },
+    ),
+    (
         "groups_are_whole",
         {**ONLINE, "rollout": {"samples_per_prompt": 3, "max_new_tokens": 16}},
         ["global_batch_size=8", "samples_per_prompt=3", "use 6 or 9"],
