@@ -193,9 +193,9 @@ def test_trap_a_truncated_support_is_one_on_both_sides(ranks, prompts, pretraine
     assert first["kl_reference"] < 1e-6  # the policy is the reference as yet
 
 
-def test_one_id_is_no_choice(prompts, pretrained, tmp_path):
+def test_one_id_is_no_choice(prompts, tmp_path):
     with pytest.raises(ConfigError, match=r"rollout\.top_k=1 leaves nothing to learn"):
-        online_run(prompts, pretrained, tmp_path, rollout={"top_k": 1})
+        online_run(prompts, tmp_path / "weights", tmp_path / "run", rollout={"top_k": 1})
 
 
 def test_trap_a_broken_verifier_stops_the_run(ranks, prompts, pretrained, tmp_path):
