@@ -170,25 +170,45 @@ def test_trap_temperature_on_both_sides_and_a_tracker_that_resumes(
     assert len(set(expected)) == len(expected)  # it learns
 
 
-def test_trap_a_truncated_support_is_one_on_both_sides(ranks, prompts, pretrained, tmp_path):
-    """What is drawn from the likeliest ids is scored over the same ids, by the policy and by the
-    reference: the first ratio is 1, on tensor ranks as on one, and a half-used rollout resumes
-    with its ids."""
-    alone, cut = tmp_path / "alone", {"minibatches": 2, "top_k": 400, "top_p": 0.9}
-    changes: dict[str, Any] = {"rollout": cut, "training": {"steps": 2}}
+TRUNCATED: dict[str, Any] = {
+    "rollout": {"minibatches": 2, "top_k": 400, "top_p": 0.9},
+    "training": {"steps": 2},
+}
+CONTEXT = {"world_size": 2, "context": 2}
+
+
+@pytest.fixture(scope="module")
+def truncated(ranks, prompts, pretrained, tmp_path_factory) -> Path:
+    """On one rank, stopped after the first of two updates on a rollout, and resumed."""
+    folder = tmp_path_factory.mktemp("truncated")
     stop = {"training": {"steps": 2, "stop_after_steps": 1}}
-    ranks.run(1, stage_rank, online_run(prompts, pretrained, alone, **{**changes, **stop}))
-    ranks.run(1, stage_rank, online_run(prompts, pretrained, alone, **changes))
-    config = online_run(
-        prompts, pretrained, tmp_path / "mixed", parallelism=LAYOUTS["mixed"], **changes
-    )
+    ranks.run(1, stage_rank, online_run(prompts, pretrained, folder, **{**TRUNCATED, **stop}))
+    ranks.run(1, stage_rank, online_run(prompts, pretrained, folder, **TRUNCATED))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(LAYOUTS["mixed"], id="mixed"),
+        pytest.param(CONTEXT, id="context", marks=pytest.mark.slow),
+        pytest.param(LAYOUTS["virtual"], id="virtual", marks=pytest.mark.slow),
+    ],
+)
+def test_trap_a_truncated_support_is_one_on_both_sides(
+    ranks, prompts, pretrained, truncated, tmp_path, layout
+):
+    """What is drawn from the likeliest ids is scored over the same ids, by the policy and by the
+    reference: the first ratio is 1, in a layout as on one rank, and a half-used rollout resumes
+    with its ids."""
+    config = online_run(prompts, pretrained, tmp_path, parallelism=layout, **TRUNCATED)
     ranks.run(2, stage_rank, config)
-    assert answers(tmp_path / "mixed") == answers(alone)
-    for record, other in zip(records(tmp_path / "mixed"), records(alone), strict=True):
+    assert answers(tmp_path) == answers(truncated)
+    for record, other in zip(records(tmp_path), records(truncated), strict=True):
         assert max(record["mismatch_max"], other["mismatch_max"]) < 1e-4
         for figure in ("loss", "entropy", "kl_old", "kl_reference", "k3"):
             assert record[figure] == pytest.approx(other[figure], rel=1e-4, abs=2e-5), figure
-    first, second = records(alone)
+    first, second = records(truncated)
     assert first["kl_old"] < 1e-9 < second["kl_old"] < 1e-3
     assert first["kl_reference"] < 1e-6  # the policy is the reference as yet
 
