@@ -13,6 +13,7 @@ from equilibrium_mcore.config.rewards import RewardsConfig
 from equilibrium_mcore.config.section import (
     NonNegativeInt,
     PositiveFloat,
+    PositiveFraction,
     PositiveInt,
     Section,
     setting,
@@ -29,6 +30,14 @@ class RolloutConfig(Section):
     max_new_tokens: PositiveInt = setting(256, "longest answer; a longer one is cut off")
     temperature: PositiveFloat = setting(
         1.0, "divides the logits, of sampling and of training alike"
+    )
+    top_k: NonNegativeInt = setting(
+        0, "a token is drawn from so many likeliest ids, in sampling and in training; 0: from all"
+    )
+    top_p: PositiveFraction = setting(
+        1.0,
+        "and of these from the fewest whose probabilities sum to this; 1: from all. What could be "
+        "drawn is kept with each token, and probabilities of policy and reference are over it",
     )
     rows: PositiveInt = setting(64, "answers that a data rank continues at a time")
     minibatches: PositiveInt = setting(

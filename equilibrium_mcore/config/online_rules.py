@@ -100,6 +100,16 @@ def advantages_have_their_groups(subject: Subject) -> Iterator[str]:
         yield "rollout.resample with samples_per_prompt=1: a single answer is no group; set it to 0"
 
 
+@rule("stage", "rollout")
+def there_is_a_choice(subject: Subject) -> Iterator[str]:
+    """The probability of the only token that can be drawn is 1, and has no gradient."""
+    if is_online(subject) and subject.config.rollout.top_k == 1:
+        yield (
+            "rollout.top_k=1 leaves nothing to learn: every token would be the likeliest, of "
+            "probability 1; use 0 for no bound, or at least 2"
+        )
+
+
 @rule("stage", "training", "rollout")
 def an_answer_fits(subject: Subject) -> Iterator[str]:
     if not is_online(subject):

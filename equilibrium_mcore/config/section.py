@@ -21,6 +21,7 @@ PositiveFloat = Annotated[float, Field(gt=0, le=MOST_FLOAT)]
 NonNegativeFloat = Annotated[float, Field(ge=0, le=MOST_FLOAT)]
 Epsilon = Annotated[float, Field(ge=1e-30, le=MOST_FLOAT)]  # much smaller ones would be 0
 Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 # Every setting that is a path: `~` and `$VARS` are replaced when it is read.
 UserPath = Annotated[Path, AfterValidator(expand_path)]
 

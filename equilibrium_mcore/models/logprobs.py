@@ -1,9 +1,10 @@
 """Log-probabilities and entropies from logits that tensor-parallel ranks hold in parts.
 
 Functions of logits alone: temperature divides them, rows that only pad the vocabulary are left out
-of the normaliser, and no rank ever holds the logits of another. Gradients are those of
-`torch.log_softmax` over the real vocabulary; like megatron-core's cross-entropy they take the
-gradient of the result to be the same on every tensor rank, and need no communication.
+of the normaliser, as are ids that a token could not be drawn from, and no rank ever holds the
+logits of another. Gradients are those of `torch.log_softmax` over what is left; like
+megatron-core's cross-entropy they take the gradient of the result to be the same on every tensor
+rank, and need no communication.
 
 Shapes: B batch, S sequence, V this rank's slice of the padded vocabulary, in rank order.
 """
@@ -24,6 +25,7 @@ def label_log_probabilities(
     vocab_size: int,
     tp_group: torch.distributed.ProcessGroup,
     temperature: float = 1.0,
+    outside_BSV: Tensor | None = None,
 ) -> Tensor:
     """log p of each label in nats, [B, S], float32 or the logits' dtype if wider. Collective.
 
@@ -32,8 +34,10 @@ def label_log_probabilities(
         vocab_size: ids from here on are padding, of probability 0.
         tp_group: the ranks that hold the vocabulary; the result is the same on all of them.
         temperature: logits are divided by it, above 0.
+        outside_BSV: bool, True for ids of this rank's slice that have probability 0 as well; never
+            for all real ids of a token.
     """
-    settings = vocab_size, tp_group, temperature, False
+    settings = vocab_size, tp_group, temperature, outside_BSV, False
     return _LabelLogProbabilities.apply(logits_BSV, labels_BS, *settings)[0]
 
 
@@ -44,9 +48,10 @@ def log_probabilities_and_entropies(
     vocab_size: int,
     tp_group: torch.distributed.ProcessGroup,
     temperature: float = 1.0,
+    outside_BSV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`label_log_probabilities`, and the entropy in nats of the distribution they are of, [B, S]"""
-    settings = vocab_size, tp_group, temperature, True
+    settings = vocab_size, tp_group, temperature, outside_BSV, True
     return _LabelLogProbabilities.apply(logits_BSV, labels_BS, *settings)
 
 
@@ -61,12 +66,17 @@ class _LabelLogProbabilities(torch.autograd.Function):
         vocab_size: int,
         tp_group: torch.distributed.ProcessGroup,
         temperature: float,
+        outside_BSV: Tensor | None,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor | None]:
         width = logits_BSV.shape[-1]
         first = tp_group.rank() * width
         x_BSV = _exponents(
-            logits_BSV, real=max(vocab_size - first, 0), temperature=temperature, group=tp_group
+            logits_BSV,
+            real=max(vocab_size - first, 0),
+            temperature=temperature,
+            outside_BSV=outside_BSV,
+            group=tp_group,
         )
         index_BS1 = (labels_BS - first).unsqueeze(-1)
         here_BS1 = (index_BS1 >= 0) & (index_BS1 < width)
@@ -97,16 +107,24 @@ class _LabelLogProbabilities(torch.autograd.Function):
         if entropy_BS is not None:  # dH / dx = -p (log p + H)
             slope_BSV = torch.xlogy(p_BSV, p_BSV).addcmul_(p_BSV, entropy_BS.unsqueeze(-1))
             x_BSV.addcmul_(slope_BSV, of_entropy_BS.unsqueeze(-1), value=-1)
-        return x_BSV.div_(ctx.temperature).to(ctx.dtype), None, None, None, None, None
+        return x_BSV.div_(ctx.temperature).to(ctx.dtype), *[None] * 6
 
 
 def _exponents(
-    logits_BSV: Tensor, *, real: int, temperature: float, group: torch.distributed.ProcessGroup
+    logits_BSV: Tensor,
+    *,
+    real: int,
+    temperature: float,
+    outside_BSV: Tensor | None,
+    group: torch.distributed.ProcessGroup,
 ) -> Tensor:
-    """A copy, at most 0 and wide enough for sums of powers; -inf from this rank's row `real` on."""
+    """A copy, at most 0 and wide enough for sums of powers; -inf from this rank's row `real` on,
+    and where `outside_BSV` says so."""
     wide = torch.promote_types(logits_BSV.dtype, torch.float32)
     x_BSV = logits_BSV.to(wide, copy=True).div_(temperature)
     x_BSV[..., real:] = -torch.inf
+    if outside_BSV is not None:
+        x_BSV.masked_fill_(outside_BSV, -torch.inf)
     largest_BS = x_BSV.amax(-1)
     _all_reduce(largest_BS, group, torch.distributed.ReduceOp.MAX)
     return x_BSV.sub_(largest_BS.unsqueeze(-1))

@@ -65,6 +65,8 @@ def evaluate(run: Run, engine: Engine, judge: Judge) -> dict[str, float]:
         max_new_tokens=rollout.max_new_tokens,
         stop_ids=samples.stop_ids,
         temperature=rollout.temperature,
+        top_k=rollout.top_k,
+        top_p=rollout.top_p,
     )
     with run.weights("evaluation") as chunks, evaluating(chunks):
         greedy = _answers(engine, prompts, replace(sampling, temperature=0.0), count=1)

@@ -41,6 +41,7 @@ def answers_of(groups: Sequence[Group], *, masked: bool) -> list[Answer]:
                     group=place,
                     counts=verdict.verdict != "error" and not left_out,
                     values={SAMPLED: rollout.logprobs.astype(np.float32)},
+                    support=rollout.support,
                 )
             )
     return found

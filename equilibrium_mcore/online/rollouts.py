@@ -53,6 +53,8 @@ def sampling_of(
         max_new_tokens=config.max_new_tokens,
         stop_ids=tuple(stop_ids),
         temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
     )
 
 

@@ -25,6 +25,7 @@ from equilibrium_mcore.models.logprobs import (
     label_log_probabilities,
     log_probabilities_and_entropies,
 )
+from equilibrium_mcore.models.support import Support
 from equilibrium_mcore.objectives.reduction import REDUCTIONS
 
 Batch = dict[str, Tensor]
@@ -49,10 +50,22 @@ class Logits:
         return label_log_probabilities(self.values, labels_BS, **self._settings(temperature))
 
     def log_probabilities_and_entropies(
-        self, labels_BS: Tensor, *, temperature: float = 1.0
+        self,
+        labels_BS: Tensor,
+        *,
+        temperature: float = 1.0,
+        support: Support | None = None,
+        place_BS: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`log_probabilities`, and the entropy of the distribution that they are of. Collective."""
+        """`log_probabilities`, and the entropy of the distribution that they are of. Collective.
+
+        With a `support`, of the distribution over it, where `place_BS` is each token's place in it.
+        """
         settings = self._settings(temperature)
+        if support is not None:
+            width = self.values.shape[-1]
+            first = self.tp_group.rank() * width
+            settings["outside_BSV"] = support.outside(place_BS, first=first, width=width)
         return log_probabilities_and_entropies(self.values, labels_BS, **settings)
 
     def _settings(self, temperature: float) -> dict[str, Any]:

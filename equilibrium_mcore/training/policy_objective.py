@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from equilibrium_mcore.config.policy import PolicyConfig
+from equilibrium_mcore.models.support import SUPPORT
 from equilibrium_mcore.objectives.kl import ESTIMATORS
 from equilibrium_mcore.objectives.policy import RATIOS, SURROGATES, Answers
 from equilibrium_mcore.objectives.reduction import REDUCTIONS, document_numbers
@@ -29,9 +30,10 @@ class Policy:
     """A policy gradient with a term that ties to a reference.
 
     Batches have `old`, `advantages` and `corrections`, and `reference` where the tie is part of the
-    loss. Logs the loss; the mean ratio to the old policy, the share of tokens whose gradient is cut
-    off below and above, and `kl_old`, how far the policy is from the old one (k3, in nats per
-    token); the entropy; and with a reference, `k1` and `k3` of the divergence from it.
+    loss; with a `support` (`models/support.py`) all probabilities are over it. Logs the loss; the
+    mean ratio to the old policy, the share of tokens whose gradient is cut off below and above, and
+    `kl_old`, how far the policy is from the old one (k3, in nats per token); the entropy; and with
+    a reference, `k1` and `k3` of the divergence from it.
 
     `temperature` divides the logits, as it did when the answers were drawn. `kl_coefficient` is
     what the term is multiplied by. Who makes the batches may change both.
@@ -41,7 +43,7 @@ class Policy:
     has_perplexity = False
     reads = "losses"
     needs_logits = True
-    carried = ()
+    carried = (SUPPORT,)
 
     def __init__(self, settings: PolicyConfig, *, temperature: float = 1.0) -> None:
         self.temperature = temperature
@@ -53,7 +55,7 @@ class Policy:
         self._tied = settings.needs_reference and settings.kl.place == "loss"
         self._estimate = ESTIMATORS[settings.kl.estimator]
         self.figures = ("loss", "ratio", "clipped_below", "clipped_above", "kl_old", "entropy")
-        self.inputs = (OLD, ADVANTAGES, CORRECTIONS, "weight", "share")
+        self.inputs = (OLD, ADVANTAGES, CORRECTIONS, "weight", "share", "place")
         if self._tied:
             self.figures += ("k1", "k3")
             self.inputs += (REFERENCE,)
@@ -67,6 +69,8 @@ class Policy:
         if missing:
             raise ValueError(f"the batch of a policy lacks {', '.join(missing)}")
         mask, positions = batch["loss_mask"], batch["position_ids"]
+        batch.setdefault(SUPPORT, None)
+        batch["place"] = torch.arange(mask.numel(), device=mask.device).view_as(mask)
         batch["weight"], divisor = self._weights(mask, positions, self._length)
         total = float(batch["weight"].sum())
         batch["share"] = batch["weight"] * (divisor / total if total else 0.0)
@@ -78,7 +82,10 @@ class Policy:
     def __call__(self, logits: Logits, batch: Batch, *, cp_group: Any) -> ObjectiveOutput:
         """See Objective."""
         log_p, entropy = logits.log_probabilities_and_entropies(
-            batch["labels"], temperature=self.temperature
+            batch["labels"],
+            temperature=self.temperature,
+            support=batch[SUPPORT],
+            place_BS=batch["place"],
         )
         log_p = log_p.reshape(-1)
         flat = {name: batch[name].reshape(-1) for name in ("loss_mask", *self.inputs)}

@@ -17,6 +17,7 @@ from equilibrium_mcore.config.layout import micro_batch_unit
 from equilibrium_mcore.data.stream import Batch
 from equilibrium_mcore.models.heads import ScalarHeadModel, values_of
 from equilibrium_mcore.models.logprobs import label_log_probabilities
+from equilibrium_mcore.models.support import SUPPORT
 from equilibrium_mcore.parallel import accelerator
 from equilibrium_mcore.training.schedule import evaluating, rank_batch, run_schedule
 from equilibrium_mcore.training.setup import Run, Weights
@@ -40,7 +41,8 @@ def log_probabilities(
     loss are scored too.
 
     Unlike training's loss, they leave out the rows that only pad the vocabulary (`vocab_size` up
-    to `padded_vocab_size`), which can never be sampled.
+    to `padded_vocab_size`), which can never be sampled. Where a batch has a `support`
+    (`models/support.py`), so are the ids outside of it: also of another model than drew them.
 
     Args:
         batches: this data rank's, with `tokens`, `labels` and `position_ids`, each [B, S], all of
@@ -56,12 +58,22 @@ def log_probabilities(
         return []
     _check(run, batches, temperature, which, chunks)
     model = run.config.model
-    of_output = partial(
-        label_log_probabilities,
-        vocab_size=model.padded_vocab_size if padded_vocabulary else model.vocab_size,
-        tp_group=run.groups.tp,
-        temperature=temperature,
-    )
+    vocab_size = model.padded_vocab_size if padded_vocabulary else model.vocab_size
+
+    def of_output(output: Tensor, batch: Batch) -> Tensor:
+        outside, tp = None, run.groups.tp
+        if batch[SUPPORT] is not None:
+            width = output.shape[-1]
+            outside = batch[SUPPORT].outside(batch["place"], first=tp.rank() * width, width=width)
+        return label_log_probabilities(
+            output,
+            batch["labels"],
+            vocab_size=vocab_size,
+            tp_group=tp,
+            temperature=temperature,
+            outside_BSV=outside,
+        )
+
     return _scored(run, batches, of_output, which, chunks)
 
 
@@ -91,13 +103,13 @@ def scalar_values(
 def _scored(
     run: Run,
     batches: Sequence[Batch],
-    of_output: Callable[[Tensor, Tensor], Tensor],
+    of_output: Callable[[Tensor, Batch], Tensor],
     which: Weights,
     chunks: list[torch.nn.Module] | None,
     *,
     labels: bool = False,
 ) -> list[Tensor]:
-    """`of_output` of the last stage's output and the labels, [B, S / CP], whole, on all ranks."""
+    """`of_output` of the last stage's output and its batch, [B, S / CP], whole, on all ranks."""
     micro_batches = [_with_places(batch) for batch in _filled_up(run, batches)]
     with run.weights(which) as own:
         chunks = own if chunks is None else chunks
@@ -166,11 +178,13 @@ def _forward_step(
     chunk: torch.nn.Module,
     *,
     run: Run,
-    of_output: Callable[[Tensor, Tensor], Tensor],
+    of_output: Callable[[Tensor, Batch], Tensor],
     with_labels: bool,
 ) -> tuple[Tensor, partial]:
     """megatron-core's forward step: the last stage's output, hidden states before."""
-    batch, packed = rank_batch(next(iterator), run, also=("place",))
+    whole = next(iterator)
+    batch, packed = rank_batch(whole, run, also=("place",))
+    batch[SUPPORT] = whole.get(SUPPORT)
     output = chunk(
         input_ids=batch["tokens"],
         position_ids=batch["position_ids"],
@@ -186,11 +200,11 @@ def _values_of(
     *,
     batch: Batch,
     run: Run,
-    of_output: Callable[[Tensor, Tensor], Tensor],
+    of_output: Callable[[Tensor, Batch], Tensor],
     non_loss_data: bool,
 ) -> Tensor:
     """(B * S,), the values of this rank's tokens at their places, and zeros elsewhere."""
-    values = of_output(output, batch["labels"])
+    values = of_output(output, batch)
     whole = values.new_zeros(values.numel() * run.groups.cp.size())
     whole[batch["place"].flatten()] = values.flatten()
     return whole

@@ -88,7 +88,7 @@ def base(ranks, data, tmp_path_factory) -> Base:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_every_layout_has_the_numbers_of_one_rank(base, name):
+def test_trap_every_layout_has_the_numbers_of_one_rank(base, name):
     model, world_size, parallelism = LAYOUTS[name]
     found, expected = base.train(model, world_size, parallelism), base.curve(model)
     assert found["loss"] == pytest.approx(expected["loss"], rel=TOLERANCE)
@@ -132,6 +132,37 @@ def test_trap_a_frozen_base_moves_nothing_and_takes_no_room(base, tmp_path):
     assert found["moved"] and all(".adapter." in name for name in found["moved"])
     assert len(found["moved"]) == 2 * found["adapters"] == len(found["owned"])
     assert found["trainable"] <= found["buffers"] < 1.2 * found["trainable"] + 10_000
+
+
+def _scores_of_the_reference(rank_info: RankInfo, config: RunConfig) -> list[torch.Tensor]:
+    """log p after two steps: of the adapted model, without its adapters, and of a frozen copy."""
+    from equilibrium_mcore.training.frozen import load_frozen
+    from equilibrium_mcore.training.reference import Reference
+    from equilibrium_mcore.training.scoring import log_probabilities
+    from equilibrium_mcore.training.setup import setup, teardown
+    from equilibrium_mcore.training.step import train_step
+
+    run = setup(config, rank_info)
+    for _ in range(2):
+        train_step(run)
+    batches = run.stream.next_batches(1)
+    weights = config.checkpoint.initial_weights
+    copy = load_frozen(weights, config=config, groups=run.groups)
+    found = [
+        log_probabilities(run, batches),
+        Reference(run).log_probabilities(run, batches),
+        log_probabilities(run, batches, chunks=copy),
+    ]
+    teardown(run)
+    return [values[0] for values in found]
+
+
+def test_trap_a_reference_without_adapters_is_the_base_and_no_second_model(base, tmp_path):
+    """To the bit, after steps that moved the policy away from it."""
+    config = base.config(DENSE, tmp_path / "run", {"world_size": 1})
+    ((policy, reference, copy),) = base.ranks.run(1, _scores_of_the_reference, config)
+    assert torch.equal(reference, copy)
+    assert (policy - reference).abs().max() > 1e-4
 
 
 def test_a_resumed_run_is_the_straight_one_to_the_bit(base, tmp_path):

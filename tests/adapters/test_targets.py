@@ -53,7 +53,7 @@ def test_experts_get_theirs_when_asked():
         ),
     ],
 )
-def test_targets_and_settings_that_do_not_fit_are_refused(overrides, told):
+def test_trap_targets_and_settings_that_do_not_fit_are_refused(overrides, told):
     with pytest.raises(ConfigError) as error:
         rows_of(*overrides)
     assert told in str(error.value)

@@ -238,7 +238,7 @@ def test_what_is_no_engine_is_told():
         Client("host:8000")
 
 
-def test_weights_that_change_meanwhile_and_updates_that_were_cut_off_are_refused(served):
+def test_trap_weights_that_change_meanwhile_and_updates_that_were_cut_off_are_refused(served):
     """The version is asked before and after; an update that did not end leaves none."""
 
     def changing(path: str, content: bytes) -> tuple[int, Any]:

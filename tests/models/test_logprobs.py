@@ -14,7 +14,11 @@ PADDED = 48
 # Rows that only pad: the last few; all of the second of two ranks, and some of the first; none.
 SIZES = (41, 20, PADDED)
 TEMPERATURES = (1.0, 0.6)
-CASES = [(size, temperature) for size in SIZES for temperature in TEMPERATURES]
+CUTS = (
+    False,
+    True,
+)  # some tokens' ids, of which a rank may hold none, are all they were drawn from
+CASES = [(size, temperature, cut) for size in SIZES for temperature in TEMPERATURES for cut in CUTS]
 
 
 def made_up(vocab_size: int) -> dict[str, Tensor]:
@@ -28,10 +32,30 @@ def made_up(vocab_size: int) -> dict[str, Tensor]:
     return {"logits": logits, "labels": labels, "weights": weights}
 
 
-def expected(vocab_size: int, temperature: float) -> dict[str, Tensor]:
+def made_up_support(labels: Tensor, vocab_size: int) -> Any:
+    """Of each token: all ids, its label alone, or a part in which its label is."""
+    from equilibrium_mcore.models.support import Support
+
+    kept = []
+    for place, label in enumerate(labels.flatten().tolist()):
+        others = {0: [], 1: [label], 2: [label, *range(place, vocab_size, 3)]}[place % 3]
+        kept.append(sorted(set(others)))
+    ids = torch.tensor([i for part in kept for i in part], dtype=torch.int32)
+    return Support(ids, torch.tensor([len(part) for part in kept]))
+
+
+def expected(vocab_size: int, temperature: float, cut: bool) -> dict[str, Tensor]:
     case = made_up(vocab_size)
     logits = case["logits"].requires_grad_()
-    every = (logits[..., :vocab_size] / temperature).log_softmax(-1)
+    scaled = logits[..., :vocab_size] / temperature
+    if cut:
+        support = made_up_support(case["labels"], vocab_size)
+        bound = torch.zeros(10, vocab_size, dtype=torch.float64)
+        for row, ids in zip(bound, support.ids.long().split(support.counts.tolist()), strict=True):
+            if len(ids):
+                row.fill_(-1e30)[ids] = 0
+        scaled = scaled + bound.view_as(scaled)
+    every = scaled.log_softmax(-1)
     values = every.gather(-1, case["labels"].unsqueeze(-1)).squeeze(-1)
     entropies = -(every.exp() * every).sum(-1)
     return _outcome(values, entropies, logits, case["weights"])
@@ -51,7 +75,7 @@ def _outcome(
     }
 
 
-def found(groups: Any, vocab_size: int, temperature: float) -> dict[str, Tensor]:
+def found(groups: Any, vocab_size: int, temperature: float, cut: bool) -> dict[str, Tensor]:
     """The same from this rank's slice of the logits."""
     from equilibrium_mcore.models.logprobs import (
         label_log_probabilities,
@@ -62,6 +86,12 @@ def found(groups: Any, vocab_size: int, temperature: float) -> dict[str, Tensor]
     slices = case["logits"].chunk(groups.tp.size(), dim=-1)
     mine = slices[groups.tp.rank()].clone().requires_grad_()
     settings = dict(vocab_size=vocab_size, tp_group=groups.tp, temperature=temperature)
+    if cut:
+        support, width = made_up_support(case["labels"], vocab_size), mine.shape[-1]
+        place = torch.arange(case["labels"].numel()).view_as(case["labels"])
+        settings["outside_BSV"] = support.outside(
+            place, first=groups.tp.rank() * width, width=width
+        )
     values, entropies = log_probabilities_and_entropies(mine, case["labels"], **settings)
     alone = label_log_probabilities(mine, case["labels"], **settings)
     assert torch.equal(alone, values)
@@ -80,11 +110,21 @@ def on_tensor_ranks(rank_info: RankInfo) -> list[dict[str, Tensor]]:
     return outcomes
 
 
-@pytest.mark.parametrize(("vocab_size", "temperature"), CASES)
-def test_one_rank_has_the_values_and_gradients_of_log_softmax(single_rank, vocab_size, temperature):
-    torch.testing.assert_close(
-        found(single_rank, vocab_size, temperature), expected(vocab_size, temperature)
-    )
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_one_rank_has_the_values_and_gradients_of_log_softmax(single_rank, case):
+    torch.testing.assert_close(found(single_rank, *case), expected(*case))
+
+
+def test_a_support_is_read_where_a_token_stands():
+    """Context ranks ask for some places, in an order of their own."""
+    from equilibrium_mcore.models.support import Support
+
+    parts = [
+        Support(torch.tensor([1, 4, 5], dtype=torch.int32), torch.tensor([2, 0, 1])),
+        Support(torch.tensor([0], dtype=torch.int32), torch.tensor([0, 1])),
+    ]
+    outside = Support.joined(parts).outside(torch.tensor([[4, 1], [2, 0]]), first=4, width=2)
+    assert outside.tolist() == [[[True, True], [False, False]], [[True, False], [False, True]]]
 
 
 def test_tensor_ranks_have_the_values_and_gradients_of_log_softmax(ranks):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 
@@ -96,6 +97,20 @@ def test_trap_whitening_is_of_the_whole_batch():
     )
     halves = torch.cat([whitened(half) for half in given.rewards.chunk(2)])
     assert not torch.allclose(halves, whole, atol=1e-2)
+
+
+def test_trap_difficulty_bias_of_the_deviation():
+    """Solved 7 times of 8, a prompt pulls less than one solved 4 times; by the deviation, alike."""
+    solved = (4, 7)
+    rewards = [float(n < count) for count in solved for n in range(8)]
+    given = scores(rewards, [0] * 8 + [1] * 8)
+
+    def pull(scale: str) -> list[float]:
+        found = advantages(given, baseline="group", scale=scale)
+        return [part.square().mean().sqrt().item() for part in found.chunk(2)]
+
+    assert pull("none") == pytest.approx([math.sqrt(n / 8 * (1 - n / 8)) for n in solved])
+    assert pull("std") == pytest.approx([math.sqrt(7 / 8)] * 2, rel=1e-3)
 
 
 def test_dead_prompts_are_those_with_one_reward():

@@ -73,7 +73,7 @@ def trl_dpo(loss_type: str, beta: float, policy, reference, mask) -> float:
 
 @pytest.mark.parametrize("beta", [0.1, 0.7])
 @pytest.mark.parametrize(("name", "loss"), [("sigmoid", dpo), ("ipo", ipo)])
-def test_dpo_and_ipo_have_trls_numbers(name, loss, beta):
+def test_trap_dpo_and_ipo_have_trls_numbers(name, loss, beta):
     log_p, mask = draw(1)
     reference = draw(2)[0].abs().neg() * mask
     settings = {"beta": beta, **({"label_smoothing": 0.0} if loss is dpo else {})}
@@ -83,7 +83,7 @@ def test_dpo_and_ipo_have_trls_numbers(name, loss, beta):
 
 
 @pytest.mark.parametrize("beta", [0.5, 2.0])
-def test_simpo_and_smoothing_have_trls_numbers(beta):
+def test_trap_simpo_and_smoothing_have_trls_numbers(beta):
     from trl.experimental.cpo import CPOTrainer
 
     log_p, mask = draw(3)
@@ -106,7 +106,7 @@ def test_simpo_and_smoothing_have_trls_numbers(beta):
     assert torch.allclose(mine, expected, rtol=1e-12)
 
 
-def test_orpo_has_trls_numbers():
+def test_trap_orpo_has_trls_numbers():
     from trl.experimental.orpo import ORPOTrainer
 
     log_p, mask = draw(4)

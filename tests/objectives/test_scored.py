@@ -51,7 +51,7 @@ def test_bradley_terry_has_trls_numbers(centring, with_margin):
 
 @pytest.mark.parametrize("shift", [-5.0, 5.0])
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (1.3, 0.7)])
-def test_kto_has_trls_numbers(weights, shift):
+def test_trap_kto_has_trls_numbers(weights, shift):
     """With mismatched answers that the policy finds less, and more, likely than the reference."""
     from trl import KTOTrainer
 

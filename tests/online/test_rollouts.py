@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,7 @@ import torch
 from equilibrium_mcore.config.online import RolloutConfig
 from equilibrium_mcore.data.chat.prompts import EncodedPrompt, PromptSamples
 from equilibrium_mcore.generation.interface import Request, Rollout, Sampling
+from equilibrium_mcore.models.support import SUPPORT
 from equilibrium_mcore.online.answers import Answer, batches_of_rank, pack
 from equilibrium_mcore.online.experience import SAMPLED, answers_of
 from equilibrium_mcore.online.judge import Verdict
@@ -146,6 +150,30 @@ def test_trap_the_ids_that_were_sampled_are_those_that_train():
     assert answer.values[SAMPLED].tolist() == [-0.5, -0.25]
 
 
+def test_trap_what_becomes_experience_is_never_encoded_again():
+    """Between the engine and the update stands nothing that could make ids of text."""
+    from equilibrium_mcore.online import answers, estimate, experience, rollouts, stream
+
+    for module in (answers, estimate, experience, rollouts, stream):
+        source = inspect.getsource(module)
+        calls = [n.func for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call)]
+        named = [call for call in calls if isinstance(call, ast.Attribute)]
+        texts = (ast.JoinedStr, ast.Constant)  # of which bytes are made, to be hashed
+        assert not [c for c in named if c.attr == "encode" and not isinstance(c.value, texts)]
+        assert "import Tokenizer" not in source and "load_tokenizer" not in source
+
+
+def test_trap_each_part_of_a_reward_and_the_length_are_logged():
+    """A policy that lives on form, or on length, is seen in its curves."""
+    group = group_of("ok", "wrong")
+    parts = [{"math": 1.0, "form": 0.5}, {"math": 0.0, "form": 1.0}]
+    judged = [v._replace(parts=p) for v, p in zip(group.verdicts, parts, strict=True)]
+    group = replace(group, verdicts=judged)
+    figures = figures_of(Gathered([group], [group], 1))
+    assert figures["reward_math"] == 0.5 and figures["reward_form"] == 0.75
+    assert figures["answer_tokens"] == figures["answer_tokens_most"] == 2
+
+
 def answers(*lengths: tuple[int, int]) -> list[Answer]:
     return [
         Answer(
@@ -170,6 +198,33 @@ def test_values_stand_where_their_tokens_are_predicted():
         assert row["loss_mask"][here].tolist() == [1.0] * answer.length
     counted = sum(float(row["loss_mask"].sum()) for row in packed.sequences)
     assert counted == sum(answer.length for answer in given)
+
+
+def test_trap_a_support_stands_where_its_token_is_predicted():
+    """As the engine gave it, after a checkpoint too; elsewhere there is none."""
+    drawn = np.random.default_rng(1)
+    given = [
+        replace(
+            answer,
+            support=tuple(
+                np.array(sorted({int(i), *drawn.integers(0, 900, drawn.integers(1, 5))}), np.int32)
+                for i in answer.ids[answer.prompt_length :]
+            ),
+        )
+        for answer in answers((3, 4), (2, 1), (5, 6))
+    ]
+    given = [Answer.from_plain(json.loads(json.dumps(answer.as_plain()))) for answer in given]
+    packed = pack(given, length=16, multiple=4, pad_id=0, at_once=4)
+    (batch,) = batches_of_rank(packed.sequences, size=4, rank=0, ranks=1)
+    place = torch.arange(4 * 16).view(4, 16)
+    inside = ~batch[SUPPORT].outside(place, first=0, width=900)
+    seen = 0
+    for answer, (row, start, length) in zip(given, packed.places, strict=True):
+        for position, ids in enumerate(answer.support):
+            assert inside[row, start + position].nonzero().flatten().tolist() == ids.tolist()
+        assert inside[row].gather(1, batch["labels"][row][:, None]).all()
+        seen += length
+    assert int((~inside.all(-1)).sum()) == seen
 
 
 def test_data_ranks_have_all_sequences_once():

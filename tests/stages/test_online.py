@@ -170,10 +170,52 @@ def test_trap_temperature_on_both_sides_and_a_tracker_that_resumes(
     assert len(set(expected)) == len(expected)  # it learns
 
 
-def test_trap_a_cut_support_cannot_be_asked_for(prompts, pretrained, tmp_path):
-    """Probabilities of a part of the vocabulary on one side alone: so there is no such setting."""
-    with pytest.raises(ConfigError, match=r"rollout\.top_p: unknown key"):
-        online_run(prompts, pretrained, tmp_path, rollout={"top_p": 0.9})
+TRUNCATED: dict[str, Any] = {
+    "rollout": {"minibatches": 2, "top_k": 400, "top_p": 0.9},
+    "training": {"steps": 2},
+}
+CONTEXT = {"world_size": 2, "context": 2}
+
+
+@pytest.fixture(scope="module")
+def truncated(ranks, prompts, pretrained, tmp_path_factory) -> Path:
+    """On one rank, stopped after the first of two updates on a rollout, and resumed."""
+    folder = tmp_path_factory.mktemp("truncated")
+    stop = {"training": {"steps": 2, "stop_after_steps": 1}}
+    ranks.run(1, stage_rank, online_run(prompts, pretrained, folder, **{**TRUNCATED, **stop}))
+    ranks.run(1, stage_rank, online_run(prompts, pretrained, folder, **TRUNCATED))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(LAYOUTS["mixed"], id="mixed"),
+        pytest.param(CONTEXT, id="context", marks=pytest.mark.slow),
+        pytest.param(LAYOUTS["virtual"], id="virtual", marks=pytest.mark.slow),
+    ],
+)
+def test_trap_a_truncated_support_is_one_on_both_sides(
+    ranks, prompts, pretrained, truncated, tmp_path, layout
+):
+    """What is drawn from the likeliest ids is scored over the same ids, by the policy and by the
+    reference: the first ratio is 1, in a layout as on one rank, and a half-used rollout resumes
+    with its ids."""
+    config = online_run(prompts, pretrained, tmp_path, parallelism=layout, **TRUNCATED)
+    ranks.run(2, stage_rank, config)
+    assert answers(tmp_path) == answers(truncated)
+    for record, other in zip(records(tmp_path), records(truncated), strict=True):
+        assert max(record["mismatch_max"], other["mismatch_max"]) < 1e-4
+        for figure in ("loss", "entropy", "kl_old", "kl_reference", "k3"):
+            assert record[figure] == pytest.approx(other[figure], rel=1e-4, abs=2e-5), figure
+    first, second = records(truncated)
+    assert first["kl_old"] < 1e-9 < second["kl_old"] < 1e-3
+    assert first["kl_reference"] < 1e-6  # the policy is the reference as yet
+
+
+def test_one_id_is_no_choice(prompts, tmp_path):
+    with pytest.raises(ConfigError, match=r"rollout\.top_k=1 leaves nothing to learn"):
+        online_run(prompts, tmp_path / "weights", tmp_path / "run", rollout={"top_k": 1})
 
 
 def test_trap_a_broken_verifier_stops_the_run(ranks, prompts, pretrained, tmp_path):

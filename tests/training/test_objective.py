@@ -162,6 +162,39 @@ def test_trap_9_denominator_re_weights_balancing(ranks, data, tmp_path, start):
         assert (left - alone[name]).norm() / alone[name].norm() < 1e-3
 
 
+def of_pairs(rank_info: RankInfo) -> torch.Tensor:
+    """The gradient of DPO to log p of this context rank's tokens, of four answers that all hold."""
+    from equilibrium_mcore.config.objectives import DpoConfig
+    from equilibrium_mcore.config.schema import ParallelismConfig
+    from equilibrium_mcore.parallel import process_groups
+    from equilibrium_mcore.training.all_objectives import build_objective
+
+    layout = ParallelismConfig(context=rank_info.world_size)
+    groups = process_groups.join(rank_info, layout, seed=1)
+    draw = torch.Generator().manual_seed(1)
+    losses, reference = torch.rand(2, 1, 32, generator=draw, dtype=torch.float64)
+    whole = {
+        "answer": torch.tensor([[0] * 6 + [1] * 5 + [2] * 7 + [3] * 10 + [4] * 4]),
+        "reference": -reference,
+    }
+    objective = build_objective(DpoConfig(type="dpo"))
+    objective.weigh(whole)
+    mine = slice(groups.cp.rank(), None, groups.cp.size())  # of every answer some tokens
+    losses = losses[:, mine].clone().requires_grad_()
+    batch = {name: value[:, mine] for name, value in whole.items()}
+    objective(losses, batch, cp_group=groups.cp).total.backward()
+    process_groups.destroy()
+    return losses.grad[0]
+
+
+def test_trap_a_sum_over_context_ranks_counts_once(ranks):
+    """A token's gradient is that of one rank, not as often as ranks have summed."""
+    (expected,) = ranks.run(1, of_pairs)
+    found = torch.stack(ranks.run(2, of_pairs), dim=1).flatten()
+    assert expected.norm() > 0
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+
+
 class FromLogits:
     """-log p of each label and its entropy, both from the rank's slice of the logits."""
 

@@ -230,7 +230,7 @@ def test_scores_are_those_of_the_exported_model(one_rank, exported, temperature)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
-def test_a_packed_document_has_the_scores_that_it_has_alone(one_rank):
+def test_trap_a_packed_document_has_the_scores_that_it_has_alone(one_rank):
     found = one_rank["found"]
     length = _first_document(made_up_batches(8)[0])
     alone = found["alone"][0]
