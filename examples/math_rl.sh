@@ -41,8 +41,9 @@ export PYTHONWARNINGS=ignore
 
 data="$output/data" tokenizer="$output/tokenizer.model"
 begin 2/6 "Sums, some of them held out, and a tokenizer"
+# Seed 0 is that of the sums on which the settings were chosen: these are others.
 have "$data/prompts.train.jsonl" "$data/text.jsonl" ||
-  python_shown examples/arithmetic.py --output-directory "$data"
+  python_shown examples/arithmetic.py --output-directory "$data" --seed 1
 have "$tokenizer" ||
   python_shown tools/train_tokenizer.py --input "$data/text.jsonl" --output "$tokenizer" --vocab-size 512
 

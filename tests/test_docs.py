@@ -21,6 +21,7 @@ from pydantic import BaseModel
 from equilibrium_mcore.config.experiment_keys import KEYS
 from equilibrium_mcore.config.load import run_from_mapping, usage
 from equilibrium_mcore.config.schema import RunConfig
+from equilibrium_mcore.config.stages import STAGES
 from equilibrium_mcore.config.yaml_io import parse_yaml
 from tests.support.notebooks import as_markdown
 from tools.dev.tree import said_of, tree_text
@@ -317,6 +318,16 @@ def test_the_models_document_has_every_model():
 
 
 # ------------------------------------------------------------------------------ the front of house
+
+
+@pytest.mark.parametrize(
+    "document",
+    [README, DOCS / "guides/experiments.md", DOCS / "reference/mixtures.md"],
+    ids=name_of,
+)
+def test_lists_of_stages_have_every_stage(document):
+    missing = set(STAGES) - {word for code in inline_code(document) for word in code.split()}
+    assert not missing, f"{name_of(document)} does not name the stages {sorted(missing)}"
 
 
 def test_the_readme_is_one_page():

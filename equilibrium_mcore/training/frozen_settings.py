@@ -33,8 +33,12 @@ def settings_of_frozen(
     padded = {"vocab_size_multiple": config.model.vocab_size_multiple}
     model = model.model_copy(update={**padded, "layer_pattern": _pattern(model, config)})
     if model.moe is not None:  # nothing balances experts that do not train
-        still = model.moe.model_copy(update={"load_balancing": "none"})
-        model = model.model_copy(update={"moe": still})
+        still = {
+            "load_balancing": "none",
+            "z_loss_coefficient": 0.0,
+            "expert_bias_update_rate": 0.0,
+        }
+        model = model.model_copy(update={"moe": model.moe.model_copy(update=still)})
     training = config.training.model_copy(update={"frozen": []})
     wanted = config.model_copy(update={"model": model, "adapters": None, "training": training})
     # Its head is that of another objective than the run's.

@@ -186,7 +186,7 @@ def test_a_command_works_from_any_folder(tmp_path):
         "--dry-run", "--only", "export", folder=tmp_path,
     )  # fmt: skip
     assert "tools/convert_checkpoint.py --checkpoint=" in done.stdout
-    assert done.returncode == 2 and "its input experiments/full_pipeline/sft" in done.stderr
+    assert done.returncode == 2 and "its input experiments/full_pipeline/grpo" in done.stderr
 
 
 # ------------------------------------------------------------------------------- wrong values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -262,6 +263,26 @@ def test_every_phase_of_the_roadmap_is_shipped():
     phases = {load_mixture(name).metadata.phase for name in SHIPPED}
     assert phases == PHASE_KINDS.keys()
     assert len(SHIPPED) == 21
+
+
+def test_problems_with_true_answers_are_shipped():
+    """Of GSM8K's, MATH's and code's form, each with the column that an answer is judged by."""
+    names = [name for name in SHIPPED if name.startswith("posttrain/grpo/")]
+    datasets = [dataset for name in names for dataset in load_mixture(name).datasets]
+    assert {"gsm8k", "math", "mbpp"} <= {dataset.name for dataset in datasets}
+    assert all(dataset.columns.truth for dataset in datasets)
+
+
+def test_the_guide_lists_every_shipped_mixture():
+    guide = (SHELF / "../../docs/guides/DATASET_MIXING_GUIDE.md").read_text(encoding="utf-8")
+    table, listed = guide.partition("## The shipped mixtures")[2], set()
+    for cell in re.findall(r"^\| (`[^|]+) \|", table, re.M):
+        folder = ""
+        for code in re.findall(r"`([^`]+)`", cell):
+            folder = code.rpartition("/")[0] if "/" in code else folder
+            listed.add(f"{folder}/{code.rpartition('/')[2]}")
+    made_for_others = ("examples/", "recipes/")  # which their own documents explain
+    assert listed == {name for name in SHIPPED if not name.startswith(made_for_others)}
 
 
 def test_equilibriums_shares():

@@ -18,13 +18,14 @@ from tests.support.runs import MODEL
 
 ROOT = Path(__file__).parents[2]
 PIPELINE = "configs/experiments/full_pipeline.yaml"
-STEPS = ("prepare_pretrain", "prepare_midtrain", "prepare_sft", "pretrain", "midtrain", "sft")
+STAGES = ("pretrain", "midtrain", "sft", "dpo", "grpo")
+STEPS = (*(f"prepare_{stage}" for stage in STAGES), *STAGES)
 TINY = [
     *("training.batch_size=4", "training.gradient_accumulation_steps=4", "training.world_size=1"),
     *("training.warmup_steps=1", "training.sequence_length=128", "training.mixed_precision=fp32"),
-    *("logging.log_steps=1", "logging.eval_steps=2", "data.num_workers=0"),
-    "training.validation_batches=1",
+    *("logging.log_steps=1", "data.num_workers=0"),
 ]
+VALIDATED = ["logging.eval_steps=2", "training.validation_batches=1"]
 TEXT = "runs/mixture/text"
 
 
@@ -54,12 +55,18 @@ def workplace(here: Path) -> Path:
     with (here / "chats.jsonl").open("w") as stream:
         for n in range(80):
             row = {"q": f"What is {n} plus {n}?", "a": f"{n} plus {n} is {2 * n}."}
+            row |= {"worse": f"{n}.", "truth": 2 * n}
             stream.write(json.dumps(row) + "\n")
     prose = {"name": "prose", "source": f"{TEXT}/prose.jsonl", "mix_ratio": 1.0}
     chats = {"name": "chats", "source": "chats.jsonl", "mix_ratio": 1.0}
-    chats["columns"] = {"prompt": "q", "response": "a"}
+    columns = {
+        "sft": {"prompt": "q", "response": "a"},
+        "dpo": {"prompt": "q", "chosen": "a", "rejected": "worse"},
+        "grpo": {"prompt": "q", "truth": "truth"},
+    }
     mixture("mid.yaml", {"phase": "midtrain_phase1", "total_tokens": 100_000}, prose)
-    mixture("sft.yaml", {"phase": "posttrain_sft"}, chats)
+    for stage, named in columns.items():
+        mixture(f"{stage}.yaml", {"phase": f"posttrain_{stage}"}, {**chats, "columns": named})
     model = {**MODEL, "layer_pattern": "ME+E", "vocab_size": 4096, "mlp": None}
     Path("tiny.yaml").write_text(to_yaml(model))
     return here
@@ -77,17 +84,29 @@ def variables(**changes: str) -> list[str]:
         "tokenizer": "runs/mixture/tokenizer.model",
         "pretrain_mixture": "configs/data/examples/stdlib.yaml",
         "midtrain_mixture": "./mid.yaml",
-        "sft_mixture": "./sft.yaml",
+        **{f"{stage}_mixture": f"./{stage}.yaml" for stage in ("sft", "dpo", "grpo")},
         "texts": f"[{TEXT}/code.jsonl, {TEXT}/prose.jsonl, chats.jsonl]",
         "workers": "1",
-        "pretrain_settings": json.dumps([*TINY, "training.max_steps=6"]),
+        "pretrain_settings": json.dumps([*TINY, *VALIDATED, "training.max_steps=6"]),
         "midtrain_settings": json.dumps(
-            [*TINY, "training.max_steps=4", "optimizer.schedule.decay_steps=3"]
+            [*TINY, *VALIDATED, "training.max_steps=4", "optimizer.schedule.decay_steps=3"]
         ),
-        "sft_settings": json.dumps([*TINY, "training.epochs=1"]),
+        "sft_settings": json.dumps([*TINY, *VALIDATED, "training.epochs=1"]),
+        "dpo_settings": json.dumps([*TINY, *VALIDATED, "training.epochs=1"]),
+        "grpo_settings": grpo_settings(steps=2),
         **changes,
     }
     return [f"{key}={value}" for key, value in values.items()]
+
+
+def grpo_settings(*, steps: int) -> str:
+    """Four answers of a few tokens to each of two prompts; nothing but rewards pulls the router."""
+    rollout = ["training.batch_size=8", "rollout.samples_per_prompt=4", "rollout.max_new_tokens=8"]
+    length = ["training.epochs=null", f"training.max_steps={steps}"]
+    router = ["model.moe.load_balancing=none", "model.moe.expert_bias_update_rate=0.0"]
+    evaluation = ["evaluation.interval_steps=2", "evaluation.prompts=4"]
+    rewards = ["rewards=[{type: math_answer, latex: own}]"]
+    return json.dumps([*TINY, *rollout, *length, *router, *evaluation, *rewards])
 
 
 def pipeline(folder: Path, *options: str, **changes: str) -> str:
@@ -112,12 +131,15 @@ def test_the_whole_pipeline_at_a_tiny_size(workplace):
     out = workplace / "experiments/full_pipeline"
     assert unchanged(said) == [] and "verified: logits differ" in said
     assert (ended(out / "pretrain"), ended(out / "midtrain")) == (6, 4)
-    runs = {stage: load_run(out / stage / "config.yaml") for stage in STEPS[3:]}
-    assert {stage: run.stage for stage, run in runs.items()} == {s: s for s in STEPS[3:]}
+    runs = {stage: load_run(out / stage / "config.yaml") for stage in STAGES}
+    assert {stage: run.stage for stage, run in runs.items()} == {s: s for s in STAGES}
     assert runs["midtrain"].checkpoint.initial_weights.name == "pretrain"
     assert runs["sft"].model == runs["pretrain"].model
     assert runs["sft"].data.tokenizer.model == runs["pretrain"].data.tokenizer.model
-    assert ended(out / "sft") == runs["sft"].training.steps  # of one epoch
+    assert runs["grpo"].checkpoint.initial_weights.name == "dpo"
+    for stage in ("sft", "dpo"):
+        assert ended(out / stage) == runs[stage].training.steps  # of one epoch
+    assert ended(out / "grpo") == 2 and (out / "grpo/samples.jsonl").stat().st_size
     assert list((out / "exported").glob("*.safetensors"))
 
     said = pipeline(workplace)
@@ -127,8 +149,6 @@ def test_the_whole_pipeline_at_a_tiny_size(workplace):
     shutil.rmtree(out / "exported")
     assert unchanged(pipeline(workplace)) == list(STEPS)
 
-    settings = json.dumps([*TINY, "training.epochs=2"])
-    said = pipeline(workplace, sft_settings=settings)
+    said = pipeline(workplace, grpo_settings=grpo_settings(steps=1))
     assert unchanged(said) == list(STEPS[:-1])
-    assert load_run(out / "sft/config.yaml").training.steps > runs["sft"].training.steps
-    assert ended(out / "archive/1/sft") == runs["sft"].training.steps
+    assert (ended(out / "grpo"), ended(out / "archive/1/grpo")) == (1, 2)

@@ -288,9 +288,12 @@ def test_the_shipped_pipeline_is_a_pipeline():
     pipeline = load_pipeline(ROOT / "configs/experiments/full_pipeline.yaml", ["folder=x"])
     names = [step.name for step in pipeline.steps]
     assert names == [
-        *("prepare_pretrain", "prepare_midtrain", "prepare_sft"),
-        *("pretrain", "midtrain", "sft", "export"),
+        *("prepare_pretrain", "prepare_midtrain", "prepare_sft", "prepare_dpo", "prepare_grpo"),
+        *("pretrain", "midtrain", "sft", "dpo", "grpo", "export"),
     ]
     assert pipeline.step("sft").needs == ["prepare_sft", "midtrain"]
+    assert pipeline.step("dpo").needs == ["prepare_dpo", "sft"]
+    assert pipeline.step("grpo").needs == ["prepare_grpo", "dpo"]
+    assert pipeline.step("export").needs == ["grpo"]
     for step in pipeline.steps:
         assert (ROOT / step.command[0]).is_file()

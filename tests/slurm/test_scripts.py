@@ -13,6 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from equilibrium_mcore.config.load import load_run
+from equilibrium_mcore.config.rules import check
+from equilibrium_mcore.config.stages import STAGES
+
 ROOT = Path(__file__).resolve().parents[2]
 SRUN = """\
 #!/usr/bin/env bash
@@ -71,6 +75,19 @@ def test_a_run_of_any_stage_is_started(job, tmp_path, script):
         *("training.epochs=3", f"output_directory={out}"),
     ]
     assert done.stdout.splitlines()[-1] == "job 7: done"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_the_ranks_are_given_is_the_run_of_every_stage(job, tmp_path, stage):
+    """As eight ranks would read it."""
+    out, config = tmp_path / "out", f"configs/runs/{stage}_3b.yaml"
+    done = job("train.sh", "training.seed=5", RUN_CONFIG=config, OUTPUT_DIRECTORY=str(out))
+    assert done.returncode == 0, done.stderr
+    _, module, run, *changes = asked(tmp_path)
+    read = load_run(ROOT / run, changes, world_size=8)
+    assert module == "equilibrium_mcore.train" and read.stage == stage
+    assert (read.output_directory, read.training.seed) == (out, 5)
+    assert check(read, world_size=8) == []
 
 
 def test_ranks_get_an_environment_for_gpus(job, tmp_path):
