@@ -5,10 +5,11 @@ What answers are worth is in `rewards.py`, what is made of that in `policy.py`.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
+from equilibrium_mcore.config.http_engine import HttpEngineConfig
 from equilibrium_mcore.config.rewards import RewardsConfig
 from equilibrium_mcore.config.section import (
     NonNegativeInt,
@@ -52,6 +53,10 @@ class RolloutConfig(Section):
         "prompts (DAPO); 0: never",
     )
     shown: NonNegativeInt = setting(2, "answers of each rollout that samples.jsonl keeps")
+    engine: Literal["own", "http"] = setting(
+        "own", "who answers: the training modules (own), or a server that takes their weights"
+    )
+    http: HttpEngineConfig | None = setting(None, "the server, with engine: http")
 
 
 class EvaluationConfig(Section):

@@ -8,6 +8,7 @@ from typing import Any
 from equilibrium_mcore.config.adapter_rules import ADAPTER_RULES
 from equilibrium_mcore.config.distillation_rules import DISTILLATION_RULES
 from equilibrium_mcore.config.fused_rules import FUSED_RULES
+from equilibrium_mcore.config.http_engine_rules import HTTP_ENGINE_RULES
 from equilibrium_mcore.config.layout_rules import LAYOUT_RULES
 from equilibrium_mcore.config.model_rules import MODEL_RULES
 from equilibrium_mcore.config.online_rules import ONLINE_RULES
@@ -27,6 +28,7 @@ RULES: list[Rule] = [
     *DISTILLATION_RULES,
     *ADAPTER_RULES,
     *ONLINE_RULES,
+    *HTTP_ENGINE_RULES,
 ]
 
 __all__ = ["RULES", "Host", "check", "check_model", "check_sections"]

@@ -17,7 +17,7 @@ import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
-from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mamba_mixer import MambaMixerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
@@ -49,6 +49,7 @@ from equilibrium_mcore.models.attention import TorchCoreAttention
 from equilibrium_mcore.models.decode.attention import DecodingSelfAttention
 from equilibrium_mcore.models.decode.experts import DecodingExperts
 from equilibrium_mcore.models.decode.latent import DecodingLatentAttention
+from equilibrium_mcore.models.decode.stack import DecodingStack
 from equilibrium_mcore.models.mamba import FusedMambaMixer, TorchMambaMixer
 from equilibrium_mcore.models.norms import RMSNorm
 from equilibrium_mcore.models.router import GlobalRouter
@@ -280,7 +281,7 @@ class MultiLatentSelfAttention(DecodingLatentAttention, MLASelfAttention):
         }
 
 
-class EquilibriumStack(HybridStack):
+class EquilibriumStack(DecodingStack):
     """HybridStack whose final norm is the backend's (megatron-core fixes Transformer Engine's)."""
 
     def __init__(self, config, submodules, *args, norm: type, **kwargs) -> None:

@@ -69,8 +69,11 @@ def evaluate(run: Run, engine: Engine, judge: Judge) -> dict[str, float]:
         top_p=rollout.top_p,
     )
     with run.weights("evaluation") as chunks, evaluating(chunks):
-        greedy = _answers(engine, prompts, replace(sampling, temperature=0.0), count=1)
-        drawn = _answers(engine, prompts, sampling, count=settings.samples)
+        # Evaluated weights may be others than those of the step's rollouts: a version of their own.
+        version = -1 - run.progress.step
+        likeliest = replace(sampling, temperature=0.0)
+        greedy = _answers(engine, prompts, likeliest, count=1, version=version)
+        drawn = _answers(engine, prompts, sampling, count=settings.samples, version=version)
     right = _right(prompts, greedy, samples.tokenizer, judge)
     figures = {
         "accuracy": _mean(right),
@@ -86,12 +89,17 @@ def evaluate(run: Run, engine: Engine, judge: Judge) -> dict[str, float]:
 
 
 def _answers(
-    engine: Engine, prompts: Sequence[EncodedPrompt], sampling: Sampling, *, count: int
+    engine: Engine,
+    prompts: Sequence[EncodedPrompt],
+    sampling: Sampling,
+    *,
+    count: int,
+    version: int,
 ) -> list[Rollout]:
     requests = [
         Request(Prompt.of(prompt.ids), sample) for prompt in prompts for sample in range(count)
     ]
-    return engine.generate(requests, sampling) if requests else []
+    return engine.generate(requests, sampling, version=version) if requests else []
 
 
 def _right(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.generation.interface import Engine
-from equilibrium_mcore.online.engine import own_engine
+from equilibrium_mcore.online.engine import engine_of
 from equilibrium_mcore.online.setup import go_online, online_callbacks
 from equilibrium_mcore.parallel.launch import RankInfo
 from equilibrium_mcore.stages.offline import train_rank
@@ -17,7 +17,7 @@ def online_rank(
     rank_info: RankInfo,
     *,
     config: RunConfig,
-    engine_of: Callable[[Run], Engine] = own_engine,
+    engine_of: Callable[[Run], Engine] = engine_of,
 ) -> None:
     """Train `config` on its own answers as this rank, from setup to the last step or a stop."""
     train_rank(

@@ -11,9 +11,7 @@ import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 
-from equilibrium_mcore.models.decode.linear import is_plain
-
-LAYERS = ("linear_fc1", "linear_fc2")
+from equilibrium_mcore.models.decode.moe import LAYERS, activation, is_pair, products
 
 
 class DecodingExperts(SequentialMLP):
@@ -29,32 +27,15 @@ class DecodingExperts(SequentialMLP):
         if self.training or torch.is_grad_enabled() or not self._are_plain():
             return super().forward(permuted_local_hidden_states, tokens_per_expert, permuted_probs)
         counts = tokens_per_expert.tolist()
-        inner = self._products(permuted_local_hidden_states, counts, LAYERS[0])
-        if self.config.gated_linear_unit:
-            gate, inner = inner.chunk(2, dim=-1)
-            inner = self.config.activation_func(gate) * inner
-        else:
-            inner = self.config.activation_func(inner)
+        first, second = (
+            [expert._modules[name].weight.t() for expert in self.local_experts] for name in LAYERS
+        )
+        inner = activation(self)(products(permuted_local_hidden_states, counts, first))
         inner = (inner * permuted_probs.unsqueeze(-1)).to(inner.dtype)
-        return self._products(inner, counts, LAYERS[1]), None
-
-    def _products(self, x: Tensor, counts: list[int], name: str) -> Tensor:
-        """Each expert's layer of this name on its tokens."""
-        weights = [expert._modules[name].weight for expert in self.local_experts]
-        y = x.new_empty(len(x), weights[0].shape[0])
-        parts = zip(x.split(counts), y.split(counts), weights, strict=True)
-        for tokens, result, weight in parts:
-            if len(tokens):
-                torch.mm(tokens, weight.t(), out=result)
-        return y
+        return products(inner, counts, second), None
 
     def _are_plain(self) -> bool:
         """Whether every expert is two weights of its own, and nothing stands beside them."""
-        config = self.config
-        if config.fp8 or config.fp4 or config.bias_activation_fusion or config.glu_linear_offset:
+        if self.config.moe_apply_probs_on_input:
             return False
-        if config.moe_apply_probs_on_input or config.activation_func_clamp_value is not None:
-            return False
-        return all(
-            is_plain(expert._modules[name]) for expert in self.local_experts for name in LAYERS
-        )
+        return all(is_pair(expert) for expert in self.local_experts)

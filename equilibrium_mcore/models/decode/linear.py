@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
@@ -13,9 +16,18 @@ def is_plain(linear: torch.nn.Module) -> bool:
         type(linear) in (ColumnParallelLinear, RowParallelLinear)
         and linear.tp_group.size() == 1
         and linear.bias is None
-        and not linear._forward_hooks
-        and not linear._forward_pre_hooks
+        and not has_hooks(linear)
     )
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether a call of the module does more than its `forward`."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def quick(module: torch.nn.Module) -> Callable[..., Any]:
+    """The module's `forward`, or the module where a call does more."""
+    return module if has_hooks(module) else module.forward
 
 
 def output_of(linear: torch.nn.Module, x: Tensor) -> Tensor:

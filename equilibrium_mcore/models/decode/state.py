@@ -13,7 +13,7 @@ Shapes: T tokens of a pack, R rows, L tokens of the longest row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,7 +96,7 @@ class DecodeState:
     capacity: int
     work: Prefill | Step | None = None
     layers: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    fixed: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    fixed: dict[Any, Any] = field(default_factory=dict)
 
     def memory(self, layer: Any, shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> dict:
         """The layer's tensors [rows, ...], zeros at first, of these shapes and dtypes."""
@@ -109,6 +109,12 @@ class DecodeState:
             }
             self.layers[layer.layer_number] = kept
         return kept
+
+    def once[T](self, owner: object, make: Callable[[], T]) -> T:
+        """What `make` gave for this owner, which is called the first time."""
+        if owner not in self.fixed:
+            self.fixed[owner] = make()
+        return self.fixed[owner]
 
     def take(self, rows: Tensor) -> None:
         """Keep these rows, in this order; one may be kept several times."""
