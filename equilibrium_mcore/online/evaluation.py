@@ -7,7 +7,6 @@ tests, the tests judge.
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -42,11 +41,10 @@ class EvaluationCallback(Callback):
             self._evaluate(run)
 
     def _evaluate(self, run: Run) -> None:
-        start = time.perf_counter()
-        figures = evaluate(run, run.stream.engine, run.stream.judge)
-        if self.log.writer is not None:
-            self.log.writer.write(EvaluationRecord(step=run.progress.step, figures=figures))
-        self.log.pause(time.perf_counter() - start)
+        with self.log.pause():
+            figures = evaluate(run, run.stream.engine, run.stream.judge)
+            if self.log.writer is not None:
+                self.log.writer.write(EvaluationRecord(step=run.progress.step, figures=figures))
 
 
 def evaluate(run: Run, engine: Engine, judge: Judge) -> dict[str, float]:

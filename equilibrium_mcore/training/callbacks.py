@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import contextlib
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ from equilibrium_mcore.training.run_data import DATA_KINDS
 from equilibrium_mcore.training.run_folder import RunLock
 from equilibrium_mcore.training.setup import Run
 from equilibrium_mcore.training.step import StepOutcome, validation_figures
+from equilibrium_mcore.training.stopwatch import Stopwatch
 
 
 class OwnerCallback(Callback):
@@ -61,8 +62,8 @@ class LogCallback(Callback):
     def __init__(self, config: RunConfig) -> None:
         self.every = config.logging.interval_steps
         self.writer: MetricsWriter | None = None
-        self._since = (0.0, 0, 0)  # seconds, step, positions at the last line
-        self._paused = 0.0
+        self._watch = Stopwatch()
+        self._since = (0, 0)  # step, positions at the last line
 
     def on_start(self, run: Run) -> None:
         self._open(run)
@@ -88,7 +89,8 @@ class LogCallback(Callback):
                 run_config=config.model_dump(mode="json"),
                 console=say,
             )
-        self._since = (time.perf_counter(), run.progress.step, run.positions)
+        self._watch.lap()
+        self._since = (run.progress.step, run.positions)
 
     def on_anomaly(self, run: Run, anomaly: Anomaly) -> None:
         self.event("anomaly", run, **_facts(run, anomaly))
@@ -100,9 +102,9 @@ class LogCallback(Callback):
         details = {"left_out": anomaly.ranges, "to": str(run.resumed_from), "abandoned": abandoned}
         self.event("rollback", run, **_facts(run, anomaly), **details)
 
-    def pause(self, seconds: float) -> None:
-        """Leave this time out of the next rate: it was not spent on training."""
-        self._paused += seconds
+    def pause(self) -> contextlib.AbstractContextManager[None]:
+        """Leave what is done in it out of the next rate: it is not training."""
+        return self._watch.pause()
 
     def event(self, name: str, run: Run, **details: object) -> None:
         """Record an event, on the first rank."""
@@ -110,14 +112,13 @@ class LogCallback(Callback):
             self.writer.event(name, step=run.progress.step, **details)
 
     def on_step(self, run: Run, outcome: StepOutcome) -> None:
-        now, progress = time.perf_counter(), run.progress
-        seconds = now - self._since[0] - self._paused
-        steps, positions = progress.step - self._since[1], run.positions - self._since[2]
-        self._since, self._paused = (now, progress.step, run.positions), 0.0
+        spent, progress = self._watch.lap(), run.progress
+        steps, positions = progress.step - self._since[0], run.positions - self._since[1]
+        self._since = (progress.step, run.positions)
         if self.writer is None:
             return
         training, peak = run.config.training, run.config.logging.peak_tflops_per_device
-        rate = positions / seconds
+        rate = positions / spent.wall
         flops = training_flops_per_token(run.config.model, training.sequence_length)
         per_device = rate * flops / torch.distributed.get_world_size() / 1e12
         self.writer.write(
@@ -135,7 +136,8 @@ class LogCallback(Callback):
                 model_tflops_per_device=per_device,
                 utilization=per_device / peak if peak else None,
                 memory_gib=memory_gib(),
-                seconds_per_step=seconds / steps,
+                seconds_per_step=spent.wall / steps,
+                cpu_seconds_per_step=spent.cpu / steps,
             )
         )
 
@@ -166,19 +168,18 @@ class ValidationCallback(Callback):
             self._validate(run)
 
     def _validate(self, run: Run) -> None:
-        start = time.perf_counter()
-        figures = validation_figures(run)
-        if self.log.writer is not None:
-            self.log.writer.write(
-                ValidationRecord(
-                    step=run.progress.step,
-                    loss=figures["loss"],
-                    perplexity=_perplexity(run, figures["loss"]),
-                    figures=_beside_loss(figures),
-                    **self._entropies,
+        with self.log.pause():
+            figures = validation_figures(run)
+            if self.log.writer is not None:
+                self.log.writer.write(
+                    ValidationRecord(
+                        step=run.progress.step,
+                        loss=figures["loss"],
+                        perplexity=_perplexity(run, figures["loss"]),
+                        figures=_beside_loss(figures),
+                        **self._entropies,
+                    )
                 )
-            )
-        self.log.pause(time.perf_counter() - start)
 
 
 class LedgerCallback(Callback):

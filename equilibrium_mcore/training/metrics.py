@@ -77,6 +77,8 @@ class TrainRecord:
     memory_gib: float
     """`memory_gib()` of the writing rank."""
     seconds_per_step: float
+    cpu_seconds_per_step: float | None = None
+    """CPU time of the writing rank's process, all its threads; None in records of before."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 
 from equilibrium_mcore.checkpoint.background import Background, InPlace, Writer
@@ -83,20 +81,19 @@ class CheckpointCallback(Callback):
         if self._saved_step == run.progress.step:
             return
         self._finish(run)
-        start = time.perf_counter()
-        if self.owner is not None:
-            self.owner.confirm()
-        self._in_progress = begin_save(
-            config=run.config,
-            chunks=run.chunks,
-            optimizer=run.optimizer,
-            progress=run.progress_to_save(),
-            line=run.choice.line,
-            writer=self._ready_writer(run.config),
-            roles=run.roles,
-        )
-        self._saved_step = run.progress.step
-        self.log.pause(time.perf_counter() - start)
+        with self.log.pause():
+            if self.owner is not None:
+                self.owner.confirm()
+            self._in_progress = begin_save(
+                config=run.config,
+                chunks=run.chunks,
+                optimizer=run.optimizer,
+                progress=run.progress_to_save(),
+                line=run.choice.line,
+                writer=self._ready_writer(run.config),
+                roles=run.roles,
+            )
+            self._saved_step = run.progress.step
         if not run.config.checkpoint.asynchronous:
             self._finish(run)
 
@@ -110,15 +107,14 @@ class CheckpointCallback(Callback):
         """Wait for the save that is being written, if there is one, until it is in place."""
         if self._in_progress is None:
             return
-        start = time.perf_counter()
-        if self.owner is not None:
-            self.owner.confirm()
-        saved, self._in_progress = finish_save(self._in_progress), None
-        if saved.renamed is not None:  # a branch that the run left, or what a user put there
-            self.log.event("renamed", run, checkpoint=saved.path.name, to=saved.renamed)
-        if self.ledger is not None:
-            self.ledger.saved(run, saved.progress)
-        self.log.pause(time.perf_counter() - start)
+        with self.log.pause():
+            if self.owner is not None:
+                self.owner.confirm()
+            saved, self._in_progress = finish_save(self._in_progress), None
+            if saved.renamed is not None:  # a branch that the run left, or what a user put there
+                self.log.event("renamed", run, checkpoint=saved.path.name, to=saved.renamed)
+            if self.ledger is not None:
+                self.ledger.saved(run, saved.progress)
 
 
 def _everywhere(here: bool) -> bool:

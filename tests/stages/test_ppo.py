@@ -50,6 +50,7 @@ def one_rank(ranks, prompts, pretrained, tmp_path_factory) -> Path:
 def curve(folder: Path) -> list[dict[str, Any]]:
     """The records without what the clock and the machine say."""
     timed = {"tokens_per_second", "model_tflops_per_device", "memory_gib", "seconds_per_step"}
+    timed.add("cpu_seconds_per_step")
     return [{k: v for k, v in one.items() if k not in timed} for one in records(folder)]
 
 
