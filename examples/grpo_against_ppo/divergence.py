@@ -1,7 +1,7 @@
 """How far each finished cell's policy is from where it started: KL on answers to held-out prompts.
 
-Answers are drawn from the policy at the cell's temperature; log p of policy less that of the start
-is averaged over their tokens. Written as divergence.json into the cell; cells that have it are left.
+Answers are drawn from the policy at the cell's temperature; its log p less that of the start is
+averaged over their tokens. Written as divergence.json into the cell, unless it is there.
 
 Example:
     python examples/grpo_against_ppo/divergence.py runs/grpo_against_ppo

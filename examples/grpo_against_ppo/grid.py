@@ -130,7 +130,7 @@ def settings(cell: Cell, sizes: Sizes, output: Path) -> RunConfig:
             "minibatches": MINIBATCHES,
             "passes": method.passes,
         },
-        "objective": {"type": "policy", **method.objective, "kl": kl},
+        "objective": {"type": "policy", "truncated": "score", **method.objective, "kl": kl},
         "evaluation": {"interval_steps": every},
         "checkpoint": {
             "initial_weights": str(output / "start"),

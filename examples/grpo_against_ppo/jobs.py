@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,8 @@ class Running(NamedTuple):
     """A job at work."""
 
     job: Job
+    place: int
+    """Among those that run at a time."""
     process: subprocess.Popen
     since: float
 
@@ -41,7 +43,8 @@ def work_off(
         try:
             while waiting or running:
                 while waiting and len(running) < at_a_time:
-                    running.append(_start(waiting.pop(0)))
+                    free = min(set(range(at_a_time)) - {one.place for one in running})
+                    running.append(_start(waiting.pop(0), free, at_a_time))
                 for one in [r for r in running if r.process.poll() is not None]:
                     running.remove(one)
                     took.append(time.monotonic() - one.since)
@@ -57,7 +60,7 @@ def work_off(
             _stop(running)
 
 
-def _start(job: Job) -> Running:
+def _start(job: Job, place: int, at_a_time: int) -> Running:
     job.folder.mkdir(parents=True, exist_ok=True)
     # Not whole: the log of a process as it writes it; nothing reads it but people.
     with (job.folder / LOG_FILE).open("ab") as log:
@@ -68,7 +71,21 @@ def _start(job: Job) -> Running:
             env={**os.environ, "PYTHONWARNINGS": "ignore"},
             start_new_session=True,  # Ctrl-C reaches them through us alone, once
         )
-    return Running(job, process, time.monotonic())
+    _share_cores(process.pid, place, at_a_time)
+    return Running(job, place, process, time.monotonic())
+
+
+def _share_cores(process: int, place: int, at_a_time: int) -> None:
+    """Give each of the jobs its own cores, of which a run makes its number of threads.
+
+    Threads of several runs on the same cores mostly wait for each other, and their waiting is CPU
+    time: on 2 busy cores a step of 0.12 s took 3 s.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        mine = cores[place::at_a_time] or [cores[place % len(cores)]]
+        with contextlib.suppress(ProcessLookupError):  # it has ended already
+            os.sched_setaffinity(process, mine)
 
 
 def _stop(running: Sequence[Running]) -> None:
@@ -82,7 +99,7 @@ def _stop(running: Sequence[Running]) -> None:
             one.process.wait()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
     """SIGTERM ends the work as Ctrl-C does."""
 

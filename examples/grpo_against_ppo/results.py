@@ -32,7 +32,7 @@ class CellResult:
     cpu_seconds: list[float]  # of training by then, without evaluations and saves
     update_tokens: int  # that policy and critic were trained on, passes counted
     peak_gib: float  # of the process
-    state_mib: float  # of its checkpoint: weights and optimizer state, the critic's too
+    state_mib: float | None  # of its checkpoint: weights and optimizer state, the critic's too
     dead_groups: float | None  # share, over the run; None where an answer has no group
     explained_variance: float | None  # of the critic, over the last quarter
     divergence: float | None  # nats per token from the start, at the end; see divergence.py
@@ -64,11 +64,7 @@ def is_finished(folder: Path) -> bool:
     """Whether the cell in the folder ran to its last step."""
     path = folder / METRICS_FILE
     records = read_metrics(path) if path.is_file() else []
-    return bool(records) and records[-1].get("event") == "end" and _saved(folder)
-
-
-def _saved(folder: Path) -> bool:
-    return latest_checkpoint(folder) is not None
+    return bool(records) and records[-1].get("event") == "end"  # after its last save
 
 
 def read_cell(cell: Cell, folder: Path) -> CellResult | None:
@@ -88,7 +84,7 @@ def read_cell(cell: Cell, folder: Path) -> CellResult | None:
         cpu_seconds=_until(at, steps),
         update_tokens=steps[-1]["tokens"] * (2 if method.critic else 1),
         peak_gib=max(r["memory_gib"] for r in steps),
-        state_mib=_size(latest_checkpoint(folder)) / 2**20,
+        state_mib=_mib(latest_checkpoint(folder)),
         dead_groups=_mean(steps, "dead_groups") if method.samples > 1 else None,
         explained_variance=_mean(steps[-len(steps) // 4 :], "explained_variance"),
         divergence=_divergence(folder),
@@ -131,8 +127,10 @@ def _mean(records: Sequence[dict[str, Any]], name: str) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def _size(folder: Path | None) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder else 0
+def _mib(checkpoint: Path | None) -> float | None:
+    if checkpoint is None:
+        return None
+    return sum(p.stat().st_size for p in checkpoint.rglob("*") if p.is_file()) / 2**20
 
 
 def _divergence(folder: Path) -> float | None:

@@ -2,11 +2,10 @@
 three by rewards, at equal answers and equal tokens of updates. Rates swept, three seeds, two KLs.
 
 Each cell is a run folder with its whole settings in cell.yaml, trained by `python -m
-equilibrium_mcore.train`. The same command goes on where it was: finished cells are kept, an interrupted
-one continues from its checkpoint. At the end the table, results.json and curves.png are written.
-
-    --small   three rates, swept with the first seed at the first KL; every other cell at the best one
-    (full)    every method, KL, rate and seed
+equilibrium_mcore.train`. The same command goes on where it was: finished cells are kept, an
+interrupted one continues from its checkpoint. At the end the table, results.json and curves.png
+are written. Without --small every method, KL, rate and seed is a cell; with it three rates are
+swept with the first seed at the first KL, and all else is done at the best rate of each method.
 
 Examples:
     python examples/grpo_against_ppo/run.py --small --jobs 2
@@ -94,7 +93,8 @@ def make_start(output: Path, steps: int | None) -> None:
         python("tools/train_tokenizer.py", "--input", str(data / "text.jsonl"), "--output",
                str(tokenizer), "--vocab-size", "512")  # fmt: skip
     config = start_settings(output, steps)
-    write_once(config, start / CELL_FILE)
+    if not is_finished(start) or steps is not None:
+        write_once(config, start / CELL_FILE)
     if not is_finished(start):
         print(f"fine-tuning on sums of two numbers: {start}", flush=True)
         work_off([train_job("start", start)], 1)
@@ -131,8 +131,8 @@ def write_once(config: RunConfig, path: Path) -> None:
         before = read_mapping(path)
         if changed := sorted(key for key in values if before.get(key) != values[key]):
             raise ConfigError(
-                f"{path}: was begun with other settings of {', '.join(changed)}; give the options of "
-                "before, another --output, or remove that folder"
+                f"{path}: was begun with other settings of {', '.join(changed)}; give the options "
+                "of before, another --output, or remove that folder"
             )
         return
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from equilibrium_mcore.files.paths import user_path
 from equilibrium_mcore.files.whole import write_whole
 
 LARGEST = 9  # of a term; the first of two goes up to twice this, as a sum of two does
+SHOWN = (1, 1, 2)  # of each sum of three, additions that answers in the fine-tuning made
 Terms = tuple[int, ...]
 
 
@@ -47,9 +48,10 @@ def question(terms: Sequence[int]) -> str:
     return "+".join(map(str, terms)) + "="
 
 
-def conversation(terms: Sequence[int]) -> dict:
-    """A question and its answer."""
-    turns = (("user", question(terms)), ("assistant", str(sum(terms))))
+def conversation(terms: Sequence[int], steps: int | None = None) -> dict:
+    """A question and its answer; with `steps`, what is reached after so many additions."""
+    reached = terms if steps is None else terms[: steps + 1]
+    turns = (("user", question(terms)), ("assistant", str(sum(reached))))
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
@@ -75,16 +77,17 @@ def write_lines(path: Path, rows: Iterable[dict]) -> None:
 def write_data(folder: Path, *, seed: int = 0, held_out: float = 0.2) -> str:
     """All files; a line that says how many there are."""
     folder.mkdir(parents=True, exist_ok=True)
-    of_two = two_terms()
-    random.Random(seed).shuffle(of_two)
-    write_lines(folder / "sft.train.jsonl", map(conversation, of_two))
-    write_lines(folder / "sft.validation.jsonl", map(conversation, of_two[:40]))
     training, kept_back = three_terms(seed, held_out)
+    chats = [conversation(terms) for terms in two_terms()]
+    chats += [conversation(terms, steps) for terms in training for steps in SHOWN]
+    random.Random(seed).shuffle(chats)
+    write_lines(folder / "sft.train.jsonl", chats)
+    write_lines(folder / "sft.validation.jsonl", map(conversation, kept_back))
     write_lines(folder / "prompts.train.jsonl", map(prompt, training))
     write_lines(folder / "prompts.validation.jsonl", map(prompt, kept_back))
     write_lines(folder / "text.jsonl", texts(seed))
     return (
-        f"{folder}: {len(of_two):,} sums of two, {len(training):,} of three to train on, "
+        f"{folder}: {len(chats):,} conversations, {len(training):,} sums of three to train on, "
         f"{len(kept_back):,} held out"
     )
 

@@ -97,8 +97,8 @@ def markdown(results: Sequence[CellResult], *, unfinished: int = 0) -> str:
     )
     start = 100 * float(np.mean([result.accuracy[0] for result in results]))
     parts = [
-        f"{cells}. Held-out accuracy in percent; {start:.0f} before any update. ± is half the range "
-        "over the seeds.",
+        f"{cells}. Held-out accuracy in percent; {start:.0f} before any update. ± is half the "
+        "range over the seeds.",
         markdown_table(
             ["method", "KL", *columns],
             [
