@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,7 +86,7 @@ class Grid:
 
     methods: Sequence[str] = tuple(METHODS)
     kls: Sequence[float] = (0.0, 0.01)
-    rates: Sequence[float] = field(default=(3e-4, 1e-3, 2e-3, 4e-3, 8e-3))
+    rates: Sequence[float] = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
     seeds: Sequence[int] = (1, 2, 3)
 
     def cells(self) -> list[Cell]:
@@ -106,7 +106,7 @@ class Grid:
 class Sizes(NamedTuple):
     """How long a cell is."""
 
-    rollouts: int = 100
+    rollouts: int = 40
     answers: int = 128  # of a rollout
     evaluations: int = 10  # along a cell, beside the one before it
 

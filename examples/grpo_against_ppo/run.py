@@ -1,5 +1,5 @@
-"""GRPO against PPO, Dr. GRPO and SPO: a small hybrid that knows sums of two numbers learns those of
-three by rewards, at equal answers and equal tokens of updates. Rates swept, three seeds, two KLs.
+"""GRPO against PPO, Dr. GRPO and SPO: a small hybrid that stops after the first addition of a sum of
+three learns to go on, at equal answers and equal tokens of updates. Rates swept, seeds, two KLs.
 
 Each cell is a run folder with its whole settings in cell.yaml, trained by `python -m
 equilibrium_mcore.train`. The same command goes on where it was: finished cells are kept, an
@@ -39,7 +39,7 @@ from equilibrium_mcore.config.yaml_io import read_mapping  # noqa: E402
 from equilibrium_mcore.files.paths import user_path  # noqa: E402
 from equilibrium_mcore.training.metrics import METRICS_FILE, read_metrics  # noqa: E402
 
-SMALL_RATES = (5e-4, 1.5e-3, 4.5e-3)
+SMALL_RATES = (1e-4, 3e-4, 1e-3)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,7 +96,7 @@ def make_start(output: Path, steps: int | None) -> None:
     if not is_finished(start) or steps is not None:
         write_once(config, start / CELL_FILE)
     if not is_finished(start):
-        print(f"fine-tuning on sums of two numbers: {start}", flush=True)
+        print(f"fine-tuning: {start}", flush=True)
         work_off([train_job("start", start)], 1)
     if not is_finished(start):
         raise ValueError(f"{start}: the fine-tuning did not end; see {start / LOG_FILE}")

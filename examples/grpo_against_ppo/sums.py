@@ -1,9 +1,10 @@
-"""Sums of two numbers for fine-tuning, sums of three for reinforcement learning; some held out.
+"""Sums for fine-tuning, whose answers mostly stop too early, and for reinforcement learning.
 
     python examples/grpo_against_ppo/sums.py --output-directory runs/grpo_against_ppo/data
 
-Writes `sft.train.jsonl` and `sft.validation.jsonl` ({"messages": ...}, `17+4=`), the prompts
-`prompts.train.jsonl` and `prompts.validation.jsonl` ({"prompt", "truth"}, `3+8+6=`), and
+Writes `sft.train.jsonl` and `sft.validation.jsonl` ({"messages": ...}): sums of two numbers, and
+sums of three of which two answers in three stop after the first addition; the prompts
+`prompts.train.jsonl` and `prompts.validation.jsonl` ({"prompt", "truth"}), sums of three; and
 `text.jsonl` for a tokenizer. What is held out is in no file for training, in no order of its terms.
 """
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from equilibrium_mcore.config.load import load_run, save_config
+from equilibrium_mcore.config.load import load_run
 from equilibrium_mcore.training.metrics import METRICS_FILE, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +32,7 @@ def example():
         yield type("Example", (), modules)
     finally:
         sys.path[:] = path
-        for name in (*names,):
+        for name in names:
             sys.modules.pop(name, None)
 
 
@@ -154,19 +154,15 @@ def test_cells_end_to_end_and_again(example, tmp_path):
     assert whole == {name: (path / METRICS_FILE).read_bytes() for name, path in folders.items()}
 
     # A cell that was stopped goes on, and comes to the same.
-    for name in ("data", "tokenizer.model", "start"):
-        copy = shutil.copytree if (output / name).is_dir() else shutil.copy
-        copy(output / name, other / name) if other.mkdir(exist_ok=True) is None else None
+    shutil.copytree(output, other, ignore=shutil.ignore_patterns("cells"))
     cell = example.grid.Cell("ppo", 0.0, 1e-3, 1)
     config = example.grid.settings(cell, example.grid.Sizes(3, 32), other)
     folder = Path(config.output_directory)
-    folder.mkdir(parents=True)
-    save_config(config, folder / "cell.yaml")
+    example.run.write_once(config, folder / "cell.yaml")
     command = [sys.executable, "-m", "equilibrium_mcore.train", str(folder / "cell.yaml")]
     stopped = subprocess.run([*command, "training.stop_after_steps=3"], cwd=ROOT, env=os.environ)
     assert stopped.returncode == 0 and not example.results.is_finished(folder)
-    more = [word for word in arguments if word not in ("--start-steps", "6")]
-    done = _run(*more, output=other)
+    done = _run("--small", "--methods", "ppo", *SHORT, output=other)
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-2000:]
     events = [r["event"] for r in read_metrics(folder / METRICS_FILE) if r["kind"] == "event"]
     assert "resume" in events and example.results.is_finished(folder)
