@@ -136,10 +136,10 @@ class PromptsConfig(ChatsConfig):
     """Prompts that a policy answers, each with what an answer is judged by."""
 
     type: Literal["prompts"] = setting("prompts", "which kind of data")
-    truth: str = setting(
+    truth: str | None = setting(
         "truth",
         "the key of a row that holds the true answer, or the tests; `prompt` or `messages` holds "
-        "the prompt",
+        "the prompt; null: rows have none, and answers are judged without (stage rlaif)",
         min_length=1,
     )
     max_tokens: PositiveInt | None = setting(

@@ -130,6 +130,8 @@ class DistillationConfig(Section):
 
 PREFERENCES = (DpoConfig, IpoConfig, SimpoConfig, OrpoConfig, RewardModelConfig)
 """Those that need pairs."""
+ON_OWN_ANSWERS = (DpoConfig, IpoConfig, SimpoConfig)
+"""Those of pairs that a judge may make of a policy's own answers."""
 REFERENCED = (DpoConfig, IpoConfig, KtoConfig)
 """Those that need the log-probabilities of a reference."""
 SCORED = (RewardModelConfig,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from equilibrium_mcore.config.objectives import ON_OWN_ANSWERS
 from equilibrium_mcore.config.online import EvaluationConfig, RolloutConfig
 from equilibrium_mcore.config.pattern import count_kinds
 from equilibrium_mcore.config.policy import PolicyConfig
@@ -12,6 +13,8 @@ from equilibrium_mcore.config.stages import STAGES
 
 ONLINE_RULES = RuleTable()
 rule = ONLINE_RULES.rule
+JUDGED = "rlaif"
+"""The stage that learns from a judge's preferences."""
 WITHOUT_REWARDS = ("teacher",)
 """Advantages that no reward is part of."""
 
@@ -25,7 +28,8 @@ def is_online(subject: Subject) -> bool:
 def an_online_stage_has_a_policy(subject: Subject) -> Iterator[str]:
     """The other way round is asked where a run starts: made-up answers certify a policy."""
     config = subject.config
-    if is_online(subject) and not isinstance(config.objective, PolicyConfig):
+    judged = config.stage == JUDGED
+    if is_online(subject) and not judged and not isinstance(config.objective, PolicyConfig):
         yield (
             f"objective.type={config.objective.type!r} with stage={config.stage!r}, which learns "
             "from its own answers: set objective.type: policy"
@@ -38,6 +42,8 @@ def answers_are_worth_something(subject: Subject) -> Iterator[str]:
     if not is_online(subject):
         if config.rewards is not None:
             yield f"rewards with stage={config.stage!r}, which asks for no answers: leave them out"
+        return
+    if config.stage == JUDGED:  # `a_judge_says_which_answer_is_better`
         return
     wanted = getattr(config.objective, "advantage", None) not in WITHOUT_REWARDS
     if wanted and config.rewards is None:
@@ -56,6 +62,54 @@ def a_teacher_is_named(subject: Subject) -> Iterator[str]:
         yield (
             "objective.advantage='teacher' without objective.teacher: set it to the output "
             "directory of the model that is to be followed"
+        )
+
+
+@rule("stage", "objective", "rewards", "judge")
+def a_judge_says_which_answer_is_better(subject: Subject) -> Iterator[str]:
+    config = subject.config
+    if config.stage != JUDGED:
+        if config.judge is not None:
+            yield (
+                f"judge with stage={config.stage!r}, which learns from no judge: leave it out, or "
+                "set stage: rlaif"
+            )
+        return
+    if config.judge is None:
+        yield (
+            "judge: missing; pairs of answers are learned from by what it prefers: e.g. judge: "
+            "{type: http, url: 'http://host:8000', model: NAME}, or {type: reward_model, weights: "
+            "RUN}"
+        )
+    if config.rewards is not None:
+        yield "rewards with stage='rlaif', which learns from what a judge prefers: leave them out"
+    if not isinstance(config.objective, ON_OWN_ANSWERS):
+        yield (
+            f"objective.type={config.objective.type!r} with stage='rlaif', which learns from pairs "
+            "of its own answers: set it to dpo, ipo or simpo"
+        )
+    elif getattr(config.objective, "reference", "live") != "live":
+        yield (
+            "objective.reference='stored' with stage='rlaif', whose answers are not there before: "
+            "set objective.reference: live"
+        )
+
+
+@rule("stage", "rollout", "evaluation")
+def pairs_are_two_answers(subject: Subject) -> Iterator[str]:
+    config = subject.config
+    if config.stage != JUDGED:
+        return
+    if config.rollout.samples_per_prompt != 2:
+        yield (
+            f"rollout.samples_per_prompt={config.rollout.samples_per_prompt} with stage='rlaif': "
+            "the judge compares two answers to a prompt; set it to 2"
+        )
+    if config.evaluation.interval_steps:
+        yield (
+            f"evaluation.interval_steps={config.evaluation.interval_steps} with stage='rlaif', "
+            "whose answers have no truth: set it to 0, and compare checkpoints with "
+            "tools/alignment_report.py"
         )
 
 
@@ -115,7 +169,13 @@ def an_answer_fits(subject: Subject) -> Iterator[str]:
     if not is_online(subject):
         return
     length, most = subject.config.training.sequence_length, subject.config.rollout.max_new_tokens
-    if most >= length:
+    if subject.config.stage == JUDGED and 2 * (most + 1) > length:
+        yield (
+            f"rollout.max_new_tokens={most} with training.sequence_length={length}: both answers "
+            "of a pair lie in one sequence, each with its prompt; use at most "
+            f"{max(length // 2 - 1, 1)}, less the longest prompt"
+        )
+    elif most >= length:
         yield (
             f"rollout.max_new_tokens={most} with training.sequence_length={length}: a prompt and "
             f"its answer lie in one sequence; use at most {length - 1}, less the longest prompt"
@@ -171,6 +231,12 @@ def an_evaluation_has_prompts(subject: Subject) -> Iterator[str]:
     config = subject.config
     if not is_online(subject) or config.data.type != "prompts":
         return
+    if config.evaluation.interval_steps and config.data.truth is None:
+        yield (
+            f"evaluation.interval_steps={config.evaluation.interval_steps} with data.truth=null: "
+            "held-out answers are judged by a truth; name its key in data.truth, or set "
+            "evaluation.interval_steps to 0"
+        )
     if config.evaluation.interval_steps and not any(s.validation for s in config.data.sources):
         yield (
             f"evaluation.interval_steps={config.evaluation.interval_steps} and no source has "

@@ -179,10 +179,31 @@ class PluginConfig(Section):
         return self
 
 
+class ModelRewardConfig(Section):
+    """The score of a reward model at the last token of an answer, by the ranks of the run."""
+
+    type: Literal["reward_model"] = setting("reward_model", "which reward")
+    name: str | None = setting(None, _NAME, min_length=1)
+    weight: float = setting(1.0, _WEIGHT)
+    weights: UserPath = setting(
+        doc="output directory or checkpoint of a run of stage reward_model, of the same tokenizer"
+    )
+    bound: PositiveFloat | None = setting(
+        None, "scores are cut to this size, so that no single one rules a batch; null: as they are"
+    )
+
+
 RewardConfig = Annotated[
-    MathAnswerConfig | CodeTestsConfig | FormatConfig | LengthRewardConfig | PluginConfig,
+    MathAnswerConfig
+    | CodeTestsConfig
+    | FormatConfig
+    | LengthRewardConfig
+    | PluginConfig
+    | ModelRewardConfig,
     Field(discriminator="type"),
 ]
+ON_RANKS = ("reward_model",)
+"""Rewards that are found by the ranks of a run, and not by a worker process."""
 
 REWARD_CLASSES: dict[str, type[Section]] = {
     kind.model_fields["type"].default: kind for kind in get_args(get_args(RewardConfig)[0])

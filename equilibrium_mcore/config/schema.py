@@ -13,6 +13,7 @@ from equilibrium_mcore.config.adapters import LoraConfig
 from equilibrium_mcore.config.anomalies import AnomaliesConfig
 from equilibrium_mcore.config.data_kinds import DataChoice
 from equilibrium_mcore.config.fused import FusedConfig, GraphModule
+from equilibrium_mcore.config.judges import JudgeConfig
 from equilibrium_mcore.config.objectives import NextTokenConfig, ObjectiveConfig
 from equilibrium_mcore.config.online import EvaluationConfig, RewardsChoice, RolloutConfig
 from equilibrium_mcore.config.optimizers import OptimizerConfig
@@ -296,6 +297,7 @@ Stage = Literal[
     "orpo",
     "kto",
     "reward_model",
+    "rlaif",
     "grpo",
     "spo",
     "ppo",
@@ -325,6 +327,9 @@ class RunConfig(Section):
     rollout: RolloutConfig = RolloutConfig()
     rewards: RewardsChoice | None = setting(
         None, "what answers are worth: a list of rewards, or a mapping with `rewards`"
+    )
+    judge: JudgeConfig | None = setting(
+        None, "stage rlaif: who says which of two answers is the better; its `type` says which kind"
     )
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

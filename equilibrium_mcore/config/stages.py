@@ -112,6 +112,18 @@ STAGES: dict[str, StageSettings] = {
         "a score for answers, by a scalar head, from pairs",
         model={"head": "scalar"},
     ),
+    "rlaif": StageSettings(
+        "a judge's preferences between two of the model's own answers, learned by DPO, online",
+        data="prompts",
+        data_folder="posttrain/rlaif",
+        defaults={
+            "objective": {"type": "dpo"},
+            "data": {"type": "prompts", "truth": None},
+            "rollout": {"samples_per_prompt": 2},
+        },
+        needs_weights=True,
+        template="grpo",
+    ),
     "grpo": _online("grpo", "policy gradient against the mean of a prompt's answers, online"),
     "ppo": _online(
         "ppo",

@@ -26,15 +26,15 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from equilibrium_mcore.generation.http_client import Client, EngineError
 from equilibrium_mcore.generation.interface import Request, Rollout, Sampling
 from equilibrium_mcore.parallel.object_group import object_group
+from equilibrium_mcore.processes.http_client import Client, ServerError
 
 COMPLETIONS = "/v1/completions"
 VERSION, BEGIN, TENSOR, END = (f"/weights/{name}" for name in ("version", "begin", "tensor", "end"))
 
 
-class StaleWeightsError(EngineError):
+class StaleWeightsError(ServerError):
     """The server has other weights than those that were asked for."""
 
 
@@ -61,7 +61,7 @@ class HttpEngine:
         A draw is the server's: repeated by its seed, but not the same as another engine's.
 
         Raises ValueError for top-k or top-p, whose support no server tells; StaleWeightsError for
-        other weights; EngineError for a server that is gone, slow, or answers what was not asked.
+        other weights; ServerError for a server that is gone, slow, or answers what was not asked.
         """
         if sampling.top_k or sampling.top_p != 1:
             raise ValueError(
@@ -128,7 +128,7 @@ class HttpEngine:
         finish: str,
         echoed: list[int] | None,
     ) -> None:
-        """Raise EngineError for an answer that is not one to what was asked."""
+        """Raise ServerError for an answer that is not one to what was asked."""
         most, stops = sampling.max_new_tokens, sampling.stop_ids
         if ids.ndim != 1 or not 1 <= len(ids) <= most:
             raise self._wrong(f"{ids.size} tokens, where 1 to {most} were asked for")
@@ -149,14 +149,14 @@ class HttpEngine:
                 f"{'one' if ends else 'none'} of the stop ids"
             )
 
-    def _wrong(self, what: str) -> EngineError:
-        return EngineError(f"{self.client.url}{COMPLETIONS}: {what}")
+    def _wrong(self, what: str) -> ServerError:
+        return ServerError(f"{self.client.url}{COMPLETIONS}: {what}")
 
     def send_weights(self, tensors: Iterable[tuple[str, Tensor]], *, version: int) -> None:
         """Give the server these weights, one tensor at a time. On rank 0 alone.
 
         `tensors` are Hugging Face's (`hugging_face.stream`). Until the last is there the server
-        has no version, and generates nothing. Raises EngineError.
+        has no version, and generates nothing. Raises ServerError.
         """
         self.client.post(BEGIN, {"version": version})
         count = 0

@@ -94,16 +94,27 @@ class Packed(NamedTuple):
 
 
 def pack(
-    answers: Sequence[Answer], *, length: int, multiple: int, pad_id: int, at_once: int
+    answers: Sequence[Answer],
+    *,
+    length: int,
+    multiple: int,
+    pad_id: int,
+    at_once: int,
+    together: int = 1,
 ) -> Packed:
     """Answers in sequences of `length` tokens, each padded to a multiple of `multiple`.
 
     Sequences hold `tokens`, `labels`, `position_ids`, `loss_mask` as `fill_sequence` makes them,
     and every value of the answers at the positions whose label it is of, and so the support. Their
-    number is filled up to a multiple of `at_once` by sequences in which nothing counts.
+    number is filled up to a multiple of `at_once` by sequences in which nothing counts. Of the
+    answers each `together` after each other lie side by side in one sequence.
     """
     examples = Examples.of([_example(answer) for answer in answers])
-    bins = first_fit_decreasing(padded(examples.lengths.astype(np.int64), multiple), length)
+    lengths = padded(examples.lengths.astype(np.int64), multiple).reshape(-1, together).sum(axis=1)
+    bins = [
+        [unit * together + side for unit in units for side in range(together)]
+        for units in first_fit_decreasing(lengths, length)
+    ]
     sequences: list[dict[str, Tensor | Support]] = []
     places: dict[int, Place] = {}
     for numbers in [*bins, *[[]] * (-len(bins) % at_once)]:

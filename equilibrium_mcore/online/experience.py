@@ -47,8 +47,8 @@ def answers_of(groups: Sequence[Group], *, masked: bool) -> list[Answer]:
     return found
 
 
-def packed_for(run: Run, answers: Sequence[Answer]) -> Packed:
-    """The answers in sequences of the run, as many on every data rank."""
+def packed_for(run: Run, answers: Sequence[Answer], *, together: int = 1) -> Packed:
+    """The answers in sequences of the run, as many on every data rank; `together` as for `pack`."""
     config = run.config
     size, ranks = config.training.micro_batch_size, run.groups.dp.size()
     return pack(
@@ -57,6 +57,7 @@ def packed_for(run: Run, answers: Sequence[Answer]) -> Packed:
         multiple=config.data.document_multiple,
         pad_id=run.datasets.train.pad_id,
         at_once=size * ranks * micro_batch_unit(config.parallelism),
+        together=together,
     )
 
 

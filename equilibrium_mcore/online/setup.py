@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.objectives import REFERENCED
 from equilibrium_mcore.config.policy import PolicyConfig
+from equilibrium_mcore.config.rewards import ModelRewardConfig
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.chat.prompts import PromptSamples
 from equilibrium_mcore.generation.interface import Engine
@@ -13,10 +16,14 @@ from equilibrium_mcore.online.critic import Critic
 from equilibrium_mcore.online.critic_estimate import CriticEstimator
 from equilibrium_mcore.online.estimate import Estimator, Reference, RewardEstimator
 from equilibrium_mcore.online.evaluation import EvaluationCallback
+from equilibrium_mcore.online.experience import packed_for
 from equilibrium_mcore.online.judge import Judge, Unjudged
+from equilibrium_mcore.online.model_reward import ModelReward
+from equilibrium_mcore.online.pair_estimate import PairEstimator, packed_pairs
+from equilibrium_mcore.online.pair_judge import PairJudge, compare_of
 from equilibrium_mcore.online.report import SamplesFile
 from equilibrium_mcore.online.rollouts import Gathered
-from equilibrium_mcore.online.stream import OnlineStream
+from equilibrium_mcore.online.stream import OnlineStream, PackedOf
 from equilibrium_mcore.online.teacher_estimate import TeacherEstimator
 from equilibrium_mcore.processes.console import say
 from equilibrium_mcore.training import reference
@@ -30,14 +37,12 @@ from equilibrium_mcore.training.setup import Run
 def go_online(run: Run, engine: Engine) -> None:
     """Give the run a stream of its own answers. Collective.
 
-    Raises ConfigError for rewards that cannot work here, a missing reference, and a checkpoint of
-    other prompts.
+    Raises ConfigError for rewards and judges that cannot work here, a missing reference, and a
+    checkpoint of other prompts.
     """
     samples = run.datasets.train
     assert isinstance(samples, PromptSamples)
-    judge: Judge | Unjudged = Unjudged()
-    if run.config.rewards is not None:
-        judge = Judge(run.config.rewards, samples.tokenizer, first_rank=run.is_first_rank)
+    judge, estimator, packed_of = _judging(run, samples)
     files: list[SamplesFile] = []
     if run.is_first_rank:
         for note in judge.notes:
@@ -61,10 +66,62 @@ def go_online(run: Run, engine: Engine) -> None:
 
     run.stream.close()
     stream = OnlineStream(
-        run, engine=engine, judge=judge, estimator=build_estimator(run), seen=seen, at_end=at_end
+        run,
+        engine=engine,
+        judge=judge,
+        estimator=estimator,
+        packed_of=packed_of,
+        seen=seen,
+        at_end=at_end,
     )
     of_updates = run.stage_figures
     run.stream, run.stage_figures = stream, lambda: {**stream.figures(), **of_updates()}
+
+
+class Judging(NamedTuple):
+    """What answers are worth, what is made of that, and how answers lie in sequences."""
+
+    judge: Judge | Unjudged | PairJudge
+    estimator: Estimator
+    packed_of: PackedOf
+
+
+def _judging(run: Run, samples: PromptSamples) -> Judging:
+    """By the settings of the run. Collective."""
+    if run.config.judge is not None:
+        judge = PairJudge(compare_of(run, samples.tokenizer))
+        return Judging(judge, pair_estimator(run), packed_pairs)
+    if run.config.rewards is None:
+        return Judging(Unjudged(), build_estimator(run), packed_for)
+    rewards = Judge(
+        run.config.rewards,
+        samples.tokenizer,
+        first_rank=run.is_first_rank,
+        rank_rewards=[
+            ModelReward(run, reward, key=f"rewards.rewards.{number}.weights")
+            for number, reward in enumerate(run.config.rewards.rewards)
+            if isinstance(reward, ModelRewardConfig)
+        ],
+    )
+    return Judging(rewards, build_estimator(run), packed_for)
+
+
+def pair_estimator(run: Run) -> PairEstimator:
+    """What makes experience of pairs, for an objective of `training/pairs.py`. Collective."""
+    model: Reference | None = None
+    if isinstance(run.config.objective, REFERENCED):
+        model = _scores(run)
+    return PairEstimator(temperature=run.config.rollout.temperature, reference=model)
+
+
+def _scores(run: Run) -> Reference:
+    """log p by what the run started from, of the distribution that the objective's losses are."""
+    if run.config.checkpoint.initial_weights is None:
+        raise ConfigError(
+            f"objective.type={run.config.objective.type!r} without checkpoint.initial_weights: "
+            "they are the reference"
+        )
+    return reference.Reference(run).scores
 
 
 def build_estimator(run: Run) -> Estimator:

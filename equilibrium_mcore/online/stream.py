@@ -8,7 +8,7 @@ with their values, and what the estimator keeps. Sampling has no state: it is a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +16,16 @@ from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.data.chat.prompts import PromptSamples
 from equilibrium_mcore.data.stream import Batch
 from equilibrium_mcore.generation.interface import Engine
-from equilibrium_mcore.online.answers import Answer
+from equilibrium_mcore.online.answers import Answer, Packed
 from equilibrium_mcore.online.estimate import Estimator
 from equilibrium_mcore.online.experience import packed_for, rank_batches
-from equilibrium_mcore.online.judge import Judge
 from equilibrium_mcore.online.report import figures_of
-from equilibrium_mcore.online.rollouts import Gathered, gather, sampling_of
+from equilibrium_mcore.online.rollouts import Gathered, JudgeOf, gather, sampling_of
 from equilibrium_mcore.training.setup import Run
 
 STATE = "online"
 Seen = Callable[[Gathered, int], None]
+PackedOf = Callable[[Run, Sequence[Answer]], Packed]
 
 
 @dataclass
@@ -45,19 +45,21 @@ class OnlineStream:
         run: Run,
         *,
         engine: Engine,
-        judge: Judge,
+        judge: JudgeOf,
         estimator: Estimator,
+        packed_of: PackedOf = packed_for,
         seen: Seen = lambda gathered, step: None,
         at_end: Callable[[], None] = lambda: None,
     ) -> None:
-        """Goes on where the run's checkpoint left it. `seen` is shown every rollout.
+        """Goes on where the run's checkpoint left it. `packed_of` packs the answers of a step;
+        `seen` is shown every rollout.
 
         Raises ConfigError for a checkpoint of other prompts.
         """
         assert isinstance(run.datasets.train, PromptSamples)
         self._run, self._prompts = run, run.datasets.train
         self.engine, self.judge, self._estimator = engine, judge, estimator
-        self._seen, self._at_end = seen, at_end
+        self._packed_of, self._seen, self._at_end = packed_of, seen, at_end
         self._position = Position()
         self._answers: list[Answer] = []
         self._figures: dict[str, float] = {}
@@ -70,7 +72,7 @@ class OnlineStream:
         if not self._answers:
             self._roll_out()
         self._estimator.ready(self._run.objective)
-        return rank_batches(self._run, packed_for(self._run, self._minibatch()))
+        return rank_batches(self._run, self._packed_of(self._run, self._minibatch()))
 
     def commit(self, samples: int) -> None:
         """See TrainStream: a step was made of the minibatch."""

@@ -2,7 +2,8 @@
 
     policy    weights, one gradient each in float32 (adapters: of these alone), and main weights in
               float32 where the model is narrower
-    others    weights alone: a reference or a teacher does not train
+    critic    the same, of whole weights
+    others    weights alone: a reference, a teacher or a reward model does not train
 
 Counts are those of the built models (`models/parameters.py`), divided as the layout divides them:
 experts over their ranks, matrices over tensor ranks, layers over pipeline stages alike. Optimizer
@@ -16,7 +17,7 @@ from collections.abc import Mapping
 from equilibrium_mcore.config.schema import ModelConfig, RunConfig
 from equilibrium_mcore.models.parameters import count_parameters
 
-TRAINS = "policy"
+TRAINS, CRITIC = "policy", "critic"
 WHOLE = ("norms", "moe_router")  # what every tensor rank holds whole
 GRADIENT_BYTES = MAIN_BYTES = 4
 
@@ -34,7 +35,7 @@ def bytes_of_role(config: RunConfig, role: str, model: ModelConfig) -> int:
     """Bytes of the model in this role on a rank."""
     width = 4 if config.training.precision == "fp32" else 2
     each = width
-    if role == TRAINS and config.adapters is None:
+    if role == CRITIC or (role == TRAINS and config.adapters is None):
         each += GRADIENT_BYTES + (MAIN_BYTES if width < MAIN_BYTES else 0)
     return weights_of_rank(config, model) * each
 

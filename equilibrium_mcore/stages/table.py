@@ -22,6 +22,7 @@ STAGE_RANKS: dict[str, Callable[..., None]] = {
     "orpo": preference_rank,
     "kto": preference_rank,
     "reward_model": train_rank,
+    "rlaif": online_rank,
     "grpo": online_rank,
     "spo": online_rank,
     "ppo": online_rank,

@@ -7,6 +7,7 @@ from dataclasses import replace
 from equilibrium_mcore.checkpoint.opened import OpenedCheckpoint
 from equilibrium_mcore.config import rules
 from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.heads import has_scalar_head
 from equilibrium_mcore.config.layout import pipeline_segments
 from equilibrium_mcore.config.pattern import balanced_cuts, cut_into, layers_of
 from equilibrium_mcore.config.schema import ModelConfig, RunConfig
@@ -65,6 +66,23 @@ def check_same_tokenizer(opened: OpenedCheckpoint, config: RunConfig) -> str | N
             f"{ours.model}, is another: an id would mean two things. Use one tokenizer for both"
         )
     return None
+
+
+def check_reward_model(opened: OpenedCheckpoint, config: RunConfig, *, key: str) -> None:
+    """Raise ConfigError unless the checkpoint gives scores, and reads the tokens of `config`.
+
+    A tokenizer that is not there to be compared is refused as well: scores of tokens that mean
+    something else look like any others.
+    """
+    if not has_scalar_head(opened.config.model):
+        raise ConfigError(
+            f"{key}: {opened.path} predicts tokens and gives no scores: name a run of stage "
+            "reward_model"
+        )
+    if (unknown := check_same_tokenizer(opened, config)) is not None:
+        raise ConfigError(
+            f"{key}: {unknown}; put it back where the reward model's config names it, or link it"
+        )
 
 
 def _pattern(model: ModelConfig, config: RunConfig) -> str:

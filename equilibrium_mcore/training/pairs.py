@@ -57,7 +57,7 @@ class Pairs:
         if self.needs_reference:
             values.append(batch[REFERENCE].reshape(-1).to(wide))
         sums = sums_of_answers(values, answer, batch=batch, cp_group=cp_group)
-        sums = sums.view(-1, 2, len(values))
+        sums = sums.view(len(sums) // 2, 2, len(values))  # there may be none
         policy = _answers(sums, 0)
         reference = _answers(sums, 2) if self.needs_reference else None
         loss = self._loss(policy, reference)

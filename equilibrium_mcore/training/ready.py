@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from equilibrium_mcore.checkpoint.choose import find_alone, find_weights
@@ -20,6 +21,7 @@ from equilibrium_mcore.checkpoint.opened import OpenedCheckpoint, inspect
 from equilibrium_mcore.config.chat import ConversationsConfig
 from equilibrium_mcore.config.data import DataConfig
 from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.judges import reward_models
 from equilibrium_mcore.config.objectives import REFERENCED, DistillationConfig
 from equilibrium_mcore.config.policy import PolicyConfig
 from equilibrium_mcore.config.schema import ModelConfig, RunConfig
@@ -29,7 +31,11 @@ from equilibrium_mcore.optim.frozen import check_optimizer_state
 from equilibrium_mcore.parallel import accelerator
 from equilibrium_mcore.parallel.launch import rank_info_from_environment, refuse_local_ranks
 from equilibrium_mcore.parallel.rendezvous import meeting_place
-from equilibrium_mcore.training.frozen_settings import check_same_tokenizer, settings_of_frozen
+from equilibrium_mcore.training.frozen_settings import (
+    check_reward_model,
+    check_same_tokenizer,
+    settings_of_frozen,
+)
 from equilibrium_mcore.training.run_data import (
     Progress,
     build_run_datasets,
@@ -67,6 +73,7 @@ def check_ready(config: RunConfig, *, elsewhere: bool = False, say: Say = print)
     _collect(problems, lambda: check_policy(config))
     roles = {"policy": config.model, **_reference(config)}
     roles |= _collect(problems, lambda: _check_teacher(config, absent, say)) or {}
+    roles |= _check_reward_models(config, absent, problems)
     if len(roles) > 1:
         say(_memory(config, roles))
     if config.training.frozen or config.optimizer.overrides or config.adapters is not None:
@@ -164,9 +171,26 @@ def _check_teacher(config: RunConfig, absent: list[Path], say: Say) -> dict[str,
     return {"teacher": wanted.model}
 
 
+def _check_reward_models(
+    config: RunConfig, absent: list[Path], problems: list[str]
+) -> dict[str, ModelConfig]:
+    """Ask of each reward model what the run would; models by the setting that names them."""
+
+    def ask(key: str, weights: Path) -> ModelConfig:
+        opened = inspect(find_weights(weights, key=key), needs_state=False)
+        check_reward_model(opened, config, key=key)
+        return settings_of_frozen(opened, config=config)[0].model
+
+    named = [(key, weights) for key, weights in reward_models(config) if weights not in absent]
+    found = {key: _collect(problems, partial(ask, key, weights)) for key, weights in named}
+    return {key: model for key, model in found.items() if model is not None}
+
+
 def _reference(config: RunConfig) -> dict[str, ModelConfig]:
     """The frozen copy of the run's own weights that some objectives compare with."""
-    copied = isinstance(config.objective, REFERENCED) and config.adapters is None
+    referenced = isinstance(config.objective, REFERENCED)
+    referenced |= isinstance(config.objective, PolicyConfig) and config.objective.needs_reference
+    copied = referenced and config.adapters is None
     return {"reference": config.model} if copied else {}
 
 
@@ -249,7 +273,8 @@ def _data_files(config: RunConfig) -> Iterator[Path]:
 def _absent(config: RunConfig) -> list[Path]:
     """What the run reads and this host does not have."""
     objective = config.objective
-    more = [config.checkpoint.initial_weights, getattr(objective, "targets", None)]
-    more += [getattr(objective, "teacher", None), *models_beside(config).values()]
+    more = [config.checkpoint.initial_weights, *(path for _, path in reward_models(config))]
+    more += [getattr(objective, key, None) for key in ("teacher", "targets")]
+    more += models_beside(config).values()
     files = [*_data_files(config), *dict.fromkeys(path for path in more if path is not None)]
     return [path for path in files if not path.exists()]

@@ -13,6 +13,7 @@ from equilibrium_mcore.config.chat import ConversationsConfig, PreferencesConfig
 from equilibrium_mcore.config.data import DataConfig
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.layout import train_samples
+from equilibrium_mcore.config.objectives import PREFERENCES
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.blend import Datasets, build_datasets, epoch_tokens
 from equilibrium_mcore.data.chat.answers import AnswerDataset
@@ -269,12 +270,21 @@ def _prompts_of(config: RunConfig, part: Literal["train", "validation"], say: Sa
     samples, report = build_prompts(
         config.data,
         part=part,
-        longest=config.training.sequence_length - config.rollout.max_new_tokens,
+        longest=longest_prompt(config),
         vocab_size=config.model.vocab_size,
         seed=config.training.seed,
     )
     say(f"{part}: {report}")
     return samples
+
+
+def longest_prompt(config: RunConfig) -> int:
+    """Tokens of a prompt that leave room for an answer in a sequence; for two of them with the
+    prompt each, where pairs are learned from."""
+    room, multiple = config.training.sequence_length, config.data.document_multiple
+    if isinstance(config.objective, PREFERENCES):
+        room = room // 2 // multiple * multiple
+    return room - config.rollout.max_new_tokens
 
 
 def _prompt_epochs(config: RunConfig, epochs: float) -> tuple[int, str]:

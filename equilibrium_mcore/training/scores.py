@@ -61,7 +61,8 @@ class Scores:
         wide = torch.promote_types(values.dtype, torch.float32)
         last, margin = batch[LAST].reshape(-1), batch[MARGIN].reshape(-1).to(wide)
         both = [values.reshape(-1).to(wide), margin]
-        sums = sums_of_answers(both, last, batch=batch, cp_group=cp_group).view(-1, 2, 2)
+        sums = sums_of_answers(both, last, batch=batch, cp_group=cp_group)
+        sums = sums.view(len(sums) // 2, 2, len(both))  # there may be none
         chosen, rejected, asked = sums[:, 0, 0], sums[:, 1, 0], sums[:, 0, 1]
         loss = bradley_terry(chosen, rejected, margin=asked, centring=self._centring)
         ways = cp_group.size()  # every context rank has all pairs

@@ -79,14 +79,18 @@ class Scored:
         }
 
 
+def worst(verdicts: Iterable[str | None]) -> Any:
+    """The verdict on a text of which its rewards gave these; None of those that give none."""
+    return max((verdict for verdict in verdicts if verdict), key=_ORDER.index, default="ok")
+
+
 def combine(example: Example, parts: Iterable[Part], weights: Mapping[str, float]) -> Scored:
     """The judgement of all rewards."""
     details = {part.name: part for part in parts}
-    verdicts = [part.verdict for part in details.values() if part.verdict]
     return Scored(
         example=example,
         reward=sum(weights[name] * part.value for name, part in details.items()),
-        verdict=max(verdicts, key=_ORDER.index, default="ok"),
+        verdict=worst(part.verdict for part in details.values()),
         answer_text=next((part.answer for part in details.values() if part.answer), ""),
         parts={name: part.value for name, part in details.items()},
         details=details,

@@ -6,14 +6,14 @@ with Scorer(parse_rewards([{"type": "math_answer"}])) as scorer:
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from equilibrium_mcore.config.errors import ConfigError
-from equilibrium_mcore.config.rewards import RewardsConfig, reward_name
+from equilibrium_mcore.config.rewards import ON_RANKS, RewardsConfig, reward_name
 from equilibrium_mcore.processes.threads import available_cores
+from equilibrium_mcore.verification.error_share import ErrorShare, TooManyErrorsError
 from equilibrium_mcore.verification.pool import KillablePool, Outcome, Task, WorkerRefusedError
 from equilibrium_mcore.verification.registry import AT_ONCE, build_reward
 from equilibrium_mcore.verification.scored import (
@@ -29,16 +29,6 @@ HOUR = 3600.0  # where a reward keeps its own time, for a hang alone
 SHOWN_ERRORS = 3
 
 
-class TooManyErrorsError(RuntimeError):
-    """Verifiers failed for too many texts. `scored` is what the last batch got all the same."""
-
-    is_told = True  # it says by itself what to do
-
-    def __init__(self, message: str, scored: Sequence[Scored] = ()) -> None:
-        super().__init__(message)
-        self.scored = list(scored)
-
-
 class Scorer:
     """Rewards with their workers. Close it, or use it as a context."""
 
@@ -48,6 +38,11 @@ class Scorer:
         Raises ConfigError for a reward that cannot work here: a missing library, function or
         sandbox. `notes` are what a user should know of how they were built.
         """
+        if found := [reward_name(reward) for reward in config.rewards if reward.type in ON_RANKS]:
+            raise ConfigError(
+                f"rewards: {', '.join(found)}: a model scores answers on the ranks of a run, not "
+                "texts of a file; name it in the rewards of a run's config"
+            )
         self._config = config
         self._names = [reward_name(reward) for reward in config.rewards]
         self._weights = dict(zip(self._names, (r.weight for r in config.rewards), strict=True))
@@ -56,7 +51,7 @@ class Scorer:
             for number, reward in enumerate(config.rewards)
             if reward.type in AT_ONCE
         }
-        self._errors: deque[bool] = deque()
+        self._errors = ErrorShare(config.max_error_share, config.error_window)
         self._seen = 0
         self._pool: KillablePool | None = None
         self.notes: list[str] = []
@@ -134,20 +129,13 @@ class Scorer:
         ]
 
     def _count_errors(self, scored: Sequence[Scored]) -> None:
-        window = max(self._config.error_window, len(scored))
-        self._errors.extend(one.verdict == "error" for one in scored)
         first = self._seen
         self._seen += len(scored)
-        while len(self._errors) > window:
-            self._errors.popleft()
-        count, allowed = sum(self._errors), self._config.max_error_share * window
-        if count <= allowed:
+        if (problem := self._errors.problem([one.verdict == "error" for one in scored])) is None:
             return
         raise TooManyErrorsError(
-            f"{count} of the last {len(self._errors)} texts had the verdict error, more than "
-            f"max_error_share={self._config.max_error_share:g} of {window}: a verifier or its data "
-            "is broken, and rewards of 0 would teach that right answers are wrong.\n"
-            + _some_errors(scored, first),
+            f"{problem}: a verifier or its data is broken, and rewards of 0 would teach that right "
+            f"answers are wrong.\n{_some_errors(scored, first)}",
             scored,
         )
 

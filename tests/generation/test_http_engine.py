@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from equilibrium_mcore.generation.http_client import Client, EngineError
 from equilibrium_mcore.generation.http_engine import HttpEngine, StaleWeightsError
 from equilibrium_mcore.generation.interface import Prompt, Request, Rollout, Sampling
 from equilibrium_mcore.parallel.launch import RankInfo
+from equilibrium_mcore.processes.http_client import Client, ServerError
 from tests.generation.http_server import Served, serving
 from tests.support.runs import VOCABULARY, tiny_run
 
@@ -181,7 +181,7 @@ def test_answers_to_something_else_are_told(served, change, words):
             values["choices"][0].update(change)
         return status, values
 
-    with serving(broken) as url, pytest.raises(EngineError) as told:
+    with serving(broken) as url, pytest.raises(ServerError) as told:
         engine_at(url).generate(requests(1), GREEDY)
     assert words in str(told.value) and url in str(told.value)
 
@@ -189,7 +189,7 @@ def test_answers_to_something_else_are_told(served, change, words):
 def test_a_dead_server_is_told():
     with serving(lambda path, content: (200, {})) as url:
         pass
-    with pytest.raises(EngineError, match="could not be asked: .*tried 2 times"):
+    with pytest.raises(ServerError, match="could not be asked: .*tried 2 times"):
         engine_at(url, attempts=2).generate(requests(1), GREEDY)
 
 
@@ -204,7 +204,7 @@ def test_a_slow_server_is_told():
 
     with serving(slow) as url:
         try:
-            with pytest.raises(EngineError, match="did not answer in 0.2 s; tried 2 times"):
+            with pytest.raises(ServerError, match="did not answer in 0.2 s; tried 2 times"):
                 engine_at(url, attempts=2, timeout_seconds=0.2).generate(requests(1), GREEDY)
         finally:
             over.set()
@@ -225,14 +225,14 @@ def test_a_busy_server_is_asked_again_and_a_refusal_is_final(served):
         assert len(engine_at(url, attempts=3).generate(requests(1), GREEDY)) == 1
         refusals.append(422)
         before = len(asked)
-        with pytest.raises(EngineError, match="status 422: .*later"):
+        with pytest.raises(ServerError, match="status 422: .*later"):
             engine_at(url, attempts=3).generate(requests(1), GREEDY)
     assert asked[before:] == ["/weights/version", "/v1/completions"]
 
 
 def test_what_is_no_engine_is_told():
     page = serving(lambda path, content: (200, b"<html>hello</html>"))
-    with page as url, pytest.raises(EngineError, match="no JSON"):
+    with page as url, pytest.raises(ServerError, match="no JSON"):
         engine_at(url).generate(requests(1), GREEDY)
     with pytest.raises(ValueError, match="http://"):
         Client("host:8000")
@@ -252,7 +252,7 @@ def test_trap_weights_that_change_meanwhile_and_updates_that_were_cut_off_are_re
         with pytest.raises(StaleWeightsError, match="version 7, and version 0"):
             engine.generate(requests(1), GREEDY)
         tensors = [("model.norm.weight", torch.ones(32))]
-        with pytest.raises(EngineError, match="status 400: .*missing"):
+        with pytest.raises(ServerError, match="status 400: .*missing"):
             engine.send_weights(tensors, version=8)
         with pytest.raises(StaleWeightsError, match="an unfinished update, and version 8"):
             engine.generate(requests(1), GREEDY, version=8)

@@ -54,9 +54,14 @@ class EncodedPrompt(NamedTuple):
     source: str
 
 
-def parse_prompt(row: Mapping[str, Any], line: int = 0, *, truth: str = "truth") -> PromptRow:
-    """A row in one of the forms; `truth` is the key of its truth. Raises ConversationError."""
-    if truth not in row:
+def parse_prompt(
+    row: Mapping[str, Any], line: int = 0, *, truth: str | None = "truth"
+) -> PromptRow:
+    """A row in one of the forms; `truth` is the key of its truth, or None where rows have none.
+
+    Raises ConversationError.
+    """
+    if truth is not None and truth not in row:
         held = ", ".join(map(repr, list(row)[:8])) or "no key"
         raise ConversationError(
             truth, f"missing; an answer is judged by it (data.truth names the key). It has {held}"
@@ -66,7 +71,7 @@ def parse_prompt(row: Mapping[str, Any], line: int = 0, *, truth: str = "truth")
         raise ConversationError(
             "messages", "ends with an assistant's message: it is the policy that shall answer"
         )
-    return PromptRow(turns, row[truth], line)
+    return PromptRow(turns, None if truth is None else row[truth], line)
 
 
 def _turns(row: Mapping[str, Any]) -> Iterator[Turn]:
@@ -81,7 +86,7 @@ def _turns(row: Mapping[str, Any]) -> Iterator[Turn]:
     raise ConversationError("", f"none of the keys prompt, {', '.join(_HISTORIES)}; it has {held}")
 
 
-def read_prompts(path: Path, *, truth: str) -> Iterator[PromptRow]:
+def read_prompts(path: Path, *, truth: str | None) -> Iterator[PromptRow]:
     """The prompts of a JSONL file, as `conversations.read_rows` gives rows."""
     return read_rows(path, partial(parse_prompt, truth=truth))
 

@@ -7,14 +7,15 @@ import json
 import time
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 AGAIN = (408, 429, 500, 502, 503, 504)  # statuses after which the same request may succeed
 MOST_SHOWN = 300  # characters of an answer in a message
 
 
-class EngineError(RuntimeError):
+class ServerError(RuntimeError):
     """A server that does not do what was asked; the message says what was tried."""
 
 
@@ -24,13 +25,14 @@ class Client:
 
     A request that is not answered in `timeout_seconds`, is cut off, or is refused for the moment
     (a status of AGAIN) is sent again, `attempts` times in all, after pauses that double from
-    `pause_seconds`. Any other refusal is final.
+    `pause_seconds`. Any other refusal is final. `headers` go with every request.
     """
 
     url: str
     timeout_seconds: float = 600.0
     attempts: int = 4
     pause_seconds: float = 1.0
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)  # they may hold a key
 
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
@@ -42,15 +44,15 @@ class Client:
             )
 
     def get(self, path: str) -> Any:
-        """The JSON that the server answers. Raises EngineError."""
+        """The JSON that the server answers. Raises ServerError."""
         return self._json(path, None, {})
 
     def post(self, path: str, values: Any) -> Any:
-        """The JSON that it answers to `values` as JSON. Raises EngineError."""
+        """The JSON that it answers to `values` as JSON. Raises ServerError."""
         return self._json(path, json.dumps(values).encode(), {"Content-Type": "application/json"})
 
     def post_bytes(self, path: str, content: bytes) -> Any:
-        """The JSON that it answers to raw bytes. Raises EngineError."""
+        """The JSON that it answers to raw bytes. Raises ServerError."""
         return self._json(path, content, {"Content-Type": "application/octet-stream"})
 
     def _json(self, path: str, content: bytes | None, headers: dict[str, str]) -> Any:
@@ -58,7 +60,7 @@ class Client:
         try:
             return json.loads(answer)
         except ValueError:
-            raise EngineError(
+            raise ServerError(
                 f"{self._at(path)} answered {_shown(answer)}, which is no JSON: is it the server "
                 "that was meant?"
             ) from None
@@ -68,7 +70,9 @@ class Client:
         for attempt in range(self.attempts):
             if attempt:
                 time.sleep(self.pause_seconds * 2 ** (attempt - 1))
-            request = urllib.request.Request(self._at(path), data=content, headers=headers)
+            request = urllib.request.Request(
+                self._at(path), data=content, headers={**self.headers, **headers}
+            )
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout_seconds) as answer:
                     return answer.read()
@@ -76,11 +80,11 @@ class Client:
                 with error:
                     what = f"refused it with status {error.code}: {_shown(_body(error))}"
                 if error.code not in AGAIN:
-                    raise EngineError(f"{self._at(path)} {what}") from None
+                    raise ServerError(f"{self._at(path)} {what}") from None
             except (OSError, http.client.HTTPException) as error:
                 what = self._in_words(error)
         times = "once" if self.attempts == 1 else f"{self.attempts} times"
-        raise EngineError(
+        raise ServerError(
             f"{self._at(path)} {what}; tried {times}. Is the server running, and reachable from "
             "this host?"
         )
