@@ -26,6 +26,7 @@ from equilibrium_mcore.certify.twin import STEPS, Layout, in_layout, make_twin
 from equilibrium_mcore.certify.verdict import Verdict
 from equilibrium_mcore.certify.witness import compare_with_witness
 from equilibrium_mcore.checkpoint.directory import LATEST
+from equilibrium_mcore.config.online_rules import JUDGED
 from equilibrium_mcore.config.policy import PolicyConfig
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.files.whole import write_whole
@@ -84,6 +85,7 @@ class Bench:
     ) -> None:
         self.folder, self.ranks = folder, ranks
         self.twin = make_twin(config, layouts, folder=folder / "reference")
+        self._judged = config.stage == JUDGED
         for layout in layouts:  # said before anything is trained
             in_layout(self.twin, layout)
         checkpoints = folder / "reference" / "checkpoints"
@@ -105,9 +107,12 @@ class Bench:
 
     @property
     def _answers(self) -> bool:
-        """Whether the run learns from its own answers, by rewards."""
+        """Whether the run learns from its own answers, by rewards or a judge."""
         objective = self.twin.objective
-        return isinstance(objective, PolicyConfig) and objective.advantage not in WITHOUT_ANSWERS
+        rewarded = (
+            isinstance(objective, PolicyConfig) and objective.advantage not in WITHOUT_ANSWERS
+        )
+        return rewarded or self._judged
 
     def _rollouts(self, name: str, layout: Layout, *, fault: bool = False) -> list[dict]:
         """Answers of the twin in a layout, and steps on them, from the reference's weights."""

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from equilibrium_mcore.certify.verdict import Verdict, worst_verdict
+from equilibrium_mcore.config.objectives import PREFERENCES
 from equilibrium_mcore.config.online import RolloutConfig
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.blend import Datasets
@@ -23,13 +24,17 @@ from equilibrium_mcore.data.chat.prompts import EncodedPrompt, PromptSamples
 from equilibrium_mcore.files.errors import naming
 from equilibrium_mcore.generation.interface import Rollout
 from equilibrium_mcore.online.engine import own_engine
+from equilibrium_mcore.online.experience import packed_for
 from equilibrium_mcore.online.judge import Verdict as Judgement
+from equilibrium_mcore.online.pair_estimate import packed_pairs
+from equilibrium_mcore.online.pair_judge import PairJudge, by_score
 from equilibrium_mcore.online.rollouts import Gathered
-from equilibrium_mcore.online.setup import build_estimator
+from equilibrium_mcore.online.setup import build_estimator, pair_estimator
 from equilibrium_mcore.online.stream import OnlineStream
 from equilibrium_mcore.parallel.launch import RankInfo
 from equilibrium_mcore.training.setup import Run, setup, teardown
 from equilibrium_mcore.training.step import train_step
+from equilibrium_mcore.verification.pairwise import Compared
 
 ROLLOUTS, PASSES = 2, 2
 PROMPTS, SAMPLES, NEW_TOKENS = 4, 4, 8
@@ -63,6 +68,14 @@ class MadeUpJudge:
         return [Judgement(value, "ok", {"even": value}, "") for value in values]
 
 
+def made_up_preferences(
+    prompts: Sequence[EncodedPrompt], rollouts: Sequence[Rollout]
+) -> list[Compared]:
+    """The answer with more even ids, by share, is preferred; see `online.pair_judge.Compare`."""
+    values = [float((rollout.ids % 2 == 0).mean()) for rollout in rollouts]
+    return [by_score(*both, margin=0.0) for both in zip(values[::2], values[1::2], strict=True)]
+
+
 def rollouts_rank(
     rank_info: RankInfo,
     *,
@@ -73,8 +86,12 @@ def rollouts_rank(
     """Make rollouts and train on them as this rank; what happened goes to `folder`. Collective."""
     if prepare is not None:
         prepare()
-    rollout = RolloutConfig(samples_per_prompt=SAMPLES, max_new_tokens=NEW_TOKENS, passes=PASSES)
-    batch = {"global_batch_size": PROMPTS * SAMPLES, "micro_batch_size": 1}
+    judged = isinstance(config.objective, PREFERENCES)
+    samples_each = 2 if judged else SAMPLES
+    rollout = RolloutConfig(
+        samples_per_prompt=samples_each, max_new_tokens=NEW_TOKENS, passes=PASSES
+    )
+    batch = {"global_batch_size": PROMPTS * samples_each, "micro_batch_size": 1}
     training = config.training.model_copy(update=batch)
     config = config.model_copy(update={"rollout": rollout, "training": training})
     samples = MadeUpPrompts(vocab_size=config.model.vocab_size, seed=training.seed)
@@ -85,7 +102,12 @@ def rollouts_rank(
         drawn.extend(rollout.ids for group in gathered.asked for rollout in group.rollouts)
 
     stream = OnlineStream(
-        run, engine=own_engine(run), judge=MadeUpJudge(), estimator=build_estimator(run), seen=seen
+        run,
+        engine=own_engine(run),
+        judge=PairJudge(made_up_preferences) if judged else MadeUpJudge(),
+        estimator=pair_estimator(run) if judged else build_estimator(run),
+        packed_of=packed_pairs if judged else packed_for,
+        seen=seen,
     )
     run.stream, run.stage_figures = stream, stream.figures
     before = _biases(run)
@@ -135,14 +157,6 @@ def compare_rollouts(found: Sequence[dict[str, Any]], reference: dict[str, Any])
         )
     }
     apart = {f"step {n}": f["mismatch_max"] for n, f in enumerate(first["figures"], start=1)}
-    moved = {
-        f"step {1 + n}": abs(first["figures"][n]["kl_old"])
-        for n in range(0, ROLLOUTS * PASSES, PASSES)
-    }
-    still = {
-        f"step {2 + n}": float(not first["figures"][1 + n]["kl_old"] > 0)
-        for n in range(0, ROLLOUTS * PASSES, PASSES)
-    }
     biases = {f"rank {rank}": one["bias"] for rank, one in enumerate(found)}
     tokens = {
         f"rank {rank}": _unequal(one["tokens"], reference["tokens"])
@@ -151,8 +165,7 @@ def compare_rollouts(found: Sequence[dict[str, Any]], reference: dict[str, Any])
     return [
         worst_verdict("rollouts: share of tokens that differ", tokens, 0.0),
         worst_verdict("rollouts: engine against training (nats)", apart, MISMATCH),
-        worst_verdict("rollouts: first update is at the policy that drew", moved, UNMOVED),
-        worst_verdict("rollouts: second update is off it", still, 0.0),
+        *_ratios(first["figures"]),
         worst_verdict("rollouts: experts' bias stays", biases, 0.0),
         worst_verdict("rollouts: gradient norm of each update", norms, ROUNDED),
     ]
@@ -161,6 +174,19 @@ def compare_rollouts(found: Sequence[dict[str, Any]], reference: dict[str, Any])
 def _apart(found: float, expected: float) -> float:
     """Relative; a gradient is 0 where every ratio is out of its bounds."""
     return abs(found - expected) / expected if expected else float(found != 0)
+
+
+def _ratios(figures: Sequence[dict[str, float]]) -> list[Verdict]:
+    """Of a policy: whether ratios are to the one that drew. Pairs have no ratios."""
+    if "kl_old" not in figures[0]:
+        return []
+    starts = range(0, ROLLOUTS * PASSES, PASSES)
+    moved = {f"step {1 + n}": abs(figures[n]["kl_old"]) for n in starts}
+    still = {f"step {2 + n}": float(not figures[1 + n]["kl_old"] > 0) for n in starts}
+    return [
+        worst_verdict("rollouts: first update is at the policy that drew", moved, UNMOVED),
+        worst_verdict("rollouts: second update is off it", still, 0.0),
+    ]
 
 
 def _unequal(found: list[list[int]], expected: list[list[int]]) -> float:

@@ -28,6 +28,7 @@ from equilibrium_mcore.config.layout import (
 )
 from equilibrium_mcore.config.load import run_from_mapping
 from equilibrium_mcore.config.objectives import DistillationConfig
+from equilibrium_mcore.config.online_rules import JUDGED
 from equilibrium_mcore.config.schema import ParallelismConfig, RunConfig
 
 MAX_RANKS = 8
@@ -150,7 +151,9 @@ def make_twin(config: RunConfig, layouts: list[Layout], *, folder: Path) -> RunC
         "world_size": 1,
         **_communication(config.parallelism),
     }
-    if config.data.type == "prompts":
+    if config.stage == JUDGED:
+        values |= {**_as_pairs(values), "stage": STAGE_OF_DATA["preferences"]}
+    elif config.data.type == "prompts":
         values |= _as_documents(values)
     values["data"].update(num_workers=0, document_multiple=2 * largest["context"])
     if values["data"]["type"] == "indexed":
@@ -195,6 +198,17 @@ def _as_documents(values: dict[str, Any]) -> dict[str, Any]:
         "packing": "documents",
     }
     return {"data": data, "rewards": None, "rollout": {}, "evaluation": {}}
+
+
+def _as_pairs(values: dict[str, Any]) -> dict[str, Any]:
+    """A run on a judge's preferences as one on pairs that are made up; as `_as_documents`."""
+    data = {
+        "type": "preferences",
+        "name": values["data"]["name"],
+        "tokenizer": values["data"]["tokenizer"],
+        "sources": [{"name": "made_up", "train": ["made_up.jsonl"]}],
+    }
+    return {"data": data, "judge": None, "rollout": {}, "evaluation": {}}
 
 
 def _communication(p: ParallelismConfig) -> dict[str, object]:

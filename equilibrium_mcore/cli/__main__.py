@@ -42,7 +42,15 @@ GROUPS = {
     ),
     "before a run": ("count", "groups", "sanity", "certify", "store-targets"),
     "a run": ("train", "run", "resume", "pipeline"),
-    "after it": ("ledger", "plot", "verify", "convert", "generate", "score-answers"),
+    "after it": (
+        "ledger",
+        "plot",
+        "verify",
+        "convert",
+        "generate",
+        "score-answers",
+        "alignment-report",
+    ),
 }
 
 

@@ -38,6 +38,7 @@ COMMANDS = {
     "convert": "tools/convert_checkpoint.py",
     "generate": "tools/generate.py",
     "score-answers": "tools/score_answers.py",
+    "alignment-report": "tools/alignment_report.py",
 }
 
 

@@ -101,21 +101,30 @@ def _engine(opened: OpenedCheckpoint) -> Any:
     """The checkpoint's model on this process alone."""
     accelerator.quiet_libraries()
     accelerator.install()  # before megatron-core is imported
-    from equilibrium_mcore.checkpoint.sharded import load_weights
     from equilibrium_mcore.generation.engine import OwnEngine
-    from equilibrium_mcore.models.provider import build_model
     from equilibrium_mcore.parallel.process_groups import join
     from equilibrium_mcore.parallel.rank_job import RankInfo
 
-    config = _alone(opened.config)
-    layout, on_gpu = config.parallelism, accelerator.has_cuda()
-    groups = join(RankInfo.alone(), layout, seed=config.training.seed)
-    module = build_model(config.model, layout, config.training, groups, on_gpu=on_gpu)
+    groups = join(RankInfo.alone(), ParallelismConfig(), seed=opened.config.training.seed)
+    config, chunks = frozen_alone(opened, groups)
+    return OwnEngine(chunks, groups, model=config.model, layout=config.parallelism)
+
+
+def frozen_alone(opened: OpenedCheckpoint, groups: Any) -> tuple[RunConfig, list[Any]]:
+    """The checkpoint's model in eval mode, without gradients, in `groups` of one rank; and the run
+    on one rank. After `accelerator.install`.
+    """
+    from equilibrium_mcore.checkpoint.sharded import load_weights
+    from equilibrium_mcore.models.provider import build_model
+
+    config, on_gpu = _alone(opened.config), accelerator.has_cuda()
+    layout, training = config.parallelism, config.training
+    module = build_model(config.model, layout, training, groups, on_gpu=on_gpu)
     if on_gpu:
         module.cuda()
     chunks = [module.requires_grad_(False).eval()]
     load_weights(opened, config=config, chunks=chunks, groups=groups)
-    return OwnEngine(chunks, groups, model=config.model, layout=layout)
+    return config, chunks
 
 
 def _alone(config: RunConfig) -> RunConfig:

@@ -77,6 +77,34 @@ def online_run(prompts: dict, weights: Path, output: Path, **changes: Any) -> Ru
     )
 
 
+def reward_model_run(data: dict, weights: Path, folder: Path) -> RunConfig:
+    """A short run of stage reward_model into `folder`/run; shorter answers are chosen."""
+    words = ["abc", "hello", "a long answer", "no", "perhaps so"]
+    rows = [
+        {"prompt": f"say {words[n % 5]}", "chosen": words[n % 4][:3], "rejected": words[n % 5] * 2}
+        for n in range(12)
+    ]
+    section = {
+        "type": "preferences",
+        "name": "pairs",
+        "tokenizer": data["tokenizer"],
+        "template": "plain",
+        "sources": [{"name": "made_up", "train": [str(write_rows(folder / "pairs.jsonl", rows))]}],
+        "document_multiple": 4,
+    }
+    training = {"sequence_length": 128, "micro_batch_size": 1, "global_batch_size": 4, "steps": 3}
+    return tiny_run(
+        section,
+        folder / "run",
+        stage="reward_model",
+        model={**SMALL, "head": "scalar"},
+        objective={"type": "reward_model"},
+        parallelism={"world_size": 1},
+        training={**training, "precision": "fp32"},
+        checkpoint={"initial_weights": str(weights)},
+    )
+
+
 def stage_rank(rank_info: RankInfo, config: RunConfig) -> None:
     """What `python -m equilibrium_mcore.train` runs in a rank."""
     STAGE_RANKS[config.stage](rank_info, config=config)
