@@ -43,6 +43,14 @@ ONLINE = {
     "model.moe.load_balancing": "none",
     "model.moe.expert_bias_update_rate": 0.0,
 }
+# The rest of what pairs of own answers have.
+JUDGED = {
+    **{key: value for key, value in ONLINE.items() if key != "rewards"},
+    "stage": "rlaif",
+    "objective": {"type": "dpo"},
+    "rollout": {"max_new_tokens": 16, "samples_per_prompt": 2},
+    "judge": {"type": "http", "url": "http://host:8000", "model": "large"},
+}
 CHATS = {
     "type": "conversations",
     "name": "chats",
@@ -978,6 +986,65 @@ CASES = [
         {**ONLINE, "evaluation": {"interval_steps": 5}},
         ["interval_steps=5", "held-out prompts"],
         ONLINE,
+    ),
+    (
+        "an_evaluation_has_prompts",
+        {
+            **ONLINE,
+            "data": {**ONLINE["data"], "truth": None},
+            "rewards": [{"type": "length", "max_length": 9}],
+            "evaluation": {"interval_steps": 5},
+        },
+        ["interval_steps=5", "data.truth=null", "name its key"],
+        ONLINE,
+    ),
+    (
+        "a_judge_says_which_answer_is_better",
+        {**JUDGED, "judge": None},
+        ["judge: missing", "type: http", "type: reward_model"],
+        JUDGED,
+    ),
+    (
+        "a_judge_says_which_answer_is_better",
+        {**ONLINE, "judge": JUDGED["judge"]},
+        ["judge with stage='grpo'", "stage: rlaif"],
+        ONLINE,
+    ),
+    (
+        "a_judge_says_which_answer_is_better",
+        {**JUDGED, "rewards": [{"type": "length", "max_length": 9}]},
+        ["rewards with stage='rlaif'", "leave them out"],
+        JUDGED,
+    ),
+    (
+        "a_judge_says_which_answer_is_better",
+        {**JUDGED, "objective": {"type": "policy"}},
+        ["objective.type='policy'", "dpo, ipo or simpo"],
+        {**JUDGED, "objective": {"type": "simpo"}},
+    ),
+    (
+        "a_judge_says_which_answer_is_better",
+        {**JUDGED, "objective": {"type": "dpo", "reference": "stored"}},
+        ["objective.reference='stored'", "live"],
+        JUDGED,
+    ),
+    (
+        "pairs_are_two_answers",
+        {**JUDGED, "rollout": {"max_new_tokens": 16, "samples_per_prompt": 4}},
+        ["samples_per_prompt=4", "set it to 2"],
+        JUDGED,
+    ),
+    (
+        "pairs_are_two_answers",
+        {**JUDGED, "evaluation": {"interval_steps": 5}},
+        ["evaluation.interval_steps=5", "tools/alignment_report.py"],
+        JUDGED,
+    ),
+    (
+        "an_answer_fits",
+        {**JUDGED, "rollout": {"max_new_tokens": 40, "samples_per_prompt": 2}},
+        ["max_new_tokens=40", "both answers", "at most 31"],
+        JUDGED,
     ),
 ]
 

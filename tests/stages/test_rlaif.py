@@ -155,7 +155,13 @@ def test_what_the_judge_prefers_is_learned(ranks, prompts, pretrained, judge, tm
 def test_trap_a_judge_that_looks_at_the_place_teaches_nothing(ranks, prompts, pretrained, tmp_path):
     """All pairs are ties, counted as decided by their order; the weights stay."""
     with judging(first_is_better) as server:
-        config = rlaif_run(prompts, pretrained, tmp_path, http(server.url), training={"steps": 2, "stop_after_steps": 1})
+        config = rlaif_run(
+            prompts,
+            pretrained,
+            tmp_path,
+            http(server.url),
+            training={"steps": 2, "stop_after_steps": 1},
+        )
         ranks.run(1, stage_rank, config)
     (record,) = records(tmp_path)
     assert record["ties"] == 1.0 and record["reward_swayed"] > 0.5
