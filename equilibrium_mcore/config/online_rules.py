@@ -65,6 +65,19 @@ def a_teacher_is_named(subject: Subject) -> Iterator[str]:
         )
 
 
+@rule("data", "rewards")
+def rewards_have_their_truths(subject: Subject) -> Iterator[str]:
+    config = subject.config
+    if config.rewards is None or getattr(config.data, "truth", "") is not None:
+        return
+    asking = [r.type for r in config.rewards.rewards if r.type in ("math_answer", "code_tests")]
+    if asking:
+        yield (
+            f"rewards of type {' and '.join(asking)} with data.truth=null: they judge an answer by "
+            "a truth; name its key in data.truth, or choose rewards without one"
+        )
+
+
 @rule("stage", "objective", "rewards", "judge")
 def a_judge_says_which_answer_is_better(subject: Subject) -> Iterator[str]:
     config = subject.config

@@ -161,6 +161,7 @@ CASES = {
         "pp=2,vpp=2", ("objective.direction=reverse", "objective.temperature=4"), run="distill"
     ),
     "grpo_run": Case("tp=2,ep=2", (), run="tiny/grpo"),
+    "rlaif": Case("tp=2,ep=2", (), run="tiny/rlaif"),
     "grpo": Case("tp=2,cp=2,ep=2", _policy("grpo")),
     "gspo": Case("cp=2,dp=2", _policy("gspo", clip_low=0.02, clip_high=0.02)),
     "dr_grpo": Case("pp=2,vpp=2", _policy("dr_grpo", constant_length=50)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from equilibrium_mcore.config import describe
@@ -12,6 +14,7 @@ from equilibrium_mcore.config.rewards import (
     FormatConfig,
     LengthRewardConfig,
     MathAnswerConfig,
+    ModelRewardConfig,
     PluginConfig,
     SandboxConfig,
     parse_rewards,
@@ -26,6 +29,7 @@ A_RUN = """
 - {type: format, weight: 0.1}
 - {type: length, soft_from: 400, max_length: 512}
 - {type: plugin, path: "my_package.my_module:function", arguments: {factor: 2}}
+- {type: reward_model, weights: /runs/scores}
 """
 
 
@@ -37,6 +41,7 @@ def test_rewards_of_a_run():
         FormatConfig(weight=0.1),
         LengthRewardConfig(soft_from=400, max_length=512),
         PluginConfig(path="my_package.my_module:function", arguments={"factor": 2}),
+        ModelRewardConfig(weights=Path("/runs/scores")),
     ]
     assert [reward_name(reward) for reward in config.rewards] == list(REWARD_CLASSES)
     assert config.max_error_share == 0.02

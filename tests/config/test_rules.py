@@ -999,6 +999,12 @@ CASES = [
         ONLINE,
     ),
     (
+        "rewards_have_their_truths",
+        {**ONLINE, "data": {**ONLINE["data"], "truth": None}},
+        ["type math_answer", "data.truth=null", "name its key"],
+        ONLINE,
+    ),
+    (
         "a_judge_says_which_answer_is_better",
         {**JUDGED, "judge": None},
         ["judge: missing", "type: http", "type: reward_model"],

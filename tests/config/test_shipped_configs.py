@@ -135,7 +135,10 @@ def test_document_has_every_section_with_types_and_defaults() -> None:
         describe.up_to_date("no markers")
 
 
-@pytest.mark.parametrize("name", sorted(str(p.relative_to(RUNS)) for p in RUNS.rglob("*.yaml")))
+SHIPPED = [p for p in sorted(RUNS.rglob("*.yaml")) if p.name != "model.yaml"]
+
+
+@pytest.mark.parametrize("name", [str(path.relative_to(RUNS)) for path in SHIPPED])
 def test_every_shipped_run_can_be_checked(name):
     assert check(load_run(RUNS / name)) == []
 

@@ -13,11 +13,6 @@ from equilibrium_mcore.corpus.mixtures.manifest import MixtureManifest
 from equilibrium_mcore.corpus.mixtures.plan import make_plan, open_sources
 from equilibrium_mcore.corpus.mixtures.prepare import Options, prepare
 
-POSTTRAIN_NOTE = (
-    "These are JSONL files in one form, on which no stage trains: prompts without a truth "
-    "(columns.truth) have nothing that an answer could be judged by."
-)
-
 
 def run(
     mixture: str,
@@ -87,8 +82,6 @@ def summary(manifest: MixtureManifest, output: Path) -> str:
         most = sorted(source.dropped.items(), key=lambda item: -item[1])[:4]
         lines += [f"    {reason}: {count:,}" for reason, count in most]
     lines += [f"train with data: {output / name}" for name in manifest.blends]
-    if not manifest.blends:
-        lines.append(POSTTRAIN_NOTE)
     return "\n".join(lines)
 
 

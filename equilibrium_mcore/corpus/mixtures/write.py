@@ -176,7 +176,7 @@ def conversation_texts(plan: MixturePlan, facts: list[SourceFacts], output: Path
     none in it: the run names it. Other phases have no such file.
     """
     mixture = plan.mixture
-    if mixture.kind not in DATA_FILES or not _has_truths(mixture):
+    if mixture.kind not in DATA_FILES:
         return {}
     file, kind = DATA_FILES[mixture.kind]
     values: dict[str, Any] = {"type": kind, "name": mixture.name}
@@ -185,6 +185,9 @@ def conversation_texts(plan: MixturePlan, facts: list[SourceFacts], output: Path
     values["sources"] = [_conversation_source(source, output) for source in facts]
     values["template"] = "chatml"
     head = f"# Written by tools/prepare_dataset.py from the mixture {mixture.name}.\n"
+    if not _has_truths(mixture):
+        values["truth"] = None
+        head += "# No truths: for stage rlaif, where a judge compares answers.\n"
     return {file: head + to_yaml(values)}
 
 

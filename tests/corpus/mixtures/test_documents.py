@@ -207,7 +207,7 @@ def test_preferences_have_a_file_that_a_run_names(tmp_path, write_rows, mixture,
     assert len(found) == 20 and found[0].chosen[0].content == "Yes."
 
 
-def test_prompts_have_no_file_that_a_run_names(tmp_path, write_rows, mixture, run):
+def test_prompts_without_truths_are_for_a_judge(tmp_path, write_rows, mixture, run):
     rows = [{"p": f"Question {n}?"} for n in range(20)]
     config = mixture(
         (
@@ -220,8 +220,14 @@ def test_prompts_have_no_file_that_a_run_names(tmp_path, write_rows, mixture, ru
         metadata={"phase": "posttrain_rlaif"},
     )
     manifest = run(config)
-    assert manifest.blends == [] and not list((tmp_path / "out").glob("*.yaml.*"))
-    assert "no stage trains" in summary(manifest, tmp_path / "out")
+    assert manifest.blends == ["prompts.yaml"]
+    path = tmp_path / "out/prompts.yaml"
+    named = read_mapping(path)
+    assert named["truth"] is None and "for stage rlaif" in path.read_text()
+    files = [*named["sources"][0]["train"], *named["sources"][0]["validation"]]
+    found = [prompt for path in files for prompt in read_prompts(Path(path), truth=None)]
+    assert len(found) == 20 and found[0].truth is None
+    assert str(path) in summary(manifest, tmp_path / "out")
 
 
 def test_prompts_with_truths_are_data_that_a_run_names(tmp_path, write_rows, mixture, run):

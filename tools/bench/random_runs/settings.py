@@ -197,6 +197,7 @@ EXEMPT: dict[str, str] = {
     "data.truth": _TOKENS,
     "rollout": "tests/stages/test_online.py; a certificate makes rollouts of its own",
     "rewards": "tests/verification; a certificate's are made up",
+    "judge": "tests/stages/test_rlaif.py; a certificate's preferences are made up",
     "evaluation": _WHEN,
     "checkpoint": "certificates save and load by themselves",
     "logging": "only says what is written",
