@@ -4,7 +4,8 @@ Examples:
     python tools/dev/tree.py            # writes docs/tree.md
     python tools/dev/tree.py --check    # says whether it is up to date; a test runs this
 A Python file is described by its docstring, a script or a YAML file by its first comment, a
-document by its first sentence. A file that says nothing is an error: say there what it is.
+document by its first sentence, JSONL by `about` in its first row. A file that says nothing is an
+error: say there what it is.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ def said_of(path: Path) -> str:
         said = ast.get_docstring(ast.parse(text)) or ""
     elif path.suffix == ".md":
         said = text
+    elif path.suffix == ".jsonl":
+        said = json.loads(text.splitlines()[0]).get("about", "")
     else:
         comments = re.match(r"(?:#!.*\n)?((?:# .*\n|#\n)+)", text)
         said = re.sub(r"^# ?", "", comments[1], flags=re.M) if comments else ""
