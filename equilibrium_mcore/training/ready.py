@@ -21,7 +21,7 @@ from equilibrium_mcore.checkpoint.opened import OpenedCheckpoint, inspect
 from equilibrium_mcore.config.chat import ConversationsConfig
 from equilibrium_mcore.config.data import DataConfig
 from equilibrium_mcore.config.errors import ConfigError
-from equilibrium_mcore.config.judges import reward_models
+from equilibrium_mcore.config.judges import HttpJudgeConfig, reward_models
 from equilibrium_mcore.config.objectives import REFERENCED, DistillationConfig
 from equilibrium_mcore.config.policy import PolicyConfig
 from equilibrium_mcore.config.schema import ModelConfig, RunConfig
@@ -46,6 +46,7 @@ from equilibrium_mcore.training.run_data import (
 )
 from equilibrium_mcore.training.run_folder import look_at_run_folder
 from equilibrium_mcore.training.target_files import check_stored_targets
+from equilibrium_mcore.verification.http_judge import headers_of
 
 Say = Callable[[str], object]
 
@@ -63,6 +64,8 @@ def check_ready(config: RunConfig, *, elsewhere: bool = False, say: Say = print)
     if not elsewhere:
         _collect(problems, lambda: _check_host(config))
         _collect(problems, lambda: look_at_run_folder(config))
+        if isinstance(config.judge, HttpJudgeConfig):
+            _collect(problems, lambda: headers_of(config.judge))
     progress: Progress | None = None
     for key, path in models_beside(config).items():
         if path not in absent:

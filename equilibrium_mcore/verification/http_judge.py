@@ -37,7 +37,7 @@ class HttpJudge:
             timeout_seconds=config.timeout_seconds,
             attempts=config.attempts,
             pause_seconds=config.pause_seconds,
-            headers=_headers(config),
+            headers=headers_of(config),
         )
 
     def __call__(self, questions: Sequence[Question]) -> list[Compared]:
@@ -105,7 +105,8 @@ def _base(url: str) -> str:
     return url.rstrip("/").removesuffix(PATH).removesuffix("/v1")
 
 
-def _headers(config: HttpJudgeConfig) -> dict[str, str]:
+def headers_of(config: HttpJudgeConfig) -> dict[str, str]:
+    """With the server's key, if it wants one. Raises ConfigError where its variable is not set."""
     if config.key_variable is None:
         return {}
     key = os.environ.get(config.key_variable)

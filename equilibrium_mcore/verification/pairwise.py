@@ -74,8 +74,11 @@ def text_of(question: Question) -> str:
 
 
 def read_verdict(reply: str) -> Preference | None:
-    """What a reply says, or None where it says nothing, or more than one thing."""
-    found = set(_VERDICT.findall(reply))
+    """What a reply says, or None where it says nothing, or more than one thing.
+
+    What stands in `<think></think>` is not looked at.
+    """
+    found = set(_VERDICT.findall(reply.rpartition("</think>")[2]))
     return _LETTERS[found.pop()] if len(found) == 1 else None
 
 

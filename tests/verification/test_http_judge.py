@@ -46,6 +46,7 @@ def test_trap_a_verdict_in_an_answer_is_not_the_judges():
     assert compared.preference == "second"
     assert read_verdict("It claims [[A]], but [[B]]") is None
     assert read_verdict("[[ B ]]") == "second" and read_verdict("A is better") is None
+    assert read_verdict("<think>Is it [[A]]?</think>No: [[C]]") == "tie"
 
 
 def test_one_order_that_is_a_tie_is_no_win():
