@@ -93,9 +93,11 @@ def rollouts_rank(
     )
     batch = {"global_batch_size": PROMPTS * samples_each, "micro_batch_size": 1}
     training = config.training.model_copy(update=batch)
-    config = config.model_copy(update={"rollout": rollout, "training": training})
+    config = config.model_copy(update={"training": training})
     samples = MadeUpPrompts(vocab_size=config.model.vocab_size, seed=training.seed)
     run = setup(config, rank_info, datasets=Datasets(train=samples, validation=None, test=None))
+    # Only now: a twin of pairs is of a stage that asks for no answers.
+    run.config = run.config.model_copy(update={"rollout": rollout})
     drawn: list[np.ndarray] = []
 
     def seen(gathered: Gathered, step: int) -> None:

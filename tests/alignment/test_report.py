@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,13 @@ def answers(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def made(ranks, models, prompts, tmp_path_factory) -> Path:
-    """A report with scores, and with a page."""
+    """A report with scores, a judge, and a page."""
     folder = tmp_path_factory.mktemp("report")
     settings = {**models, "prompts": (prompts,), "output": folder, "page": True}
-    ranks.run(1, compared, {**settings, "max_new_tokens": 12})
+    with judging() as server:
+        judge = f"type=http,url={server.url},model=small"
+        (done,) = ranks.run(1, compared, {**settings, "judge": judge, "max_new_tokens": 12})
+    assert done.problem is None
     return folder
 
 
@@ -80,21 +84,30 @@ def test_a_report_holds_what_was_measured(made):
     figures, rows = report(made)["figures"], answers(made)
     assert figures["refusals"]["harmful"]["after"]["of"] == 2
     assert figures["refusals"]["benign"]["before"]["of"] == 1
-    assert figures["kl"]["per_token"] > 1e-4 and figures["wins"] is None
+    assert figures["kl"]["per_token"] > 1e-4
     tokens = [row["tokens"] for row in rows]
     per_token = sum(row["kl"] * n for row, n in zip(rows, tokens, strict=True)) / sum(tokens)
     assert figures["kl"]["per_token"] == pytest.approx(per_token)
     scores = [row["after_score"] for row in rows]
     assert figures["reward"]["after"] == pytest.approx(sum(scores) / len(scores))
     text = (made / "report.md").read_text()
-    for words in ("not by understanding", "over 70%", "over 0.8", "under 0.5", "not judged"):
+    for words in ("not by understanding", "over 70%", "over 0.8", "under 0.5", "AFTER won"):
         assert words in text
     assert (made / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_choices_of_a_person_make_the_wins(made):
+def test_a_judge_counts_wins(made):
+    """Whichever answer stood first: the shorter one."""
+    for row in answers(made):
+        shorter = len(row["after"]) - len(row["before"])
+        wanted = "tie" if shorter == 0 else "after" if shorter < 0 else "before"
+        assert row["preference"] == wanted
+
+
+def test_choices_of_a_person_make_the_wins(made, tmp_path):
     from equilibrium_mcore.alignment.compare import count_choices
 
+    made = Path(shutil.copytree(made, tmp_path / "copy"))
     key = json.loads((made / "page_key.json").read_text())
     chosen = ["A" if flip else "B" for flip in key["after_is_first"]]
     chosen[-1] = None
@@ -127,7 +140,8 @@ def both_ways(rank_info: RankInfo, models: dict[str, Path]) -> dict[str, Any]:
         ours = after.log_probabilities(answered)
         found = ours[torch.arange(len(ours)), torch.from_numpy(ids[start:].astype(np.int64))]
         theirs = before.log_probabilities(answered)
-        expected = torch.nn.functional.kl_div(theirs, ours, reduction="none", log_target=True)
+        both = theirs.double(), ours.double()
+        expected = torch.nn.functional.kl_div(*both, reduction="none", log_target=True)
         return {
             "same_ids": drawn.ids.tolist() == ids[start:].tolist(),
             "engine": drawn.logprobs.tolist(),
@@ -144,28 +158,9 @@ def test_trap_the_divergence_is_of_after_on_its_own_answers(ranks, models):
     (found,) = ranks.run(1, both_ways, models)
     assert found["same_ids"]
     assert found["forward"] == pytest.approx(found["engine"], abs=1e-4)
-    assert found["divergence"] == pytest.approx(found["expected"], abs=1e-6)
+    assert found["divergence"] == pytest.approx(found["expected"], abs=1e-9)
     assert found["of_itself"] == 0.0
-    assert abs(found["divergence"] - found["back"]) > 1e-5
-
-
-def test_a_judge_counts_wins(ranks, models, prompts, tmp_path):
-    with judging() as server:
-        settings = {
-            "before": models["before"],
-            "after": models["after"],
-            "prompts": (prompts,),
-            "output": tmp_path,
-            "judge": f"type=http,url={server.url},model=small",
-            "max_new_tokens": 12,
-        }
-        (done,) = ranks.run(1, compared, settings)
-    rows = answers(tmp_path)
-    for row in rows:
-        shorter = len(row["after"]) - len(row["before"])
-        wanted = "tie" if shorter == 0 else "after" if shorter < 0 else "before"
-        assert row["preference"] == wanted
-    assert done.problem is None and "AFTER won" in (tmp_path / "report.md").read_text()
+    assert abs(found["divergence"] - found["back"]) > 1e-7
 
 
 @pytest.mark.slow

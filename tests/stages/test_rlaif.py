@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,7 @@ def test_trap_a_judge_that_looks_at_the_place_teaches_nothing(ranks, prompts, pr
     assert record["loss"] == 0.0 and record["gradient_norm"] == 0.0
 
 
+@pytest.mark.slow
 def test_a_judge_that_fails_stops_the_run(ranks, prompts, pretrained, tmp_path):
     with judging(lambda prompt, a, b: "I would rather not say.") as server:
         config = rlaif_run(prompts, pretrained, tmp_path, http(server.url))
@@ -263,31 +265,33 @@ def test_trap_a_score_is_that_of_the_last_produced_token(
     assert abs(found[1] - alone[1][-2]) > 1e-4  # so that a neighbour's value would be seen
 
 
-def test_a_language_model_is_no_reward_model(ranks, prompts, pretrained, tmp_path):
+def test_a_language_model_is_no_reward_model(prompts, pretrained, tmp_path):
+    from equilibrium_mcore.training.ready import check_ready
+
     config = rewarded_run(prompts, pretrained, tmp_path, pretrained)
-    with pytest.raises(RankError, match="gives no scores: name a run of stage reward_model"):
-        ranks.run(1, stage_rank, config)
+    with pytest.raises(ConfigError, match="gives no scores: name a run of stage reward_model"):
+        check_ready(config, say=lambda text: None)
 
 
 def test_trap_a_reward_model_of_another_tokenizer_is_refused(
     prompts, pretrained, reward_model, tmp_path
 ):
     """Its ids would mean other tokens: told by --check, too, with what was compared."""
-    import shutil
-
     from equilibrium_mcore.corpus.train_tokenizer import train_tokenizer
     from equilibrium_mcore.training.ready import check_ready
 
     texts = tmp_path / "other.jsonl"
-    lines = [json.dumps({"text": f"other words {n} zebra quick"}) + "\n" for n in range(900)]
+    draw = random.Random(0)
+    words = ["".join(draw.choices("qrstuvwxyz", k=5)) for _ in range(2000)]
+    lines = [json.dumps({"text": " ".join(draw.choices(words, k=20))}) + "\n" for _ in range(400)]
     texts.write_text("".join(lines))
     other = tmp_path / "other.model"
-    train_tokenizer(inputs=[texts], output=other, vocab_size=300)
+    train_tokenizer(inputs=[texts], output=other, vocab_size=512)
     section = {**prompts, "tokenizer": {**prompts["tokenizer"], "model": str(other)}}
     config = rewarded_run(section, pretrained, tmp_path / "run", reward_model)
     with pytest.raises(ConfigError, match="an id would mean two things"):
         check_ready(config, say=lambda text: None)
-    assert not (tmp_path / "run").exists() and shutil
+    assert not (tmp_path / "run").exists()
 
 
 def test_check_says_what_a_reward_model_takes(prompts, pretrained, reward_model, tmp_path):
