@@ -122,7 +122,6 @@ STAGES: dict[str, StageSettings] = {
             "rollout": {"samples_per_prompt": 2},
         },
         needs_weights=True,
-        template="grpo",
     ),
     "grpo": _online("grpo", "policy gradient against the mean of a prompt's answers, online"),
     "ppo": _online(
