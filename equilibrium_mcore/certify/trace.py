@@ -29,6 +29,7 @@ from equilibrium_mcore.certify.updates import update_from_given_gradients
 from equilibrium_mcore.certify.whole import pieces_of
 from equilibrium_mcore.checkpoint.pieces import FullTensor, TensorShard, assemble, whole_shard
 from equilibrium_mcore.checkpoint.save import save_checkpoint
+from equilibrium_mcore.config.heads import has_output
 from equilibrium_mcore.config.objectives import REFERENCED, DistillationConfig
 from equilibrium_mcore.config.policy import PolicyConfig
 from equilibrium_mcore.config.schema import RunConfig
@@ -52,7 +53,7 @@ class RankTrace:
     balancing: dict[str, list[TensorShard]] = field(default_factory=dict)  # `balance.py`
     choices: Notes = field(default_factory=dict)
     narrow: dict[str, int] = field(default_factory=dict)  # what was not float64, and how often
-    generated: dict = field(default_factory=dict)  # `rollouts.py`
+    generated: dict = field(default_factory=dict)  # `generated.py`
 
 
 @dataclass
@@ -129,7 +130,7 @@ def _trace(
         trace.weights[0] = _weights(run)
         trace.state = _state(run)
     else:
-        if sharp and config.model.head != "scalar":  # which speaks no tokens
+        if sharp and has_output(config.model):
             trace.generated = generated(run)
         with NarrowOperations() if sharp else contextlib.nullcontext() as narrow:
             _train(run, trace, steps)

@@ -16,13 +16,11 @@ from pathlib import Path
 
 from equilibrium_mcore.checkpoint.choose import find_alone, find_weights
 from equilibrium_mcore.checkpoint.compatibility import check_resumable, check_same_model
-from equilibrium_mcore.checkpoint.directory import latest_checkpoint
 from equilibrium_mcore.checkpoint.opened import OpenedCheckpoint, inspect
 from equilibrium_mcore.config.chat import ConversationsConfig
 from equilibrium_mcore.config.data import DataConfig
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.judges import HttpJudgeConfig, reward_models
-from equilibrium_mcore.config.objectives import REFERENCED, DistillationConfig
 from equilibrium_mcore.config.policy import PolicyConfig
 from equilibrium_mcore.config.schema import ModelConfig, RunConfig
 from equilibrium_mcore.config.stages import STAGES
@@ -31,11 +29,7 @@ from equilibrium_mcore.optim.frozen import check_optimizer_state
 from equilibrium_mcore.parallel import accelerator
 from equilibrium_mcore.parallel.launch import rank_info_from_environment, refuse_local_ranks
 from equilibrium_mcore.parallel.rendezvous import meeting_place
-from equilibrium_mcore.training.frozen_settings import (
-    check_reward_model,
-    check_same_tokenizer,
-    settings_of_frozen,
-)
+from equilibrium_mcore.training.ready_roles import check_roles, models_beside
 from equilibrium_mcore.training.run_data import (
     Progress,
     build_run_datasets,
@@ -45,7 +39,6 @@ from equilibrium_mcore.training.run_data import (
     with_steps,
 )
 from equilibrium_mcore.training.run_folder import look_at_run_folder
-from equilibrium_mcore.training.target_files import check_stored_targets
 from equilibrium_mcore.verification.http_judge import headers_of
 
 Say = Callable[[str], object]
@@ -67,16 +60,11 @@ def check_ready(config: RunConfig, *, elsewhere: bool = False, say: Say = print)
         if isinstance(config.judge, HttpJudgeConfig):
             _collect(problems, lambda: headers_of(config.judge))
     progress: Progress | None = None
-    for key, path in models_beside(config).items():
-        if path not in absent:
-            _collect(problems, lambda key=key, path=path: _check_beside(config, key, path))
     if config.checkpoint.initial_weights not in absent:
         progress = _collect(problems, lambda: _find_start(config))
     _collect(problems, lambda: check_adapters(config))
     _collect(problems, lambda: check_policy(config))
-    roles = {"policy": config.model, **_reference(config)}
-    roles |= _collect(problems, lambda: _check_teacher(config, absent, say)) or {}
-    roles |= _check_reward_models(config, absent, problems)
+    roles = check_roles(config, absent=absent, ask=partial(_collect, problems), say=say)
     if len(roles) > 1:
         say(_memory(config, roles))
     if config.training.frozen or config.optimizer.overrides or config.adapters is not None:
@@ -155,48 +143,6 @@ def _find_start(config: RunConfig) -> Progress | None:
     return None
 
 
-def _check_teacher(config: RunConfig, absent: list[Path], say: Say) -> dict[str, ModelConfig]:
-    """Ask of the teacher, or of its targets, what the run would; models that it holds, by role."""
-    objective = config.objective
-    if not isinstance(objective, DistillationConfig):
-        return {}
-    if objective.targets is not None:
-        if objective.targets not in absent:
-            check_stored_targets(config)
-        return {}
-    if objective.teacher is None or objective.teacher in absent:
-        return {}
-    path = find_weights(objective.teacher, key="objective.teacher")
-    opened = inspect(path, needs_state=False)
-    wanted, _ = settings_of_frozen(opened, config=config)
-    if (unknown := check_same_tokenizer(opened, config)) is not None:
-        say(unknown)
-    return {"teacher": wanted.model}
-
-
-def _check_reward_models(
-    config: RunConfig, absent: list[Path], problems: list[str]
-) -> dict[str, ModelConfig]:
-    """Ask of each reward model what the run would; models by the setting that names them."""
-
-    def ask(key: str, weights: Path) -> ModelConfig:
-        opened = inspect(find_weights(weights, key=key), needs_state=False)
-        check_reward_model(opened, config, key=key)
-        return settings_of_frozen(opened, config=config)[0].model
-
-    named = [(key, weights) for key, weights in reward_models(config) if weights not in absent]
-    found = {key: _collect(problems, partial(ask, key, weights)) for key, weights in named}
-    return {key: model for key, model in found.items() if model is not None}
-
-
-def _reference(config: RunConfig) -> dict[str, ModelConfig]:
-    """The frozen copy of the run's own weights that some objectives compare with."""
-    referenced = isinstance(config.objective, REFERENCED)
-    referenced |= isinstance(config.objective, PolicyConfig) and config.objective.needs_reference
-    copied = referenced and config.adapters is None
-    return {"reference": config.model} if copied else {}
-
-
 def _memory(config: RunConfig, roles: dict[str, ModelConfig]) -> str:
     """What each model takes of a rank. Models are built without memory."""
     accelerator.quiet_libraries()
@@ -204,33 +150,6 @@ def _memory(config: RunConfig, roles: dict[str, ModelConfig]) -> str:
     from equilibrium_mcore.planning.memory import memory_of_roles
 
     return memory_of_roles(config, roles)
-
-
-def models_beside(config: RunConfig) -> dict[str, Path]:
-    """Weights of other models that a policy's run loads, by the setting that names them."""
-    objective = config.objective
-    if not isinstance(objective, PolicyConfig):
-        return {}
-    found = {"objective.teacher": objective.teacher}
-    if objective.critic is not None:
-        found["objective.critic.initial_weights"] = objective.critic.initial_weights
-    return {key: path for key, path in found.items() if path is not None}
-
-
-def _check_beside(config: RunConfig, key: str, path: Path) -> None:
-    """Raise ConfigError where there is no checkpoint, or it reads other tokens."""
-    latest = latest_checkpoint(path)
-    if latest is None:
-        raise ConfigError(
-            f"{key}={path}: there is no checkpoint. Name a run's output directory, or one of its "
-            "checkpoints/step_... folders"
-        )
-    size = inspect(latest, needs_state=False).config.model.vocab_size
-    if size != config.model.vocab_size:
-        raise ConfigError(
-            f"{key}={path}: its model.vocab_size={size}, and the run's is "
-            f"{config.model.vocab_size}: both must read the same tokens"
-        )
 
 
 def _check_patterns(config: RunConfig) -> None:
@@ -277,7 +196,6 @@ def _absent(config: RunConfig) -> list[Path]:
     """What the run reads and this host does not have."""
     objective = config.objective
     more = [config.checkpoint.initial_weights, *(path for _, path in reward_models(config))]
-    more += [getattr(objective, key, None) for key in ("teacher", "targets")]
-    more += models_beside(config).values()
-    files = [*_data_files(config), *dict.fromkeys(path for path in more if path is not None)]
+    more += [getattr(objective, "targets", None), *models_beside(config).values()]
+    files = [*_data_files(config), *{path for path in more if path is not None}]
     return [path for path in files if not path.exists()]

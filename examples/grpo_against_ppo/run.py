@@ -1,5 +1,6 @@
-"""GRPO against PPO, Dr. GRPO and SPO: a small hybrid that stops after the first addition of a sum of
-three learns to go on, at equal answers and equal tokens of updates. Rates swept, seeds, two KLs.
+"""GRPO against PPO, Dr. GRPO and SPO: a small hybrid that stops after a sum's first addition.
+
+It learns to go on, at equal answers and equal tokens of updates. Rates swept, seeds, two KLs.
 
 Each cell is a run folder with its whole settings in cell.yaml, trained by `python -m
 equilibrium_mcore.train`. The same command goes on where it was: finished cells are kept, an
