@@ -57,7 +57,7 @@ CHATS = {
     "tokenizer": {"type": "SentencePieceTokenizer", "model": "t.model"},
     "sources": [{"name": "general", "train": ["general.train.jsonl"]}],
 }
-JUDGED = {**CHATS, "type": "preferences", "unpaired": True}
+SINGLE = {**CHATS, "type": "preferences", "unpaired": True}
 SFT = {"stage": "sft", "data": CHATS, "objective": {"type": "sft"}}
 
 # rule, a run that breaks it, words that the message must have, a run that keeps it.
@@ -773,19 +773,19 @@ CASES = [
         "an_objective_has_its_data",
         {"stage": "orpo", "data": {**CHATS, "type": "preferences"}, "objective": {"type": "kto"}},
         ["objective.type='kto'", "data.unpaired: true"],
-        {"stage": "orpo", "data": JUDGED, "objective": {"type": "kto"}},
+        {"stage": "orpo", "data": SINGLE, "objective": {"type": "kto"}},
     ),
     (
         "kto_needs_several_answers",
         {
             "stage": "orpo",
-            "data": JUDGED,
+            "data": SINGLE,
             "objective": {"type": "kto"},
             "training.global_batch_size": 1,
             "training.micro_batch_size": 1,
         },
         ["global_batch_size=1", "set 2 or more"],
-        {"stage": "orpo", "data": JUDGED, "objective": {"type": "kto"}},
+        {"stage": "orpo", "data": SINGLE, "objective": {"type": "kto"}},
     ),
     (
         "an_objective_has_its_head",
