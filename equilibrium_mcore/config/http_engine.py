@@ -1,4 +1,4 @@
-"""Where the server is that answers prompts in place of the training modules, and how it is asked."""
+"""Where the server is that answers prompts in place of the training modules."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from equilibrium_mcore.config.section import (
     SmallInt,
     setting,
 )
-
 
 
 class HttpEngineConfig(Section):

@@ -1,4 +1,4 @@
-"""The engines that answer prompts: the training modules themselves, or a server with their weights."""
+"""The engines that answer prompts: the training modules, or a server with their weights."""
 
 from __future__ import annotations
 
@@ -60,9 +60,7 @@ class ServedEngine:
         if version != self._sent:
             self._sent = None
             self._number += 1
-            stream_weights(
-                self._run.chunks, self._run.config, self._engine, version=self._number
-            )
+            stream_weights(self._run.chunks, self._run.config, self._engine, version=self._number)
             self._sent = version
         found = self._engine.generate(requests, sampling, version=self._number)
         return [replace(rollout, version=version) for rollout in found]

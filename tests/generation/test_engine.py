@@ -76,6 +76,29 @@ def test_trap_log_probabilities_are_the_forward_s(engine_of, small_model, patter
         assert difference_from_the_forward(engine, rollouts, temperature) < TOLERANCE
 
 
+@pytest.mark.parametrize("pattern", ["-E", "ME+EM-", "*-E"])
+@pytest.mark.parametrize("shared", [0, 24])
+def test_fewer_calls_of_a_step_give_the_same_bits(
+    engine_of, small_model, monkeypatch, pattern, shared
+):
+    """Layers by their parts, against megatron-core's own on the same rows."""
+    from equilibrium_mcore.models.decode.stack import DecodingStack, HybridStack
+
+    model = small_model(pattern)
+    experts = {"shared_ffn_hidden_size": shared, "score_function": "sigmoid", "expert_bias": True}
+    model = model.model_copy(update={"moe": model.moe.model_copy(update=experts)})
+    engine, asked = engine_of(model), []
+    decode = DecodingStack.decode
+    monkeypatch.setattr(DecodingStack, "decode", lambda *given: asked.append(1) or decode(*given))
+    found = engine.generate(requests(), sampling())
+    assert asked
+    monkeypatch.setattr(DecodingStack, "forward", HybridStack.forward)
+    plain = engine.generate(requests(), sampling())
+    for one, other in zip(found, plain, strict=True):
+        assert one.ids.tolist() == other.ids.tolist()
+        assert one.logprobs.tobytes() == other.logprobs.tobytes()
+
+
 def test_greedy_takes_the_likeliest_of_the_forward(engine_of, small_model):
     engine = engine_of(small_model("ME+EM-"))
     rollouts = engine.generate(requests(), sampling(temperature=0.0))

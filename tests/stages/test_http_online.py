@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from equilibrium_mcore.config.rules import check
+from equilibrium_mcore.config.errors import ConfigError
+from equilibrium_mcore.config.schema import RunConfig
 from tests.generation.http_server import Served, serving
 from tests.generation.test_http_engine import LLAMA, exported_model
 from tests.stages.online_support import online_run, prompts_section, records, stage_rank
 from tests.support.pool import RankError
+from tests.support.runs import tiny_run, train_steps
 
 LAYOUTS = {
     "tp2": {"world_size": 2, "tensor": 2, "sequence": True},
@@ -24,7 +27,17 @@ def prompts(data: dict, tmp_path_factory) -> dict[str, Any]:
     return prompts_section(data, tmp_path_factory.mktemp("prompts"))
 
 
-def served_run(prompts: dict[str, Any], folder: Path, url: str, **changes: Any) -> Any:
+@pytest.fixture(scope="module")
+def pretrained(ranks, data: dict, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrained")
+    config = tiny_run(data, folder, model=LLAMA, parallelism={"world_size": 1})
+    ranks.run(1, train_steps, config, 1, True)
+    return folder
+
+
+def served_run(
+    prompts: dict[str, Any], weights: Path, folder: Path, url: str, **changes: Any
+) -> RunConfig:
     """Four steps of two rollouts, evaluated before the first, and after every second."""
     rollout = {
         "minibatches": 2,
@@ -34,10 +47,9 @@ def served_run(prompts: dict[str, Any], folder: Path, url: str, **changes: Any) 
     }
     return online_run(
         prompts,
-        Path("unused"),
+        weights,
         folder,
         model=LLAMA,
-        checkpoint={"initial_weights": None},
         evaluation={"interval_steps": 2},
         rollout=rollout,
         **changes,
@@ -45,11 +57,13 @@ def served_run(prompts: dict[str, Any], folder: Path, url: str, **changes: Any) 
 
 
 @pytest.mark.parametrize("name", ["tp2", pytest.param("pp2", marks=pytest.mark.slow)])
-def test_trap_a_server_answers_with_the_weights_of_the_step(ranks, prompts, tmp_path, name):
+def test_trap_a_server_answers_with_the_weights_of_the_step(
+    ranks, prompts, pretrained, tmp_path, name
+):
     """What it draws from is what training scores: its weights are those of the rollout's step."""
     layout = LAYOUTS[name]
     with serving(lambda path, content: served(path, content)) as url:
-        config = served_run(prompts, tmp_path, url, parallelism=layout)
+        config = served_run(prompts, pretrained, tmp_path, url, parallelism=layout)
         served = Served(exported_model(config), version=None)
         ranks.run(layout["world_size"], stage_rank, config)
     train = records(tmp_path)
@@ -65,7 +79,7 @@ def test_trap_a_server_answers_with_the_weights_of_the_step(ranks, prompts, tmp_
     assert sent == list(range(sent[0], sent[0] + 5))
 
 
-def test_a_server_of_another_s_weights_stops_the_run(ranks, prompts, tmp_path):
+def test_a_server_of_another_s_weights_stops_the_run(ranks, prompts, pretrained, tmp_path):
     def taken_over(path: str, content: bytes) -> tuple[int, Any]:
         answer = served(path, content)
         if path == "/weights/end":
@@ -73,7 +87,7 @@ def test_a_server_of_another_s_weights_stops_the_run(ranks, prompts, tmp_path):
         return answer
 
     with serving(taken_over) as url:
-        config = served_run(prompts, tmp_path, url, parallelism={"world_size": 1})
+        config = served_run(prompts, pretrained, tmp_path, url, parallelism={"world_size": 1})
         served = Served(exported_model(config), version=None)
         with pytest.raises(RankError, match="its weights are version 3"):
             ranks.run(1, stage_rank, config)
@@ -89,16 +103,11 @@ def test_a_server_of_another_s_weights_stops_the_run(ranks, prompts, tmp_path):
     ],
 )
 def test_settings_that_do_not_fit_are_told(prompts, tmp_path, changes, told):
-    problems = check(served_run(prompts, tmp_path, "http://host:8000", **changes))
-    assert [problem for problem in problems if problem.startswith(told)] == problems != []
+    with pytest.raises(ConfigError, match=rf"^1 problem:\n1\. {re.escape(told)}"):
+        served_run(prompts, Path("weights"), tmp_path, "http://host:8000", **changes)
 
 
 def test_a_family_that_no_engine_serves_is_told(prompts, tmp_path):
-    config = online_run(
-        prompts,
-        Path("unused"),
-        tmp_path,
-        rollout={"engine": "http", "http": {"url": "http://host:8000"}},
-    )
-    (problem,) = check(config)
-    assert "layers of mamba, mla, moe, which no serving engine has" in problem
+    server = {"engine": "http", "http": {"url": "http://host:8000"}}
+    with pytest.raises(ConfigError, match="layers of mamba, mla, moe, which no serving engine has"):
+        online_run(prompts, Path("weights"), tmp_path, rollout=server)
