@@ -1,6 +1,7 @@
-"""GRPO against PPO, Dr. GRPO and SPO: a small hybrid that stops after a sum's first addition.
+"""GRPO against PPO, Dr. GRPO and SPO, at equal answers and equal tokens of updates.
 
-It learns to go on, at equal answers and equal tokens of updates. Rates swept, seeds, two KLs.
+A small hybrid that stops after the first addition of a sum of three learns to go on. Learning rates
+are swept; three seeds, and a KL of 0 and of 0.01.
 
 Each cell is a run folder with its whole settings in cell.yaml, trained by `python -m
 equilibrium_mcore.train`. The same command goes on where it was: finished cells are kept, an

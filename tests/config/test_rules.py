@@ -999,6 +999,12 @@ CASES = [
         ONLINE,
     ),
     (
+        "there_is_a_choice",
+        {**ONLINE, "rollout": {"max_new_tokens": 16, "top_k": 1}},
+        ["rollout.top_k=1", "at least 2"],
+        {**ONLINE, "rollout": {"max_new_tokens": 16, "top_k": 2}},
+    ),
+    (
         "rewards_have_their_truths",
         {**ONLINE, "data": {**ONLINE["data"], "truth": None}},
         ["type math_answer", "data.truth=null", "name its key"],
