@@ -78,14 +78,18 @@ class PairEstimator:
 
 
 def in_order(answers: Sequence[Answer], groups: Sequence[Group]) -> list[Answer]:
-    """The preferred answer of each group first; those of a group without a preference uncounted."""
+    """The preferred answer of each group first; those of a group without a preference uncounted.
+
+    Without the support that they were drawn from: objectives of pairs are of the whole vocabulary,
+    and so the reference's part of a ratio must be.
+    """
     found: list[Answer] = []
     for place, group in enumerate(groups):
         pair = list(answers[SIDES * place : SIDES * (place + 1)])
         first, second = group.verdicts
         if first.reward < second.reward:
             pair.reverse()
-        found += [replace(answer, counts=not group.is_dead) for answer in pair]
+        found += [replace(answer, counts=not group.is_dead, support=None) for answer in pair]
     return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -69,6 +71,16 @@ def test_the_preferred_answer_comes_first(preference, order, counts):
     found = in_order([answer(2, 4, 0), answer(2, 2, 0)], [group])
     assert [one.length for one in found] == order
     assert {one.counts for one in found} == {counts}
+
+
+def test_trap_a_pairs_ratio_is_of_the_whole_vocabulary_on_both_sides():
+    """The loss knows no support; the reference would be over one if the answers kept theirs."""
+    kept = (np.array([1, 2], np.int32),) * 3
+    drawn = [replace(answer(2, 3, 0), support=kept) for _ in range(2)]
+    group = Group(0, None, [None, None], verdicts_of(Compared("second")))
+    found = in_order(drawn, [group])
+    assert [one.support for one in found] == [None, None]
+    assert all("support" not in sequence for sequence in packed(found).sequences)
 
 
 def test_trap_scores_that_are_no_numbers_are_an_error_and_no_tie():
