@@ -42,7 +42,7 @@ def served_run(
     rollout = {
         "minibatches": 2,
         "engine": "http",
-        "http": {"url": url, "attempts": 1, "timeout_seconds": 300.0},
+        "http": {"url": url, "connections": 4, "timeout_seconds": 300.0},
         **changes.pop("rollout", {}),
     }
     return online_run(
@@ -103,7 +103,7 @@ def test_a_server_of_another_s_weights_stops_the_run(ranks, prompts, pretrained,
     ],
 )
 def test_settings_that_do_not_fit_are_told(prompts, tmp_path, changes, told):
-    with pytest.raises(ConfigError, match=rf"^1 problem:\n1\. {re.escape(told)}"):
+    with pytest.raises(ConfigError, match=rf"^1 problem:\n  1\. {re.escape(told)}"):
         served_run(prompts, Path("weights"), tmp_path, "http://host:8000", **changes)
 
 
