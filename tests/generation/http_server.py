@@ -100,7 +100,10 @@ def serving(handle: Handler) -> Iterator[str]:
         def log_message(self, *arguments: object) -> None:
             """Nothing: pytest shows what matters."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), OfThis)
+    class Waiting(ThreadingHTTPServer):
+        request_queue_size = 128  # connections that wait while a busy machine accepts none
+
+    server = Waiting(("127.0.0.1", 0), OfThis)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()

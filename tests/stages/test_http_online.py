@@ -10,6 +10,7 @@ import pytest
 
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import RunConfig
+from tests.generation.conftest import one_thread  # noqa: F401  (a fixture, of the server)
 from tests.generation.http_server import Served, serving
 from tests.generation.test_http_engine import LLAMA, exported_model
 from tests.stages.online_support import online_run, prompts_section, records, stage_rank
@@ -42,7 +43,7 @@ def served_run(
     rollout = {
         "minibatches": 2,
         "engine": "http",
-        "http": {"url": url, "attempts": 1, "timeout_seconds": 300.0},
+        "http": {"url": url, "connections": 4, "timeout_seconds": 300.0},
         **changes.pop("rollout", {}),
     }
     return online_run(
@@ -103,7 +104,7 @@ def test_a_server_of_another_s_weights_stops_the_run(ranks, prompts, pretrained,
     ],
 )
 def test_settings_that_do_not_fit_are_told(prompts, tmp_path, changes, told):
-    with pytest.raises(ConfigError, match=rf"^1 problem:\n1\. {re.escape(told)}"):
+    with pytest.raises(ConfigError, match=rf"^1 problem:\n  1\. {re.escape(told)}"):
         served_run(prompts, Path("weights"), tmp_path, "http://host:8000", **changes)
 
 
