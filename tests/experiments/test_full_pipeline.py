@@ -23,9 +23,12 @@ STEPS = (*(f"prepare_{stage}" for stage in STAGES), *STAGES)
 TINY = [
     *("training.batch_size=4", "training.gradient_accumulation_steps=4", "training.world_size=1"),
     *("training.warmup_steps=1", "training.sequence_length=128", "training.mixed_precision=fp32"),
-    *("logging.log_steps=1", "data.num_workers=0"),
+    "logging.log_steps=1",
 ]
-VALIDATED = ["logging.eval_steps=2", "training.validation_batches=1"]
+# Of stages whose examples are there before.
+VALIDATED = [
+    *("logging.eval_steps=2", "training.validation_batches=1", "data.num_workers=0"),
+]
 TEXT = "runs/mixture/text"
 
 
