@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from equilibrium_mcore.generation.engine import OwnEngine
-from equilibrium_mcore.generation.http_client import Client
 from equilibrium_mcore.generation.http_engine import HttpEngine
 from equilibrium_mcore.generation.interface import Engine, Request, Rollout, Sampling
 from equilibrium_mcore.hugging_face.stream import stream_weights
+from equilibrium_mcore.processes.http_client import Client
 from equilibrium_mcore.training.setup import Run
 
 

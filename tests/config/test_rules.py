@@ -43,6 +43,12 @@ ONLINE = {
     "model.moe.load_balancing": "none",
     "model.moe.expert_bias_update_rate": 0.0,
 }
+SERVED = {
+    "model.layer_pattern": "*-|*-",
+    "model.attention": TINY_ATTENTION,
+    "model.mlp": {"ffn_hidden_size": 256},
+}
+SERVER = {"max_new_tokens": 16, "engine": "http", "http": {"url": "http://host:8000"}}
 # The rest of what pairs of own answers have.
 JUDGED = {
     **{key: value for key, value in ONLINE.items() if key != "rewards"},
@@ -997,6 +1003,30 @@ CASES = [
         },
         ["interval_steps=5", "data.truth=null", "name its key"],
         ONLINE,
+    ),
+    (
+        "an_http_engine_has_a_server",
+        {**ONLINE, **SERVED, "rollout": {"max_new_tokens": 16, "engine": "http"}},
+        ["rollout.engine='http' without rollout.http", "engine: own"],
+        {**ONLINE, **SERVED, "rollout": SERVER},
+    ),
+    (
+        "a_server_has_an_address",
+        {**ONLINE, **SERVED, "rollout": {**SERVER, "http": {"url": "host:8000"}}},
+        ["rollout.http.url='host:8000'", "http://host:8000"],
+        {**ONLINE, **SERVED, "rollout": SERVER},
+    ),
+    (
+        "a_server_has_the_family",
+        {**ONLINE, "rollout": SERVER},
+        ["rollout.engine='http' with layers of", "set rollout.engine: own"],
+        {**ONLINE, **SERVED, "rollout": SERVER},
+    ),
+    (
+        "a_server_draws_from_all_tokens",
+        {**ONLINE, **SERVED, "rollout": {**SERVER, "top_p": 0.9}},
+        ["rollout.top_p=0.9 with rollout.engine='http'", "engine: own"],
+        {**ONLINE, **SERVED, "rollout": SERVER},
     ),
     (
         "there_is_a_choice",

@@ -31,6 +31,8 @@ class Regression:
     tokens_of = "loss"
     has_perplexity = False
     reads = "both"
+    needs_logits = False
+    carried = ()
     inputs = ()
 
     def weigh(self, batch: dict[str, Tensor]) -> float:
