@@ -153,26 +153,28 @@ def _figure(rows: Rows) -> Figure:
     )
     for (by_answers, by_seconds), kl in zip(axes, kls, strict=True):
         for method, cells in ((m, cells) for (m, k), cells in rows.items() if k == kl):
-            _line(by_answers, method, cells, [np.array(c.answers, float) for c in cells])
-            _line(by_seconds, method, cells, [np.array(c.cpu_seconds) for c in cells])
+            answers = np.array(cells[0].answers, float)
+            seconds = [np.interp(answers, cell.answers, cell.cpu_seconds) for cell in cells]
+            accuracy = np.array([[cell.at_answers(n) for n in answers] for cell in cells])
+            label = f"{method}, rate {cells[0].rate:g}, seeds {len(cells)}"
+            _line(by_answers, method, answers, accuracy, label)
+            _line(by_seconds, method, np.mean(seconds, axis=0), accuracy, label)
         by_answers.set(title=f"KL {kl:g}", xlabel="answers drawn", ylabel="held-out accuracy")
         by_seconds.set(xlabel="CPU-seconds of training", ylim=(0, 1))
-        by_answers.legend(loc="upper left")
+        by_answers.legend(loc="lower right")
     figure.tight_layout()
     return figure
 
 
-def _line(axis: Axes, method: str, cells: list[CellResult], at: list[np.ndarray]) -> None:
+def _line(axis: Axes, method: str, at: np.ndarray, accuracy: np.ndarray, label: str) -> None:
+    """`accuracy` [cells, evaluations]: the mean, and a band from the least to the largest."""
     from equilibrium_mcore.plots.figure import colour_of
 
     colour = colour_of(list(METHODS).index(method))
-    accuracy = np.array([cell.accuracy for cell in cells])
-    where = np.mean(at, axis=0)
-    axis.plot(where, accuracy.mean(axis=0), color=colour, label=f"{method}, rate {cells[0].rate:g}")
-    if len(cells) > 1:
-        axis.fill_between(
-            where, accuracy.min(axis=0), accuracy.max(axis=0), color=colour, alpha=0.15, linewidth=0
-        )
+    axis.plot(at, accuracy.mean(axis=0), color=colour, label=label)
+    if len(accuracy) > 1:
+        low, high = accuracy.min(axis=0), accuracy.max(axis=0)
+        axis.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 if __name__ == "__main__":

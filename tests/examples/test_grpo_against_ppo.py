@@ -170,7 +170,8 @@ def test_cells_end_to_end_and_again(example, tmp_path):
 
 
 def _curve(folder: Path) -> list[tuple]:
-    """What does not depend on the time that it took."""
+    """What does not depend on the time that it took; where a run stops, it evaluates once more."""
     names = ("kind", "step", "loss", "accuracy", "reward", "explained_variance", "gradient_norm")
     records = [r for r in read_metrics(folder / METRICS_FILE) if r["kind"] != "event"]
+    records = [r for r in records if r["kind"] == "train" or r["step"] % 2 == 0]
     return [tuple(record.get(name) for name in names) for record in records]
