@@ -24,7 +24,7 @@ SHORT = ["--rollouts", "3", "--answers", "32", "--kl", "0", "--rates", "1e-3", "
 @pytest.fixture(scope="module")
 def example():
     """The example's modules, which import each other by their names."""
-    names = ("grid", "results", "table", "run", "jobs", "sums")
+    names = ("grid", "cell_results", "table", "run", "jobs", "sums")
     path = list(sys.path)
     sys.path.insert(0, str(FOLDER))
     try:
@@ -90,7 +90,7 @@ def test_held_out_sums_are_in_no_order_in_training(example):
 
 def test_table_of_cells_of_a_real_run(example, tmp_path):
     shutil.copytree(CELLS, tmp_path / "cells")
-    results, unfinished = example.results.read_cells(tmp_path)
+    results, unfinished = example.cell_results.read_cells(tmp_path)
     folders = {cell.method: path for cell, path in example.grid.places(tmp_path)}
     assert {result.method for result in results} == set(folders) and unfinished == 0
     for result in results:
@@ -116,7 +116,7 @@ def test_table_of_cells_of_a_real_run(example, tmp_path):
 
 def test_table_counts_collapses_and_takes_the_best_rate(example, tmp_path):
     shutil.copytree(CELLS, tmp_path / "cells")
-    results, _ = example.results.read_cells(tmp_path)
+    results, _ = example.cell_results.read_cells(tmp_path)
     one = next(result for result in results if result.method == "grpo")
     rising = [0.2, 0.4, 0.6, 0.8]
     change = lambda **values: type(one)(**{**vars(one), "accuracy": rising, **values})  # noqa: E731
@@ -127,7 +127,7 @@ def test_table_counts_collapses_and_takes_the_best_rate(example, tmp_path):
         change(rate=4e-3, seed=2, accuracy=[0.2, 0.9, 1.0, 1.0]),  # of no sweep
     ]
     assert [cell.collapsed for cell in cells] == [False, True, True, False]
-    assert example.results.best_rates(cells) == {"grpo": 1e-3}
+    assert example.cell_results.best_rates(cells) == {"grpo": 1e-3}
     table = example.table.markdown(cells, unfinished=3)
     row = next(line for line in table.splitlines() if line.startswith("| grpo | 0 |"))
     assert "| 0.001 | 2 |" in row and "| 1 of 2 |" in row
@@ -161,11 +161,11 @@ def test_cells_end_to_end_and_again(example, tmp_path):
     example.run.write_once(config, folder / "cell.yaml")
     command = [sys.executable, "-m", "equilibrium_mcore.train", str(folder / "cell.yaml")]
     stopped = subprocess.run([*command, "training.stop_after_steps=3"], cwd=ROOT, env=os.environ)
-    assert stopped.returncode == 0 and not example.results.is_finished(folder)
+    assert stopped.returncode == 0 and not example.cell_results.is_finished(folder)
     done = _run("--small", "--methods", "ppo", *SHORT, output=other)
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-2000:]
     events = [r["event"] for r in read_metrics(folder / METRICS_FILE) if r["kind"] == "event"]
-    assert "resume" in events and example.results.is_finished(folder)
+    assert "resume" in events and example.cell_results.is_finished(folder)
     assert _curve(folder) == _curve(folders["ppo"])
 
 
