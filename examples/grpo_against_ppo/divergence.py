@@ -31,8 +31,8 @@ accelerator.quiet_libraries()
 accelerator.install()
 
 import numpy as np  # noqa: E402
-from grid import places  # noqa: E402
 from cell_results import CELL_FILE, DIVERGENCE_FILE, is_finished  # noqa: E402
+from grid import places  # noqa: E402
 
 from equilibrium_mcore.generation.interface import Prompt, Request  # noqa: E402
 from equilibrium_mcore.online.answers import Answer  # noqa: E402

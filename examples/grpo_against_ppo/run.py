@@ -28,9 +28,9 @@ REPOSITORY = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(REPOSITORY)]
 
 import sums  # noqa: E402
+from cell_results import CELL_FILE, best_rates, is_finished, read_cells  # noqa: E402
 from grid import METHODS, Cell, Grid, Sizes, settings, start_settings  # noqa: E402
 from jobs import LOG_FILE, Job, work_off  # noqa: E402
-from cell_results import CELL_FILE, best_rates, is_finished, read_cells  # noqa: E402
 from table import write_report  # noqa: E402
 
 from equilibrium_mcore.cli.command import processes, run_command  # noqa: E402

@@ -20,8 +20,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 import numpy as np  # noqa: E402
-from grid import METHODS  # noqa: E402
 from cell_results import CellResult, best_rates, read_cells  # noqa: E402
+from grid import METHODS  # noqa: E402
 
 from equilibrium_mcore.cli.command import run_command  # noqa: E402
 from equilibrium_mcore.files.paths import user_path  # noqa: E402
