@@ -116,6 +116,20 @@ def records(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
+TIMED = (
+    "tokens_per_second",
+    "model_tflops_per_device",
+    "memory_gib",
+    "seconds_per_step",
+    "cpu_seconds_per_step",
+)
+
+
+def curve(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """The records without what the clock and the machine say."""
+    return [{k: v for k, v in one.items() if k not in TIMED} for one in records(folder, kind)]
+
+
 class KilledError(Exception):
     """A run that ends at a place."""
 

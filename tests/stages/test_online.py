@@ -15,6 +15,7 @@ from equilibrium_mcore.training.run_data import with_steps
 from tests.stages.online_support import (
     SMALL,
     by_both_engines,
+    curve,
     kept_bias,
     killed_and_resumed,
     online_run,
@@ -65,13 +66,6 @@ def one_rank(ranks, prompts, pretrained, tmp_path_factory) -> Path:
 def answers(folder: Path) -> list[dict[str, Any]]:
     """What `samples.jsonl` kept."""
     return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-
-
-def curve(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
-    """The records without what the clock and the machine say."""
-    timed = {"tokens_per_second", "model_tflops_per_device", "memory_gib", "seconds_per_step"}
-    timed.add("cpu_seconds_per_step")
-    return [{k: v for k, v in one.items() if k not in timed} for one in records(folder, kind)]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 
 from equilibrium_mcore.parallel.launch import RankInfo
-from tests.stages.online_support import SMALL, online_run, prompts_section, records, stage_rank
+from tests.stages.online_support import (
+    SMALL,
+    curve,
+    online_run,
+    prompts_section,
+    records,
+    stage_rank,
+)
 from tests.support.runs import tiny_run, train_steps
 
 LAYOUTS = {
@@ -45,13 +52,6 @@ def one_rank(ranks, prompts, pretrained, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("one_rank")
     ranks.run(1, stage_rank, online_run(prompts, pretrained, folder, **SETTINGS))
     return folder
-
-
-def curve(folder: Path) -> list[dict[str, Any]]:
-    """The records without what the clock and the machine say."""
-    timed = {"tokens_per_second", "model_tflops_per_device", "memory_gib", "seconds_per_step"}
-    timed.add("cpu_seconds_per_step")
-    return [{k: v for k, v in one.items() if k not in timed} for one in records(folder)]
 
 
 def assert_alike(found: list[dict], expected: list[dict]) -> None:

@@ -13,6 +13,7 @@ from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.parallel.launch import RankInfo
 from tests.stages.online_support import (
     SMALL,
+    curve,
     online_run,
     prompts_section,
     records,
@@ -32,7 +33,6 @@ LAYOUTS = {
 SLOW_LAYOUTS = [
     pytest.param(name, marks=[] if name == "mixed" else [pytest.mark.slow]) for name in LAYOUTS
 ]
-TIMED = {"tokens_per_second", "model_tflops_per_device", "memory_gib", "seconds_per_step"}
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +99,6 @@ def one_rank(ranks, prompts, pretrained, judge, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("one_rank")
     ranks.run(1, stage_rank, rlaif_run(prompts, pretrained, folder, http(judge.url)))
     return folder
-
-
-def curve(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in one.items() if k not in TIMED} for one in records(folder)]
 
 
 def samples(folder: Path) -> list[dict[str, Any]]:
