@@ -99,7 +99,8 @@ def check_adapters(config: RunConfig) -> None:
 def check_policy(config: RunConfig) -> None:
     """Raise ConfigError for a policy whose stage asks for no answers to learn from."""
     if isinstance(config.objective, PolicyConfig) and STAGES[config.stage].data != "prompts":
-        fit = [name for name, stage in STAGES.items() if stage.data == "prompts"]
+        asked = {name: stage.defaults.get("objective", {}) for name, stage in STAGES.items()}
+        fit = [name for name, objective in asked.items() if objective.get("type") == "policy"]
         raise ConfigError(
             f"objective.type='policy' with stage={config.stage!r}: a policy learns from its own "
             f"answers to prompts; set stage to {' or '.join(fit)}"

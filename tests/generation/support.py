@@ -81,7 +81,6 @@ def answer(rank_info: RankInfo, config: RunConfig) -> dict[str, Any]:
     from equilibrium_mcore.generation.engine import OwnEngine
     from equilibrium_mcore.training.setup import setup, teardown
 
-    torch.set_num_threads(1)  # steps of a few tokens: see `one_thread` in conftest.py
     run = setup(config, rank_info, datasets=made_up_datasets(config))
     engine = OwnEngine.of(run, rows_at_once=4, tokens_at_once=16)
     found, differences = {}, {}

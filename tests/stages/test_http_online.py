@@ -10,7 +10,6 @@ import pytest
 
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import RunConfig
-from tests.generation.conftest import one_thread  # noqa: F401  (a fixture, of the server)
 from tests.generation.http_server import Served, serving
 from tests.generation.test_http_engine import LLAMA, exported_model
 from tests.stages.online_support import online_run, prompts_section, records, stage_rank

@@ -206,9 +206,9 @@ def test_a_reward_model_judges_pairs(ranks, prompts, pretrained, reward_model, t
 # ------------------------------------------------------------------- a reward model as a reward
 
 
-def rewarded_run(prompts: dict, weights: Path, output: Path, model: Path, **changes: Any) -> Any:
+def rewarded_run(prompts: dict, weights: Path, output: Path, scorer: Path, **changes: Any) -> Any:
     rewards = [
-        {"type": "reward_model", "weights": str(model), "weight": 2.0},
+        {"type": "reward_model", "weights": str(scorer), "weight": 2.0},
         {"type": "length", "unit": "characters", "max_length": 60, "soft_from": 1},
     ]
     return online_run(prompts, weights, output, rewards=rewards, training={"steps": 2}, **changes)

@@ -60,8 +60,10 @@ def test_the_guides_code_passes_its_tests():
 
 
 def test_the_guides_settings_and_python_are_right(capsys):
-    (settings,) = blocks("yaml")
-    assert len(parse_rewards(parse_yaml(settings, source="the guide")).rewards) == 5
+    settings, of_a_model, of_a_judge = blocks("yaml")
+    for text, number in ((settings, 5), (of_a_model, 2)):
+        assert len(parse_rewards(parse_yaml(text, source="the guide")).rewards) == number
+    assert parse_yaml(of_a_judge.replace(", ...", ""), source="the guide")["stage"] == "rlaif"
     first, second = blocks("python")
     exec(compile(first, "the guide", "exec"), {})
     assert capsys.readouterr().out == "1.0 ok {'math_answer': 1.0}\n"
