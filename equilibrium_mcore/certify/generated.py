@@ -46,7 +46,7 @@ def generated(run: Run) -> dict[str, Any]:
 
 
 def _batch(run: Run, rollouts: list[Rollout]) -> dict[str, torch.Tensor]:
-    """A sequence for each, of the run's length, with token 0 behind its end."""
+    """A sequence for each, of the run's length, with token 0 after its end."""
     length = run.config.training.sequence_length
     tokens = torch.zeros(len(rollouts), length + 1, dtype=torch.long)
     for row, rollout in enumerate(rollouts):

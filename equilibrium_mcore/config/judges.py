@@ -26,7 +26,7 @@ from equilibrium_mcore.config.section_text import section_from_text
 
 
 class HttpJudgeConfig(Section):
-    """A model behind OpenAI's chat protocol. It is asked twice, with the answers swapped."""
+    """A model that speaks OpenAI's chat protocol. It is asked twice, with the answers swapped."""
 
     type: Literal["http"] = setting("http", "which judge")
     url: str = setting(doc="the server, e.g. http://host:8000; /v1/chat/completions is added")

@@ -9,27 +9,23 @@ in packs; every token is drawn by a step. The loop ends when no row of the world
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
 
-from equilibrium_mcore.config.layout import virtual_stages
 from equilibrium_mcore.config.schema import ModelConfig, ParallelismConfig, RunConfig
+from equilibrium_mcore.generation.answers import Answers
 from equilibrium_mcore.generation.interface import Request, Rollout, Sampling
-from equilibrium_mcore.generation.rows import Group, Pack, Wave, plan, up_to_multiple
-from equilibrium_mcore.generation.sampling import Drawn, draw, row_seeds
-from equilibrium_mcore.models.decode.state import DecodeState, Prefill, Step, prefill
+from equilibrium_mcore.generation.lanes import Lane, Pass
+from equilibrium_mcore.generation.rows import Wave, plan, up_to_multiple
+from equilibrium_mcore.generation.sampling import Drawn, draw
+from equilibrium_mcore.models.modes import evaluating, without_logits
 from equilibrium_mcore.parallel import accelerator
-from equilibrium_mcore.parallel.object_group import object_group
+from equilibrium_mcore.parallel.micro_batches import through_stages
 
 ROWS_AT_ONCE = 64
 TOKENS_AT_ONCE = 4096
@@ -90,8 +86,8 @@ class OwnEngine:
         self._check(requests, sampling)
         if not requests:
             return []
-        answers = _Answers(requests, sampling)
-        with _evaluating(self.chunks):
+        answers = Answers(requests, sampling)
+        with evaluating(self.chunks):
             for wave in self._plan(requests, sampling):
                 for _ in self._steps(wave, answers):
                     pass
@@ -124,11 +120,11 @@ class OwnEngine:
         if torch.distributed.get_world_size() > 1:
             raise ValueError("an answer is streamed by one rank alone: use `generate` on several")
         self._check([request], sampling)
-        answers = _Answers([request], sampling)
+        answers = Answers([request], sampling)
         (wave,) = self._plan([request], sampling)
         steps = self._steps(wave, answers)
         while True:
-            with torch.no_grad(), _evaluating(self.chunks):
+            with torch.no_grad(), evaluating(self.chunks):
                 if next(steps, self) is self:
                     return
             yield answers.ids[0][-1]
@@ -144,10 +140,10 @@ class OwnEngine:
             max_new_tokens=sampling.max_new_tokens,
         )
 
-    def _steps(self, wave: Wave, answers: _Answers) -> Iterator[None]:
+    def _steps(self, wave: Wave, answers: Answers) -> Iterator[None]:
         """Continue every row of the wave to its end; once for each step, after it."""
         mine = wave.groups[self.groups.dp_cp.rank()]
-        lanes = [_Lane(group, wave, answers, self.device) for group in mine]
+        lanes = [Lane(group, wave, answers, self.device) for group in mine]
         if wave.packs:
             self._prefill(wave, lanes)
         for lane in lanes:
@@ -165,7 +161,7 @@ class OwnEngine:
                 for lane in lanes:
                     lane.keep_unfinished(rows)
 
-    def _unfinished(self, lanes: list[_Lane]) -> int:
+    def _unfinished(self, lanes: list[Lane]) -> int:
         """Unfinished rows of the lane of the world that has most of them. Collective."""
         here = max(int((~lane.finished).sum()) for lane in lanes)
         if torch.distributed.get_world_size() == 1:
@@ -174,13 +170,13 @@ class OwnEngine:
         torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
         return int(most.item())
 
-    def _prefill(self, wave: Wave, lanes: list[_Lane]) -> None:
+    def _prefill(self, wave: Wave, lanes: list[Lane]) -> None:
         passes = [lane.pass_of_pack(number) for number in range(wave.packs) for lane in lanes]
-        with _without_logits(self.chunks):
+        with without_logits(self.chunks):
             self._run(passes, wave.pack_tokens, lambda output, work: output.new_zeros(0))
 
     def _step(
-        self, lanes: list[_Lane], sampling: Sampling
+        self, lanes: list[Lane], sampling: Sampling
     ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
         """A token of every row of every lane: ids, log-probabilities and support."""
         drawn: list[Drawn] = self._run(
@@ -194,7 +190,7 @@ class OwnEngine:
             for i in range(len(lanes))
         ]
 
-    def _draw(self, logits: Tensor, work: _Pass, *, sampling: Sampling) -> Drawn:
+    def _draw(self, logits: Tensor, work: Pass, *, sampling: Sampling) -> Drawn:
         return draw(
             logits[0],
             sampling=sampling,
@@ -205,7 +201,7 @@ class OwnEngine:
         )
 
     def _to_all_stages(
-        self, drawn: list[Drawn], lanes: list[_Lane], sampling: Sampling
+        self, drawn: list[Drawn], lanes: list[Lane], sampling: Sampling
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """What the last pipeline stage drew, on every stage's host: each [lanes, R, ...]."""
         pp, shape = self.groups.pp, (len(lanes), lanes[0].state.rows)
@@ -230,29 +226,20 @@ class OwnEngine:
 
     def _run(
         self,
-        passes: list[_Pass],
+        passes: list[Pass],
         length: int,
-        of_output: Callable[[Tensor, _Pass], Any],
+        of_output: Callable[[Tensor, Pass], Any],
     ) -> list[Any]:
         """The passes through megatron-core's schedule; what the last stage makes of each."""
-        layout, chunks = self.layout, self.chunks
-        schedule = get_forward_backward_func(
-            pp_size=layout.pipeline, vp_size=virtual_stages(layout)
-        )
-        iterators = [iter(passes) for _ in chunks]
-        return schedule(
-            forward_step_func=partial(_forward, of_output=of_output),
-            data_iterator=iterators if len(chunks) > 1 else iterators[0],
-            model=chunks if len(chunks) > 1 else chunks[0],
-            num_microbatches=len(passes),
-            seq_length=length * layout.context,  # of which the schedule takes a rank's share
-            micro_batch_size=1,
+        return through_stages(
+            passes,
+            forward_step=partial(_forward, of_output=of_output),
+            chunks=self.chunks,
+            groups=self.groups,
+            layout=self.layout,
+            shape=(1, length * self.layout.context),  # of which the schedule takes a rank's share
             forward_only=True,
-            collect_non_loss_data=True,
-            p2p_communicator=P2PCommunicator(
-                pp_group=self.groups.pp, config=get_model_config(chunks[0])
-            ),
-            pg_collection=self.groups,
+            collect=True,
         )
 
 
@@ -271,182 +258,17 @@ def check_sampling(sampling: Sampling, *, vocab_size: int) -> None:
             raise ValueError(f"stop_ids: {stop} is no token, which are 0 to {vocab_size - 1}")
 
 
-@dataclass
-class _Pass:
-    """One forward pass: tokens [1, T] of a lane, and what its layers do with them."""
-
-    state: DecodeState
-    work: Prefill | Step
-    tokens: Tensor
-    seeds: Tensor | None = None  # [R], of a step
-    places: Tensor | None = None  # [R], in the answers
-
-
 def _forward(
-    iterator: Iterator[_Pass], chunk: torch.nn.Module, *, of_output: Callable[[Tensor, _Pass], Any]
+    iterator: Iterator[Pass], chunk: torch.nn.Module, *, of_output: Callable[[Tensor, Pass], Any]
 ) -> tuple[Tensor, Callable[..., Any]]:
     """megatron-core's forward step."""
     this = next(iterator)
     this.state.work = this.work
-    positions = this.work.positions if isinstance(this.work, Prefill) else this.work.positions
     output = chunk(
         input_ids=this.tokens,
-        position_ids=positions.unsqueeze(0),
+        position_ids=this.work.positions.unsqueeze(0),
         attention_mask=None,
         inference_context=this.state,
         packed_seq_params=this.state.packed(),
     )
     return output, lambda output, non_loss_data: of_output(output, this)
-
-
-class _Lane:
-    """The rows of one group while they are continued."""
-
-    def __init__(self, group: Group, wave: Wave, answers: _Answers, device: torch.device) -> None:
-        self.group, self.wave, self.answers, self.device = group, wave, answers, device
-        # Two rows more: one stays empty, for prompts of one token and for rows that only pad; into
-        # the other goes the token of a pack without prompts.
-        self.state = DecodeState(rows=len(group.prompts) + 2, capacity=wave.capacity)
-        requests = [answers.requests[number] for number in group.requests]
-        padding = wave.rows - len(requests)
-        self.lengths = np.array([len(r.prompt.ids) for r in requests] + [1] * padding)
-        self.tokens = np.array([r.prompt.ids[-1] for r in requests] + [0] * padding)
-        seeds = np.concatenate([row_seeds(requests, answers.sampling), np.zeros(padding, np.int64)])
-        self.seeds = torch.from_numpy(seeds).to(device)
-        self.finished = np.array([False] * len(requests) + [True] * padding)
-        self.numbers = np.array([*group.requests, *[-1] * padding])  # of each row's request
-        self.done = 0  # steps
-
-    def pass_of_pack(self, number: int) -> _Pass:
-        """A pack of the group; one of a token that nobody asked for where it has no more."""
-        packs, aside = self.group.packs, len(self.group.prompts) + 1
-        pack = packs[number] if number < len(packs) else Pack(aside, ())
-        prompts = [self.answers.requests[n].prompt.ids[:-1] for n in pack.prompts]
-        prompts = prompts or [np.zeros(1, dtype=np.int32)]
-        work = prefill(
-            [len(ids) for ids in prompts],
-            first=pack.first,
-            tokens=self.wave.pack_tokens,
-            device=self.device,
-        )
-        tokens = np.zeros((1, self.wave.pack_tokens), dtype=np.int64)
-        real = np.concatenate(prompts)
-        tokens[0, : len(real)] = real
-        return _Pass(self.state, work, torch.from_numpy(tokens).to(self.device))
-
-    def begin_steps(self) -> None:
-        """Give every row the state of its prompt."""
-        empty = len(self.group.prompts)
-        source = [empty if place < 0 else place for place in self.group.source]
-        source += [empty] * (self.wave.rows - len(source))
-        self.state.take(torch.tensor(source))
-
-    def pass_of_step(self) -> _Pass:
-        positions = self.lengths - 1 + self.done
-        return _Pass(
-            self.state,
-            Step(torch.from_numpy(positions).to(self.device), longest=int(positions.max()) + 1),
-            torch.from_numpy(self.tokens[None]).to(self.device),
-            seeds=self.seeds,
-            places=torch.full_like(self.seeds, self.done),
-        )
-
-    def take(self, ids: np.ndarray, logprobs: np.ndarray, support: np.ndarray | None) -> None:
-        """The tokens that were drawn. Finished rows step on, and what they draw is dropped."""
-        for row in (~self.finished).nonzero()[0]:
-            kept = None if support is None else support[row]
-            number = int(self.numbers[row])
-            self.finished[row] = self.answers.add(number, int(ids[row]), logprobs[row], kept)
-        self.tokens = ids
-        self.done += 1
-
-    def keep_unfinished(self, rows: int) -> None:
-        """Go on with `rows` rows: those that are unfinished, and finished ones beside them."""
-        kept = np.argsort(self.finished, kind="stable")[:rows]
-        self.state.take(torch.from_numpy(kept))
-        self.seeds = self.seeds[torch.from_numpy(kept).to(self.device)]
-        for name in ("lengths", "tokens", "finished", "numbers"):
-            setattr(self, name, getattr(self, name)[kept])
-
-
-@dataclass
-class _Answers:
-    """What was drawn for the requests of this data rank."""
-
-    requests: Sequence[Request]
-    sampling: Sampling
-    ids: dict[int, list[int]] = field(default_factory=dict)
-    logprobs: dict[int, list[float]] = field(default_factory=dict)
-    support: dict[int, list[np.ndarray]] = field(default_factory=dict)
-
-    def add(self, number: int, token: int, logprob: float, support: np.ndarray | None) -> bool:
-        """Whether the answer is finished with this token."""
-        ids = self.ids.setdefault(number, [])
-        ids.append(token)
-        self.logprobs.setdefault(number, []).append(logprob)
-        if support is not None:
-            kept = support.nonzero()[0].astype(np.int32)
-            self.support.setdefault(number, []).append(kept)
-        return token in self.sampling.stop_ids or len(ids) == self.sampling.max_new_tokens
-
-    def of_all(self, *, counts: bool, version: int) -> list[Rollout]:
-        """The rollouts of all data ranks, in the order of the requests. Collective.
-
-        `counts` is true on one of the ranks that drew the same.
-        """
-        mine = {
-            number: (
-                np.array(ids, dtype=np.int32),
-                np.array(self.logprobs[number], dtype=np.float32),
-                tuple(self.support[number]) if number in self.support else None,
-            )
-            for number, ids in self.ids.items()
-        }
-        all_of_them = _gathered(mine if counts else {})
-        return [
-            Rollout(
-                request=request,
-                ids=ids,
-                logprobs=logprobs,
-                finish="end" if ids[-1] in self.sampling.stop_ids else "length",
-                version=version,
-                support=support,
-            )
-            for request, (ids, logprobs, support) in (
-                (request, all_of_them[number]) for number, request in enumerate(self.requests)
-            )
-        ]
-
-
-def _gathered(values: dict[int, Any]) -> dict[int, Any]:
-    """The values of all ranks of the world. Collective."""
-    found: list[dict[int, Any]] = [{}] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, values, group=object_group())
-    return {number: value for part in found for number, value in part.items()}
-
-
-@contextmanager
-def _evaluating(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """The chunks in eval mode inside, and in the mode that they had after it."""
-    modes = [chunk.training for chunk in chunks]
-    for chunk in chunks:
-        chunk.eval()
-    try:
-        yield
-    finally:
-        for chunk, mode in zip(chunks, modes, strict=True):
-            chunk.train(mode)
-
-
-@contextmanager
-def _without_logits(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Inside, a last stage gives its hidden states: prompts need no logits."""
-    models = [get_attr_wrapped_model(c, "post_process", return_model_obj=True) for c in chunks]
-    before = [model.post_process for model in models]
-    for model in models:
-        model.post_process = False
-    try:
-        yield
-    finally:
-        for model, value in zip(models, before, strict=True):
-            model.post_process = value

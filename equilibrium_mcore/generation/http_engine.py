@@ -1,4 +1,4 @@
-"""An engine behind HTTP: OpenAI's completions with token ids in and out.
+"""An engine over HTTP: OpenAI's completions with token ids in and out.
 
     POST /v1/completions     {"prompt": [ids], "max_tokens", "temperature", "seed", "logprobs": 0,
                               "stop_token_ids", "ignore_eos", "return_token_ids", ...}

@@ -117,7 +117,7 @@ messages = [
     {"role": "assistant", "content": "A list is an ordered collection."},
 ]
 prompt = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
-# Whatever a template writes behind the end of the answer was not scored in training."""
+# Whatever a template writes after the end of the answer was not scored in training."""
 CHAT_PROMPT = """\
 messages = [{"role": "user", "content": "What is a list?"}]
 prompt = tokenizer.apply_chat_template(

@@ -1,6 +1,6 @@
 """Tokens that are drawn from a part of the vocabulary: of which ids their probabilities are.
 
-top-k and top-p keep, at each position, some ids, between which the probability is shared anew. A
+top-k and top-p keep, at each position, some ids, between which the probability is shared again. A
 ratio of two policies is one of like with like only where both share it between the same ids.
 """
 

@@ -15,11 +15,11 @@ from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.data.chat.prompts import EncodedPrompt, PromptSamples
 from equilibrium_mcore.data.tokenizer import Tokenizer
 from equilibrium_mcore.generation.interface import Engine, Prompt, Request, Rollout, Sampling
+from equilibrium_mcore.models.modes import evaluating
 from equilibrium_mcore.online.judge import Judge, text_of
 from equilibrium_mcore.training.callbacks import LogCallback
 from equilibrium_mcore.training.loop import Callback
 from equilibrium_mcore.training.metrics import EvaluationRecord
-from equilibrium_mcore.training.schedule import evaluating
 from equilibrium_mcore.training.setup import Run
 from equilibrium_mcore.training.step import StepOutcome
 from equilibrium_mcore.verification.second_reader import is_right

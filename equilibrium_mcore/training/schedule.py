@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config
+from megatron.core.utils import get_batch_on_this_cp_rank
 
-from equilibrium_mcore.config.layout import virtual_stages
 from equilibrium_mcore.data.stream import Batch
 from equilibrium_mcore.models.packing import (
     document_lengths,
@@ -21,9 +17,8 @@ from equilibrium_mcore.models.packing import (
     send,
 )
 from equilibrium_mcore.parallel import accelerator
+from equilibrium_mcore.parallel.micro_batches import ForwardStep, through_stages
 from equilibrium_mcore.training.setup import Run
-
-ForwardStep = Callable[..., tuple[torch.Tensor, Callable[..., Any]]]
 
 
 def run_schedule(
@@ -53,35 +48,16 @@ def run_schedule(
     batch_size, length = _shape_of(batches)
     if run.config.data.packing == "documents":  # all sequences of a micro-batch are one
         length, batch_size = length * batch_size, 1
-    schedule = get_forward_backward_func(pp_size=layout.pipeline, vp_size=virtual_stages(layout))
-    iterators = [iter(batches) for _ in chunks]
-    return schedule(
-        forward_step_func=forward_step,
-        data_iterator=iterators if len(iterators) > 1 else iterators[0],
-        model=chunks if len(chunks) > 1 else chunks[0],
-        num_microbatches=len(batches),
-        seq_length=length,
-        micro_batch_size=batch_size,
+    return through_stages(
+        batches,
+        forward_step=forward_step,
+        chunks=chunks,
+        groups=run.groups,
+        layout=layout,
+        shape=(batch_size, length),
         forward_only=forward_only,
-        collect_non_loss_data=collect,
-        p2p_communicator=P2PCommunicator(
-            pp_group=run.groups.pp, config=get_model_config(chunks[0])
-        ),
-        pg_collection=run.groups,
+        collect=collect,
     )
-
-
-@contextmanager
-def evaluating(chunks: list[torch.nn.Module]) -> Iterator[None]:
-    """The chunks in eval mode inside, and in the mode that they had after it."""
-    modes = [chunk.training for chunk in chunks]
-    for chunk in chunks:
-        chunk.eval()
-    try:
-        yield
-    finally:
-        for chunk, mode in zip(chunks, modes, strict=True):
-            chunk.train(mode)
 
 
 def _shape_of(batches: Sequence[Batch]) -> tuple[int, int]:

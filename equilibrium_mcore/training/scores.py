@@ -20,7 +20,7 @@ def last_tokens(answer_BS: Tensor, count: int) -> Tensor:
     """The numbers of `answer_BS`, 1 to `count`, each only where its answer's last token stands.
 
     `answer_BS` has an answer's number where the label is one of its tokens, so the last of them
-    stands one place behind the number's last, in the same document. Neither padding nor an end
+    stands one place after the number's last, in the same document. Neither padding nor an end
     token within the answer is looked at.
     """
     answer, found = answer_BS.reshape(-1), torch.zeros_like(answer_BS)

@@ -17,9 +17,10 @@ from equilibrium_mcore.config.layout import micro_batch_unit
 from equilibrium_mcore.data.stream import Batch
 from equilibrium_mcore.models.heads import ScalarHeadModel, values_of
 from equilibrium_mcore.models.logprobs import label_log_probabilities
+from equilibrium_mcore.models.modes import evaluating
 from equilibrium_mcore.models.support import SUPPORT
 from equilibrium_mcore.parallel import accelerator
-from equilibrium_mcore.training.schedule import evaluating, rank_batch, run_schedule
+from equilibrium_mcore.training.schedule import rank_batch, run_schedule
 from equilibrium_mcore.training.setup import Run, Weights
 
 

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from equilibrium_mcore.config.pattern import count_kinds
 from equilibrium_mcore.data.stream import Batch
+from equilibrium_mcore.models.modes import evaluating
 from equilibrium_mcore.optim.optimizer import StepResult
 from equilibrium_mcore.parallel import accelerator
 from equilibrium_mcore.processes.hangs import progress
 from equilibrium_mcore.training.anomalies import Anomaly
 from equilibrium_mcore.training.objective import Logits
-from equilibrium_mcore.training.schedule import evaluating, rank_batch, run_schedule
+from equilibrium_mcore.training.schedule import rank_batch, run_schedule
 from equilibrium_mcore.training.setup import Run
 
 

@@ -7,7 +7,6 @@ states; logits, which are far larger, are made of them a chunk at a time inside 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,9 +18,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from equilibrium_mcore.data.stream import Batch
+from equilibrium_mcore.models.modes import evaluating, without_logits
 from equilibrium_mcore.training.distillation import TEACHER, OfTokens, Slice
 from equilibrium_mcore.training.frozen import load_frozen
-from equilibrium_mcore.training.schedule import evaluating, rank_batch, run_schedule
+from equilibrium_mcore.training.schedule import rank_batch, run_schedule
 from equilibrium_mcore.training.setup import Run
 
 KEY = "objective.teacher"
@@ -64,7 +64,7 @@ class Teacher:
     @torch.no_grad()
     def hidden_states(self, run: Run, batches: Sequence[Batch]) -> list[HiddenStates | None]:
         """Of each batch, on the ranks of the last stage; None on others. Collective."""
-        with evaluating(self.chunks), _without_logits(self.chunks):
+        with evaluating(self.chunks), without_logits(self.chunks):
             outputs = run_schedule(
                 run,
                 batches,
@@ -81,19 +81,6 @@ class Teacher:
             weight = last.shared_embedding_or_output_weight()
         sequence = run.config.parallelism.sequence
         return [HiddenStates(hidden, weight, run.groups.tp, sequence) for hidden in outputs]
-
-
-@contextmanager
-def _without_logits(chunks: list[torch.nn.Module]) -> Iterator[None]:
-    """Inside, the last stage gives what its output layer would be given, final norm and all."""
-    last = [chunk for chunk in chunks if chunk.post_process]
-    for chunk in last:
-        chunk.post_process = False
-    try:
-        yield
-    finally:
-        for chunk in last:
-            chunk.post_process = True
 
 
 def _forward_step(

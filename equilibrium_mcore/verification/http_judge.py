@@ -1,4 +1,4 @@
-"""A judge over HTTP: a model behind OpenAI's chat protocol, asked twice for each pair."""
+"""A judge over HTTP: a model that speaks OpenAI's chat protocol, asked twice for each pair."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _compared(straight: str, swapped: str) -> Compared:
 
 
 def _base(url: str) -> str:
-    """The server's address: the path of the protocol may stand behind it, or its first part."""
+    """The server's address: the path of the protocol may stand after it, or its first part."""
     return url.rstrip("/").removesuffix(PATH).removesuffix("/v1")
 
 

@@ -18,7 +18,7 @@ def expert_bias_moves() -> None:
 
 
 def old_log_probabilities_after_the_update() -> None:
-    """Taken anew for every update, so that all ratios are 1 and nothing is ever clipped."""
+    """Taken again for every update, so that all ratios are 1 and nothing is ever clipped."""
     from equilibrium_mcore.online.experience import packed_for, scored
     from equilibrium_mcore.online.stream import OnlineStream
     from equilibrium_mcore.training.policy_objective import OLD

@@ -109,7 +109,7 @@ def against_the_forward(run: Any, rollouts: list[Any], temperature: float) -> fl
 
 
 def batch_of(rollouts: list[Any]) -> dict[str, torch.Tensor]:
-    """A row [LONGEST] for each, with whatever behind its end."""
+    """A row [LONGEST] for each, with whatever after its end."""
     tokens = torch.zeros(len(rollouts), LONGEST + 1, dtype=torch.long)
     for row, rollout in enumerate(rollouts):
         ids = np.concatenate([rollout.request.prompt.ids, rollout.ids]).astype(np.int64)
@@ -119,7 +119,7 @@ def batch_of(rollouts: list[Any]) -> dict[str, torch.Tensor]:
 
 
 def save_rough(rank_info: RankInfo, config: RunConfig) -> None:
-    """A checkpoint of weights of which none is 0 or 1, so that nothing hides behind them."""
+    """A checkpoint of weights of which none is 0 or 1, so that none of them hides a factor."""
     from equilibrium_mcore.certify.tokens import made_up_datasets
     from equilibrium_mcore.training.callbacks import LogCallback
     from equilibrium_mcore.training.saving import CheckpointCallback

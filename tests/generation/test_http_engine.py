@@ -94,7 +94,7 @@ def ask(rank_info: RankInfo, config: Any, url: str) -> dict[str, Any]:
 
 def _likeliest(run: Any, batch: dict[str, torch.Tensor]) -> list[int]:
     """The likeliest real token after each position, by training's modules."""
-    from equilibrium_mcore.training.schedule import evaluating
+    from equilibrium_mcore.models.modes import evaluating
 
     with torch.no_grad(), evaluating(run.chunks):
         mine = run.chunks[0](batch["tokens"], batch["position_ids"], None)

@@ -143,7 +143,7 @@ def test_trap_answers_that_were_cut_off_can_be_left_out():
 
 
 def test_trap_the_ids_that_were_sampled_are_those_that_train():
-    """No text is encoded again: the arrays are the engine's, behind the prompt's own."""
+    """No text is encoded again: the arrays are the engine's, after the prompt's own."""
     group = group_of("ok")
     (answer,) = answers_of([group], masked=False)
     assert answer.ids.tolist() == [5, 6, 7, 8, 9] and answer.prompt_length == 3

@@ -36,6 +36,14 @@ def prompt_rows(count: int, seed: int) -> list[dict]:
     ]
 
 
+LAYOUTS = {
+    "mixed": {"world_size": 2, "tensor": 2, "sequence": True, "expert": 2},
+    "pipeline": {"world_size": 2, "pipeline": 2},
+    "virtual": {"world_size": 2, "pipeline": 2, "virtual_pipeline": 2},
+    "data": {"world_size": 2},
+}
+
+
 def prompts_section(data: dict, folder: Path, *, seed: int = 1) -> dict[str, Any]:
     """The `data` section of a run on prompts."""
     files = {
@@ -207,7 +215,7 @@ def kept_bias(rank_info: RankInfo, config: RunConfig) -> list[tuple[list[float],
 
 
 def by_both_engines(rank_info: RankInfo, config: RunConfig, count: int) -> list[Any]:
-    """Rollouts of some prompts by the own engine and by the slow one, each token asked anew."""
+    """Rollouts of some prompts by the own engine and by the slow one, each token asked again."""
     from equilibrium_mcore.generation.interface import Prompt, Request
     from equilibrium_mcore.online.engine import own_engine
     from equilibrium_mcore.online.rollouts import sampling_of

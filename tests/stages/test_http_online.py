@@ -12,7 +12,7 @@ from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.config.schema import RunConfig
 from tests.generation.http_server import Served, serving
 from tests.generation.test_http_engine import LLAMA, exported_model
-from tests.stages.online_support import online_run, prompts_section, records, stage_rank
+from tests.stages.online_support import online_run, records, stage_rank
 from tests.support.pool import RankError
 from tests.support.runs import tiny_run, train_steps
 
@@ -20,11 +20,6 @@ LAYOUTS = {
     "tp2": {"world_size": 2, "tensor": 2, "sequence": True},
     "pp2": {"world_size": 2, "pipeline": 2},
 }
-
-
-@pytest.fixture(scope="module")
-def prompts(data: dict, tmp_path_factory) -> dict[str, Any]:
-    return prompts_section(data, tmp_path_factory.mktemp("prompts"))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,9 @@ from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.training.ready import check_policy
 from equilibrium_mcore.training.run_data import with_steps
 from tests.stages.online_support import (
-    SMALL,
+    LAYOUTS as TWO_RANKS,
+)
+from tests.stages.online_support import (
     by_both_engines,
     curve,
     kept_bias,
@@ -25,14 +27,11 @@ from tests.stages.online_support import (
     stage_rank,
 )
 from tests.support.pool import RankError
-from tests.support.runs import tiny_run, train_steps
+from tests.support.runs import tiny_run
 
 LAYOUTS = {
-    "mixed": {"world_size": 2, "tensor": 2, "sequence": True, "expert": 2},
+    **TWO_RANKS,
     "mixed_data": {"world_size": 4, "tensor": 2, "sequence": True, "expert": 2},
-    "pipeline": {"world_size": 2, "pipeline": 2},
-    "virtual": {"world_size": 2, "pipeline": 2, "virtual_pipeline": 2},
-    "data": {"world_size": 2},
 }
 IN_CI = ("mixed",)
 # Of 4 steps: two rollouts, each of two minibatches, so that a rollout is half used in between.
@@ -41,19 +40,6 @@ SETTINGS: dict[str, Any] = {
     "evaluation": {"interval_steps": 2, "samples": 2},
     "checkpoint": {"save_interval_steps": 1, "keep_last": 9},
 }
-
-
-@pytest.fixture(scope="module")
-def prompts(data: dict, tmp_path_factory) -> dict[str, Any]:
-    return prompts_section(data, tmp_path_factory.mktemp("prompts"))
-
-
-@pytest.fixture(scope="module")
-def pretrained(ranks, data: dict, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pretrained")
-    config = tiny_run(data, folder, model=SMALL, parallelism={"world_size": 1})
-    ranks.run(1, train_steps, config, 2, True)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -9,21 +9,15 @@ import pytest
 
 from equilibrium_mcore.parallel.launch import RankInfo
 from tests.stages.online_support import (
+    LAYOUTS,
     SMALL,
     curve,
     online_run,
-    prompts_section,
     records,
     stage_rank,
 )
 from tests.support.runs import tiny_run, train_steps
 
-LAYOUTS = {
-    "mixed": {"world_size": 2, "tensor": 2, "sequence": True, "expert": 2},
-    "pipeline": {"world_size": 2, "pipeline": 2},
-    "virtual": {"world_size": 2, "pipeline": 2, "virtual_pipeline": 2},
-    "data": {"world_size": 2},
-}
 # Of 4 steps: two rollouts of two minibatches; in the first step the critic trains alone.
 SETTINGS: dict[str, Any] = {
     "stage": "ppo",
@@ -32,19 +26,6 @@ SETTINGS: dict[str, Any] = {
     "checkpoint": {"save_interval_steps": 1, "keep_last": 9},
 }
 FIGURES = ("loss", "entropy", "reward", "critic_loss", "explained_variance", "kl_reference")
-
-
-@pytest.fixture(scope="module")
-def prompts(data: dict, tmp_path_factory) -> dict[str, Any]:
-    return prompts_section(data, tmp_path_factory.mktemp("prompts"))
-
-
-@pytest.fixture(scope="module")
-def pretrained(ranks, data: dict, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pretrained")
-    config = tiny_run(data, folder, model=SMALL, parallelism={"world_size": 1})
-    ranks.run(1, train_steps, config, 2, True)
-    return folder
 
 
 @pytest.fixture(scope="module")

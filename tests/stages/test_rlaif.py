@@ -12,41 +12,26 @@ import pytest
 from equilibrium_mcore.config.errors import ConfigError
 from equilibrium_mcore.parallel.launch import RankInfo
 from tests.stages.online_support import (
+    LAYOUTS,
     SMALL,
     curve,
     online_run,
-    prompts_section,
     records,
     reward_model_run,
     stage_rank,
 )
 from tests.support.http_judge import first_is_better, judging
 from tests.support.pool import RankError
-from tests.support.runs import tiny_run, train_steps
 
-LAYOUTS = {
-    "mixed": {"world_size": 2, "tensor": 2, "sequence": True, "expert": 2},
-    "pipeline": {"world_size": 2, "pipeline": 2},
-    "virtual": {"world_size": 2, "pipeline": 2, "virtual_pipeline": 2},
-    "data": {"world_size": 2},
-}
 SLOW_LAYOUTS = [
     pytest.param(name, marks=[] if name == "mixed" else [pytest.mark.slow]) for name in LAYOUTS
 ]
 
 
 @pytest.fixture(scope="module")
-def prompts(data: dict, tmp_path_factory) -> dict[str, Any]:
-    section = prompts_section(data, tmp_path_factory.mktemp("prompts"))
-    return {**section, "truth": None}
-
-
-@pytest.fixture(scope="module")
-def pretrained(ranks, data: dict, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pretrained")
-    config = tiny_run(data, folder, model=SMALL, parallelism={"world_size": 1})
-    ranks.run(1, train_steps, config, 2, True)
-    return folder
+def prompts(prompts: dict[str, Any]) -> dict[str, Any]:
+    """The same without truths: a judge needs none."""
+    return {**prompts, "truth": None}
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ import torch
 
 from equilibrium_mcore.generation.interface import Request, Rollout, Sampling
 from equilibrium_mcore.generation.sampling import draw, row_seeds
-from equilibrium_mcore.training.schedule import evaluating, rank_batch, run_schedule
+from equilibrium_mcore.models.modes import evaluating
+from equilibrium_mcore.training.schedule import rank_batch, run_schedule
 from equilibrium_mcore.training.setup import Run
 
 MULTIPLE = 8  # of tokens, for tensor ranks that share a sequence
@@ -107,6 +108,6 @@ def _step(iterator: Iterator, chunk: Any, *, run: Run, **later: Any) -> tuple[An
 def _drawn(
     logits: torch.Tensor, *, ends: torch.Tensor, choose: partial, non_loss_data: bool
 ) -> torch.Tensor:
-    """Ids and log p behind the last token of each row, float64 [2, rows]."""
+    """Ids and log p after the last token of each row, float64 [2, rows]."""
     drawn = choose(logits[0, ends])
     return torch.stack([drawn.ids.double(), drawn.logprobs.double()])

@@ -14,12 +14,26 @@ from tests.support.runs import MODEL, tiny_run
 TP_SP_EP = {"world_size": 2, "tensor": 2, "sequence": True, "expert": 2}
 
 
+def kept_gradients(run: Any) -> list:
+    """Filled with every gradient that this rank owns when the optimizer steps."""
+    from equilibrium_mcore.certify.whole import pieces_of
+
+    found: list = []
+    update = run.optimizer.step
+
+    def noted() -> Any:
+        found.extend(pieces_of(run, {p.name: p.gradient for p in run.optimizer.parameters}))
+        return update()
+
+    run.optimizer.step = noted
+    return found
+
+
 def gradients(
     rank_info: RankInfo, config: RunConfig, weights: str | None, mask: str = "made up"
 ) -> dict[str, Any]:
     """The first step's loss, and every gradient that this rank owns, by parameter name."""
     from equilibrium_mcore.certify.tokens import made_up_datasets
-    from equilibrium_mcore.certify.whole import pieces_of
     from equilibrium_mcore.training.callbacks import LogCallback
     from equilibrium_mcore.training.saving import CheckpointCallback
     from equilibrium_mcore.training.setup import setup, teardown
@@ -41,14 +55,7 @@ def gradients(
         return batches
 
     run.stream.next_batches = masked
-    found: list = []
-    update = run.optimizer.step
-
-    def noted() -> Any:
-        found.extend(pieces_of(run, {p.name: p.gradient for p in run.optimizer.parameters}))
-        return update()
-
-    run.optimizer.step = noted
+    found = kept_gradients(run)
     if not weights:
         CheckpointCallback(config, LogCallback(config)).on_end(run, reason="stop")
     outcome = train_step(run)

@@ -11,7 +11,7 @@ import torch
 from equilibrium_mcore.config.schema import RunConfig
 from equilibrium_mcore.parallel.launch import RankInfo
 from tests.support.runs import MODEL, tiny_run
-from tests.training.test_objective import assert_close, whole
+from tests.training.test_objective import assert_close, kept_gradients, whole
 
 UNBALANCED = {"load_balancing": "none", "expert_bias_update_rate": 0.0}
 LAYOUTS = {
@@ -42,7 +42,6 @@ def config_of(data: dict, folder: Any, objective: dict, **changes: Any) -> RunCo
 def first_step(rank_info: RankInfo, config: RunConfig, weights: str | None) -> dict[str, Any]:
     """Figures of a first step on made-up experience, and the gradients that this rank owns."""
     from equilibrium_mcore.certify.tokens import made_up_datasets, made_up_experience
-    from equilibrium_mcore.certify.whole import pieces_of
     from equilibrium_mcore.training.callbacks import LogCallback
     from equilibrium_mcore.training.saving import CheckpointCallback
     from equilibrium_mcore.training.setup import setup, teardown
@@ -53,14 +52,7 @@ def first_step(rank_info: RankInfo, config: RunConfig, weights: str | None) -> d
         config = config.model_copy(update={"checkpoint": checkpoint})
     run = setup(config, rank_info, datasets=made_up_datasets(config))
     run.prepare = made_up_experience
-    found: list = []
-    update = run.optimizer.step
-
-    def noted() -> Any:
-        found.extend(pieces_of(run, {p.name: p.gradient for p in run.optimizer.parameters}))
-        return update()
-
-    run.optimizer.step = noted
+    found = kept_gradients(run)
     if not weights:
         CheckpointCallback(config, LogCallback(config)).on_end(run, reason="stop")
     outcome = train_step(run)

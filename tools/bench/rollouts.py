@@ -1,6 +1,6 @@
 """Print how fast a run's own engine generates, beside the exported class's `generate`.
 
-Made-up prompts of 24 to 64 tokens are continued by both in this process, with one thread, in turns;
+Made-up prompts of 24 to 64 tokens are continued by both in this process, in turns;
 nothing ends an answer early. Rates are of CPU time, so other work on the machine hardly matters.
 
 Examples:
@@ -102,6 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rows", type=int, default=32, help="answers at once; default 32")
     add("--new-tokens", type=int, default=256, help="of each answer; default 256")
     add("--rounds", type=int, default=3, help="turns of each way; default 3")
+    add("--threads", type=int, help="of PyTorch, for both ways; default: what it takes by itself")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -123,7 +124,9 @@ def run(options: argparse.Namespace) -> None:
         from equilibrium_mcore.certify.tokens import made_up_datasets
         from equilibrium_mcore.training.setup import run_alone
 
-        torch.set_num_threads(1)
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        threads = torch.get_num_threads()
         prompts = made_up(config, options.rows)
         with run_alone(config, datasets=made_up_datasets(config)) as alone:
             ways = {
@@ -134,7 +137,7 @@ def run(options: argparse.Namespace) -> None:
             rates = race(ways, options.rounds)
     print(
         f"{config.model.name}, {options.rows} rows, {options.new_tokens} new tokens, "
-        f"{options.rounds} rounds; load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores"
+        f"{options.rounds} rounds, threads: {threads}; load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores"
     )
     rows = [(name, f"{r:,.0f}", f"{r / rates[THEIRS]:.2f} x") for name, r in rates.items()]
     print(terminal_table(("", "tokens per CPU second", "speed"), rows, align="lrr"))

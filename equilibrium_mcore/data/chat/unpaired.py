@@ -40,7 +40,7 @@ SIDES = 2  # an answer, and the mismatched one beside it
 DESIRABLE = "desirable"
 OTHER = "other_"  # what names of the mismatched answers' tensors begin with
 ANSWERS = "answers"
-TRIES = 64  # of other answers, until one fits behind a prompt
+TRIES = 64  # of other answers, until one fits after a prompt
 
 
 class Judged(NamedTuple):
@@ -170,7 +170,7 @@ def _with_mismatch(
         if tried == TRIES:
             break
     return [], (
-        f"behind its prompt none of {tried} other answers fits into max_tokens={max_tokens:,} "
+        f"after its prompt none of {tried} other answers fits into max_tokens={max_tokens:,} "
         "tokens, and KTO needs one: raise it (and training.sequence_length), or set too_long to "
         "drop"
     )
@@ -190,7 +190,7 @@ class UnpairedDataset(AnswerDataset):
 
     def __getitem__(self, item: int | SequencePlan) -> dict[str, Tensor]:
         """As `fill_answers` of the answers, with `desirable`; and of the mismatched ones, by the
-        same names behind `other_`."""
+        same names with the prefix `other_`."""
         plan = self.plan_of(item).examples
         others = self.answers([SIDES * number + 1 for number in plan])
         return {

@@ -59,7 +59,7 @@ class DecodingSelfAttention(Decodes, SelfAttention):
 def attend_prompts(query: Tensor, key: Tensor, value: Tensor, work: Prefill, *, scale: float):
     """Causal attention of each row to itself; all (T, heads, width), as the result.
 
-    Rows end at different places: what stands behind an end comes after all that is real.
+    Rows end at different places: what stands after an end is later than all that is real.
     """
     q, k, v = (work.unpack(t).transpose(1, 2) for t in (query, key, value))
     context_RHLD = F.scaled_dot_product_attention(

@@ -57,7 +57,7 @@ class DecodingMamba(Decodes):
     ) -> Tensor:
         """Whole prompts, each from a state of zero, side by side: (T, channels).
 
-        Behind the end of a row the step size is 0: the state stays what the last token made of it.
+        After the end of a row the step size is 0: the state stays what the last token made of it.
         """
         xBC_RLC = work.unpack(xBC_TC)
         taps = self.conv1d_weight.shape[-1]

@@ -28,7 +28,7 @@ class Prefill:
 
     Attributes:
         lengths: [R], of each row, at least 1.
-        places: [R, L], where in the pack the tokens of a row stand; 0 behind its end.
+        places: [R, L], where in the pack the tokens of a row stand; 0 after its end.
         valid: [R, L], False there.
         sources: [T], the way back, an index of the flattened (R, L); 0 for what pads the pack.
         positions: [T], of each token in its row; 0 for what pads the pack.
@@ -47,7 +47,7 @@ class Prefill:
         return slice(self.first, self.first + len(self.lengths))
 
     def unpack(self, x_T: Tensor) -> Tensor:
-        """(T, ...) -> (R, L, ...); behind the end of a row stands some token of the pack."""
+        """(T, ...) -> (R, L, ...); after the end of a row stands some token of the pack."""
         return x_T[self.places]
 
     def pack(self, x_RL: Tensor) -> Tensor:
@@ -148,8 +148,11 @@ class Decodes:
     """A layer of megatron-core that decodes, beside what it does in training.
 
     Stands before its class in the order of bases. `decode` is given the input as the layer has it
-    in training, (tokens / SP, 1, hidden), and returns output and bias as that does.
+    in training, (tokens / SP, 1, hidden), with the state and `rotary_pos_emb`, and returns output
+    and bias as that does.
     """
+
+    decode: Callable[..., tuple[Tensor, Tensor | None]]
 
     def forward(self, hidden_states: Tensor, *arguments: Any, **named: Any) -> Any:
         """The layer's forward pass; with a `DecodeState` as `inference_context`, `decode`."""
@@ -157,8 +160,3 @@ class Decodes:
         if isinstance(state, DecodeState):
             return self.decode(hidden_states, state, rotary_pos_emb=named.get("rotary_pos_emb"))
         return super().forward(hidden_states, *arguments, **named)
-
-    def decode(
-        self, hidden_states: Tensor, state: DecodeState, *, rotary_pos_emb: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        raise NotImplementedError

@@ -147,7 +147,7 @@ def test_answers_that_do_not_fit_are_refused_or_counted(data, tmp_path):
 
 
 def test_trap_scores_are_read_at_the_last_produced_token(data, tmp_path):
-    """Behind it stands padding of its own token; an answer of two turns has an end within."""
+    """After it stands padding of its own token; an answer of two turns has an end within."""
     turns = [
         {"role": "assistant", "content": "b b"},
         {"role": "user", "content": "a"},
