@@ -28,7 +28,7 @@ class OnlyBalancing:
         self.objective = objective
         self.figures, self.inputs = objective.figures, objective.inputs
         self.tokens_of, self.reads = objective.tokens_of, objective.reads
-        self.needs_logits, self.carried = objective.needs_logits, objective.carried
+        self.carried = objective.carried
 
     def weigh(self, batch) -> float:
         """See Objective."""

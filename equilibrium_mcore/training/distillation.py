@@ -59,8 +59,7 @@ class Distillation:
     figures = ("loss", "cross_entropy", "divergence")
     tokens_of = "loss"
     has_perplexity = False
-    reads = "losses"
-    needs_logits = True
+    reads = "logits"
     inputs = ("place",)
     carried = (TEACHER,)
 

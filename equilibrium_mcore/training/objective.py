@@ -3,7 +3,7 @@
 `HybridModel(labels=...)` returns -log p of every label, in every layout. An objective makes of them
 a sum that gradients flow through; what it divides by is known before the step, from the batches of
 the whole global batch. One that needs more than labels (a temperature, an entropy, another model's
-distribution) says `needs_logits`, and gets this rank's slice of the logits in their place.
+distribution) reads `logits`, and gets this rank's slice of the logits in their place.
 
 megatron-core is always given positions as `num_tokens`, by which it divides gradients and weighs
 the balancing losses; so an objective's sum is scaled by positions / divisor, and the weight of
@@ -106,22 +106,19 @@ class Objective(Protocol):
         """The sum over this rank's part of the micro-batch.
 
         losses: (B, S / CP) or, packed, (1, B * S / CP), -log p of each label in nats, padding of
-        the vocabulary in the normaliser; with `needs_logits`, `Logits`. What is not linear in the
+        the vocabulary in the normaliser; where it reads logits, `Logits`. What is not linear in the
         losses of a sequence sums them over `cp_group` first: `summed_over_context`.
 
         batch: `tokens`, `labels`, `position_ids`, `loss_mask` and `inputs`, cut as the losses are,
         and `carried`.
         """
 
-    needs_logits: bool
-    """Whether `__call__` is given `Logits`; -log p of each label if not."""
-
     tokens_of: str
     """The figure whose count is how many tokens were trained on."""
 
-    reads: Literal["losses", "values", "both"]
-    """What `__call__` is given of a model with an output layer and a scalar head: losses, values,
-    or both, [2, B, S / CP]. A model with one of them gives that one."""
+    reads: Literal["losses", "logits", "values", "both"]
+    """What `__call__` is given: -log p of each label, `Logits`, what a scalar head gives, or losses
+    and values, [2, B, S / CP]. A model of one head gives its own for all but `logits`."""
 
     inputs: tuple[str, ...]
     """Names of tensors of the batch that `__call__` needs beside `loss_mask`."""
@@ -140,7 +137,6 @@ class WeightedTokens:
     tokens_of = "loss"
     has_perplexity = True
     reads = "losses"
-    needs_logits = False
     carried = ()
 
     def __init__(self, reduction: str = "token_mean", length: int | None = None) -> None:

@@ -35,7 +35,6 @@ class Pairs:
     tokens_of = "nll"
     has_perplexity = False
     reads = "losses"
-    needs_logits = False
     carried = ()
 
     def __init__(self, loss: PairLoss, reward: Reward, *, needs_reference: bool) -> None:

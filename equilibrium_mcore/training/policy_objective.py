@@ -41,8 +41,7 @@ class Policy:
 
     tokens_of = "ratio"
     has_perplexity = False
-    reads = "losses"
-    needs_logits = True
+    reads = "logits"
     carried = (SUPPORT,)
 
     def __init__(self, settings: PolicyConfig, *, temperature: float = 1.0) -> None:

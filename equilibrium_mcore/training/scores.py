@@ -42,7 +42,6 @@ class Scores:
     tokens_of = "score"
     has_perplexity = False
     reads = "values"
-    needs_logits = False
     carried = ()
     inputs = (LAST, "answers", MARGIN)
 

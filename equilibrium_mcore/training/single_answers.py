@@ -29,7 +29,6 @@ class Kto:
     tokens_of = "nll"
     has_perplexity = False
     reads = "losses"
-    needs_logits = False
     carried = ()
     inputs = ("answer", "answers", DESIRABLE, REFERENCE, KL)
 

@@ -170,7 +170,7 @@ def forward_step(
         input_ids=batch["tokens"],
         position_ids=batch["position_ids"],
         attention_mask=None,
-        labels=None if objective.needs_logits else batch["labels"],
+        labels=None if objective.reads == "logits" else batch["labels"],
         packed_seq_params=packed,
     )
     return output, partial(objective_of, batch=batch, run=run, scale=scale)
@@ -181,7 +181,7 @@ def objective_of(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The objective's scaled sum, this rank's positions, and the figures (sum, count) as a row."""
     values: Tensor | Logits = output
-    if run.objective.needs_logits:
+    if run.objective.reads == "logits":
         values = Logits(output, run.config.model.vocab_size, run.groups.tp)
     elif output.dim() == 3 and run.objective.reads != "both":  # of a model with two heads
         values = output[int(run.objective.reads == "values")]

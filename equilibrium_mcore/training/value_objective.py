@@ -27,7 +27,6 @@ class Values:
     tokens_of = "loss"
     has_perplexity = False
     reads = "losses"  # as a model of one head gives them
-    needs_logits = False
     carried = ()
     inputs = (VALUES, RETURNS)
 

@@ -20,7 +20,6 @@ class LikelierDocument:
     tokens_of = "loss"
     has_perplexity = False
     reads = "losses"
-    needs_logits = False
     carried = ()
     inputs = ("document", "documents", "weight")
 

@@ -31,7 +31,6 @@ class Regression:
     tokens_of = "loss"
     has_perplexity = False
     reads = "both"
-    needs_logits = False
     carried = ()
     inputs = ()
 

@@ -206,7 +206,7 @@ class FromLogits:
     """-log p of each label and its entropy, both from the rank's slice of the logits."""
 
     figures, tokens_of, has_perplexity = ("loss", "entropy"), "loss", True
-    needs_logits, inputs, carried = True, (), ("note",)
+    reads, inputs, carried = "logits", (), ("note",)
 
     def weigh(self, batch: dict[str, Any]) -> float:
         """Positions that count; `note` is left for this rank alone."""

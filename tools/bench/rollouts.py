@@ -137,7 +137,8 @@ def run(options: argparse.Namespace) -> None:
             rates = race(ways, options.rounds)
     print(
         f"{config.model.name}, {options.rows} rows, {options.new_tokens} new tokens, "
-        f"{options.rounds} rounds, threads: {threads}; load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores"
+        f"{options.rounds} rounds, threads: {threads}; load {os.getloadavg()[0]:.0f} on "
+        f"{os.cpu_count()} cores"
     )
     rows = [(name, f"{r:,.0f}", f"{r / rates[THEIRS]:.2f} x") for name, r in rates.items()]
     print(terminal_table(("", "tokens per CPU second", "speed"), rows, align="lrr"))
